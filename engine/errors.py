@@ -1,0 +1,51 @@
+"""Errors a user can act on. Every message is one line: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class TidemillError(Exception):
+    """Base of all errors raised on purpose; printed without a traceback."""
+
+
+class ConfigError(TidemillError):
+    """The configuration or the environment cannot work as given (exit code 2)."""
+
+
+class ModelError(ConfigError):
+    """A model file is missing, damaged, or of an architecture that is not implemented."""
+
+
+class InputError(ConfigError):
+    """The input as a whole cannot be read (a single bad row is a reject, not an error)."""
+
+
+class OutputError(ConfigError):
+    """The output cannot be written, or belongs to another configuration."""
+
+
+class MissingExtraError(ConfigError):
+    """An optional package is needed and absent."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'tidemill[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
+class RequestError(TidemillError):
+    """One request cannot run; the others are unaffected.
+
+    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class RetryLater(TidemillError):
+    """A passing fault (disk full, lost credential, unknown commit outcome): start again later (exit code 75)."""
+
+
+class RetraceError(TidemillError):
+    """A compiled step was asked for a shape that was not declared and compiled ahead of time."""
