@@ -92,7 +92,8 @@ def tiny_config(vocab_size: int) -> dict[str, Any]:
 def tiny_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     """Random float32 weights by their Hugging Face names, large enough that argmax is not a near tie."""
     rng = np.random.default_rng(seed)
-    heads, kv_heads, head_dim = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config["head_dim"]
     d_model, inner = config["hidden_size"], config["intermediate_size"]
 
     def normal(*shape: int, scale: float) -> np.ndarray:
