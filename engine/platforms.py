@@ -1,0 +1,70 @@
+"""Choose JAX's platform before anything is loaded, and say in one line when it is not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.errors import ConfigError
+
+PLATFORMS = ("auto", "cpu", "gpu", "tpu")
+
+# What JAX calls each platform in `jax.config.jax_platforms`, and how a device of it reports itself.
+_JAX_NAMES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+
+_REMEDY = {
+    "gpu": "run on a machine with an NVIDIA GPU and pip install 'tidemill[gpu]', or choose conf=cpu",
+    "tpu": "run on a TPU machine and pip install 'tidemill[tpu]', or choose conf=cpu",
+    "cpu": "unset JAX_PLATFORMS",
+}
+
+
+def select_platform(name: str) -> str:
+    """Make JAX use `name` (`auto`, `cpu`, `gpu` or `tpu`) and return the platform it runs on.
+
+    `auto` leaves the choice to JAX. Must come before the first array is made: JAX fixes its platform then.
+    Raises ConfigError, in one line, when the platform is unknown or this machine does not have it.
+    """
+    if name not in PLATFORMS:
+        raise ConfigError(f"engine.platform={name!r}: choose one of {', '.join(PLATFORMS)}")
+    import jax  # late: `--cfg job` and bad configurations must not wait for it
+
+    if name == "auto":
+        return _default_platform(jax)
+    if jax.config.jax_platforms in (None, ""):
+        jax.config.update("jax_platforms", _JAX_NAMES[name])
+    found = _platform_or_none(jax)
+    if found != name:
+        if found is None:
+            _forget(jax)
+        seen = "none could be started" if found is None else f"JAX runs on {found!r}"
+        raise ConfigError(
+            f"engine.platform={name} was asked for and this machine has no {name.upper()} for JAX ({seen}): "
+            f"{_REMEDY[name]}"
+        )
+    return found
+
+
+def _forget(jax: Any) -> None:
+    """Leave JAX as it was: a notebook that asked for a TPU in vain must still be able to use its CPU."""
+    from jax.extend.backend import clear_backends
+
+    jax.config.update("jax_platforms", None)
+    clear_backends()
+
+
+def _default_platform(jax: Any) -> str:
+    found = _platform_or_none(jax)
+    if found is None:
+        raise ConfigError(
+            f"JAX could not start on platform {jax.config.jax_platforms!r}: unset JAX_PLATFORMS or install "
+            "tidemill[tpu] or tidemill[gpu]"
+        )
+    return found
+
+
+def _platform_or_none(jax: Any) -> str | None:
+    """JAX's default platform, or None when the platform it was told to use cannot be started."""
+    try:
+        return str(jax.default_backend())
+    except (RuntimeError, AssertionError):  # a backend that fails to start; CUDA asked for and no GPU visible
+        return None

@@ -1,0 +1,29 @@
+"""What the exit code of a job says. The one place; `--help` and the README are tested against it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `python -m pipeline.run`; `meaning` is the sentence that the help text shows."""
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> ExitCode:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    DONE = 0, "all done"
+    BAD_CONFIG = 2, "bad configuration or environment; nothing was started"
+    TOO_MANY_REJECTS = 3, "finished with rejects over max_reject_fraction; everything generated is kept"
+    RETRY_LATER = 75, "a passing fault, or work left that another process holds: start the same command again"
+    STOPPED_AT_ONCE = 130, "a second Ctrl-C; committed chunks are kept, the same command resumes"
+    DRAINED = 143, "stopped by SIGTERM or Ctrl-C after committing what was complete; the same command resumes"
+
+
+def help_lines() -> list[str]:
+    """One `<code>  <meaning>` line for each exit code."""
+    return [f"{code.value:>3}  {code.meaning}" for code in ExitCode]

@@ -1,0 +1,152 @@
+"""What a chunk counted and timed, how chunks add up to a shard, and the shard's metrics for people.
+
+Two kinds of numbers meet here. What a row did (tokens, times, finish reason) is counted in the row's own chunk.
+What the engine did as a whole (steps, compilation, evictions) belongs to no single row: it is counted in the chunk
+that was the oldest open one while it happened. Every step is counted once, so sums over shards are exact, but a
+shard that shares its steps with the next one keeps all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from pipeline.histogram import Histogram
+
+METRICS_VERSION = 1
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Counts and histograms of a chunk, a shard or a whole run; `merge` adds two of them exactly."""
+
+    rows_in: int = 0
+    rows_ok: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    samples: int = 0  # completions; n of them a row
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    generated_tokens: int = 0
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    preempted_rows: int = 0
+    queue_seconds: Histogram = field(default_factory=Histogram)  # handed to the engine until first scheduled
+    first_token_seconds: Histogram = field(default_factory=Histogram)  # handed to the engine until the first token
+    token_seconds: Histogram = field(default_factory=Histogram)  # a request's mean between tokens, once per token
+    # From here on: of the engine as a whole, while this was the oldest open chunk.
+    wall_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    wait_seconds: float = 0.0  # the engine had nothing to do: reading and tokenising were behind
+    num_steps: int = 0
+    step_seconds: Histogram = field(default_factory=Histogram)
+    occupancy: Histogram = field(default_factory=Histogram)  # rows in a step / max_num_seqs
+    page_use: Histogram = field(default_factory=Histogram)  # pages held / all pages, once a step
+    evictions: int = 0
+    preemptions: int = 0
+
+    def reject(self, reason: str) -> None:
+        """Count one rejected row."""
+        self.rows_in += 1
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    @property
+    def rows_rejected(self) -> int:
+        return sum(self.rejected.values())
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of prompt tokens that the prefix cache already held."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+    def merge(self, other: Metrics) -> None:
+        """Add everything `other` has counted."""
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, Histogram):
+                mine.merge(theirs)
+            elif isinstance(mine, dict):
+                for key, count in theirs.items():
+                    mine[key] = mine.get(key, 0) + count
+            else:
+                setattr(self, each.name, mine + theirs)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON values; `from_json` gives an equal one back."""
+        values = {
+            each.name: value.to_json() if isinstance(value := getattr(self, each.name), Histogram) else value
+            for each in fields(self)
+        }
+        return values | {"metrics_version": METRICS_VERSION}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Metrics:
+        result = cls()
+        for each in fields(cls):
+            value = values[each.name]
+            if isinstance(getattr(result, each.name), Histogram):
+                value = Histogram.from_json(value)
+            setattr(result, each.name, dict(value) if isinstance(value, Mapping) else value)
+        return result
+
+    @classmethod
+    def sum(cls, parts: Iterable[Metrics]) -> Metrics:
+        result = cls()
+        for part in parts:
+            result.merge(part)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What the numbers were made on; the same for every shard of an attempt."""
+
+    device: str
+    versions: dict[str, str]
+    fingerprint: str
+    attempt: str
+
+
+def summarise(metrics: Metrics) -> dict[str, Any]:
+    """`metrics` for people and notebooks: rates and percentiles instead of buckets.
+
+    Rates are tokens per second of wall time attributed to this shard; null where nothing was timed.
+    """
+    wall = metrics.wall_seconds
+
+    def rate(tokens: int) -> float | None:
+        return tokens / wall if wall > 0 else None
+
+    return {
+        "metrics_version": METRICS_VERSION,
+        "rows_in": metrics.rows_in,
+        "rows_ok": metrics.rows_ok,
+        "rows_rejected": metrics.rows_rejected,
+        "rejected_by_reason": dict(sorted(metrics.rejected.items())),
+        "samples": metrics.samples,
+        "prompt_tokens": metrics.prompt_tokens,
+        "cached_tokens": metrics.cached_tokens,
+        "generated_tokens": metrics.generated_tokens,
+        "prefix_hit_rate": metrics.hit_rate,
+        "prompt_tokens_per_second": rate(metrics.prompt_tokens),
+        "generated_tokens_per_second": rate(metrics.generated_tokens),
+        "wall_seconds": wall,
+        "compile_seconds": metrics.compile_seconds,
+        "wait_seconds": metrics.wait_seconds,
+        "queue_seconds": metrics.queue_seconds.summary(),
+        "time_to_first_token_seconds": metrics.first_token_seconds.summary(),
+        "time_per_token_seconds": metrics.token_seconds.summary(),
+        "num_steps": metrics.num_steps,
+        "step_seconds": metrics.step_seconds.summary(),
+        "batch_occupancy": metrics.occupancy.summary(),
+        "page_use": metrics.page_use.summary(),
+        "evictions": metrics.evictions,
+        "preemptions": metrics.preemptions,
+        "preempted_rows": metrics.preempted_rows,
+        "finish_reasons": dict(sorted(metrics.finish_reasons.items())),
+    }
+
+
+def shard_metrics(chunk_summaries: Iterable[Mapping[str, Any]], facts: RunFacts, attempts: Iterable[str]) -> dict[str, Any]:
+    """The content of `metrics/part-*.json`: the chunks' sum, what it ran on and which attempts made it."""
+    total = Metrics.sum(Metrics.from_json(summary) for summary in chunk_summaries)
+    return summarise(total) | asdict(facts) | {"attempts": list(attempts)}

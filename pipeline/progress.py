@@ -1,0 +1,110 @@
+"""Progress while a job runs: a tqdm bar on a terminal, one plain line each 30 seconds anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TextIO
+
+from tqdm import tqdm
+
+ProgressStyle = Literal["auto", "bar", "lines", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a job is. `rows_total` counts all rows of all shards; tokens are of this attempt only."""
+
+    rows_done: int
+    rows_total: int
+    rows_rejected: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+    @property
+    def hit_rate(self) -> float | None:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+
+class Progress:
+    """Shows a `Standing` whenever it is updated, not more often than is worth a line."""
+
+    def __init__(
+        self,
+        style: ProgressStyle,
+        start: Standing,
+        *,
+        line_seconds: float = 30.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stream = stream or sys.stderr
+        self._style = ("bar" if self._stream.isatty() else "lines") if style == "auto" else style
+        self._line_seconds = line_seconds
+        self._clock = clock
+        self._started = self._last_line = clock()
+        self._first = start
+        self._bar: tqdm | None = None
+        if self._style == "bar":
+            self._bar = tqdm(
+                total=start.rows_total,
+                initial=start.rows_done,
+                unit="row",
+                file=self._stream,
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
+
+    def update(self, standing: Standing) -> None:
+        """Show `standing`: at once on a bar, each `line_seconds` as a line."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._rates(standing), refresh=False)
+            self._bar.update(standing.rows_done - self._bar.n)
+        elif self._style == "lines" and self._clock() - self._last_line >= self._line_seconds:
+            self._last_line = self._clock()
+            self._stream.write(self._line(standing) + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _rates(self, standing: Standing) -> str:
+        seconds = max(self._clock() - self._started, 1e-9)
+        parts = [f"{standing.generated_tokens / seconds:,.0f} tokens/s"]
+        if standing.hit_rate is not None:
+            parts.append(f"{standing.hit_rate:.0%} cached")
+        if standing.rows_rejected:
+            parts.append(f"{standing.rows_rejected:,} rejected")
+        return ", ".join(parts)
+
+    def _line(self, standing: Standing) -> str:
+        share = standing.rows_done / standing.rows_total if standing.rows_total else 1.0
+        done_here = standing.rows_done - self._first.rows_done
+        left = "time left unknown"
+        if done_here > 0:
+            seconds = (self._clock() - self._started) / done_here * (standing.rows_total - standing.rows_done)
+            left = f"{duration(seconds)} left"
+        return (
+            f"{standing.rows_done:,} of {standing.rows_total:,} rows ({share:.0%}), {self._rates(standing)}, {left}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """`1 h 02 min`, `3 min 05 s` or `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {whole_seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
