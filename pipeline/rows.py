@@ -1,0 +1,97 @@
+"""What travels through the pipeline's input side: a row as read, a prompt ready to run, a reject.
+
+    SourceRow --PromptBuilder--> Prompt     (or Reject, from the reader or the builder)
+
+A row's `position` counts every row of its shard from 0, rejected ones included, so it never depends on
+settings or on where a reader started. Blank JSONL lines are not rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.sampling_params import SamplingParams
+
+MAX_EXCERPT_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row as it was read: only the columns asked for, values as plain Python objects.
+
+    `source` is the shard's name (relative to the input root), `line` the 1-based line of a JSONL row.
+    """
+
+    shard_index: int
+    position: int
+    columns: dict[str, Any]
+    source: str = ""
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where a person finds this row: `a.jsonl line 12`, or `b.parquet row 7` (rows count from 0)."""
+        return place(self.source, self.position, self.line)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """One row that cannot be run. `reason` is a short stable code; `message` is one line: where, what, remedy.
+
+    `row_id` is None where the row was not understood well enough to have an id.
+    """
+
+    shard_index: int
+    position: int
+    row_id: str | None
+    reason: str
+    message: str
+    source: str
+    excerpt: str
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row ready for the engine. `text` is what was tokenised (None when the row held token ids).
+
+    `carried` maps the input columns asked for to their values. `len(token_ids) + sampling.max_tokens`
+    never exceeds the model's length.
+    """
+
+    row_id: str
+    shard_index: int
+    position: int
+    token_ids: tuple[int, ...]
+    text: str | None
+    sampling: SamplingParams
+    carried: dict[str, Any]
+    was_truncated: bool
+
+
+def place(source: str, position: int, line: int | None) -> str:
+    return f"{source} row {position}" if line is None else f"{source} line {line}"
+
+
+def excerpt(value: object) -> str:
+    """The beginning of `value` as one printable line, safe to log and to store."""
+    if isinstance(value, bytes):
+        value = value[: 4 * MAX_EXCERPT_CHARS].decode("utf-8", errors="backslashreplace")
+    text = value[: MAX_EXCERPT_CHARS + 1] if isinstance(value, str) else repr(value)[: MAX_EXCERPT_CHARS + 1]
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text if len(text) <= MAX_EXCERPT_CHARS else text[: MAX_EXCERPT_CHARS - 1] + "…"
+
+
+def reject_row(row: SourceRow, row_id: str | None, reason: str, message: str, value: object = "") -> Reject:
+    """A reject of a row that was read; `message` follows the row's place."""
+    return Reject(
+        shard_index=row.shard_index,
+        position=row.position,
+        row_id=row_id,
+        reason=reason,
+        message=f"{row.place}: {message}",
+        source=row.source,
+        excerpt=excerpt(value),
+        line=row.line,
+    )
