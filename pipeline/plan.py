@@ -1,0 +1,85 @@
+"""The plan of a run, frozen in `_state/<fingerprint>/plan.json`: shards, chunk bounds, input versions, columns.
+
+It is made once, by whoever starts first, and read back by everyone after, so that a resumed run cuts its shards
+exactly where the first one did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.schema import CarriedColumn
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedShard:
+    """One input shard: `num_rows` counts every row, bad ones too; `version` pins its content."""
+
+    index: int
+    url: str
+    num_rows: int
+    version: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """Chunk i of a shard is its rows [i * chunk_rows, (i + 1) * chunk_rows), rejected ones included.
+
+    `output_format` is "parquet" or "jsonl" and applies to data/ alone.
+    """
+
+    shards: tuple[PlannedShard, ...]
+    chunk_rows: int
+    carried: tuple[CarriedColumn, ...] = ()
+    output_format: str = "parquet"
+
+    def __post_init__(self) -> None:
+        if self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1, not {self.chunk_rows}")
+        if self.output_format not in ("parquet", "jsonl"):
+            raise ValueError(f"output_format must be 'parquet' or 'jsonl', not {self.output_format!r}")
+        if [shard.index for shard in self.shards] != list(range(len(self.shards))):
+            raise ValueError("shards must be numbered 0, 1, 2, ... in order")
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard.num_rows for shard in self.shards)
+
+    def num_chunks(self, shard: int) -> int:
+        return -(-self.shards[shard].num_rows // self.chunk_rows)
+
+    def chunk_bounds(self, shard: int, chunk: int) -> tuple[int, int]:
+        """The half-open row range [start, stop) of a chunk."""
+        if not 0 <= chunk < self.num_chunks(shard):
+            raise IndexError(f"shard {shard} has {self.num_chunks(shard)} chunks, there is no chunk {chunk}")
+        start = chunk * self.chunk_rows
+        return start, min(start + self.chunk_rows, self.shards[shard].num_rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "plan_version": PLAN_VERSION,
+            "chunk_rows": self.chunk_rows,
+            "output_format": self.output_format,
+            "carried": [column.to_json() for column in self.carried],
+            "shards": [
+                {"index": s.index, "url": s.url, "num_rows": s.num_rows, "version": dict(s.version)}
+                for s in self.shards
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunPlan:
+        return cls(
+            chunk_rows=value["chunk_rows"],
+            output_format=value["output_format"],
+            carried=tuple(CarriedColumn.from_json(column) for column in value["carried"]),
+            shards=tuple(PlannedShard(**shard) for shard in value["shards"]),
+        )
