@@ -1,0 +1,72 @@
+"""What the scheduler decides about one step and what it is told back: plain data, no arrays.
+
+Rows and results are named tuples rather than frozen dataclasses: a step makes hundreds of each, and
+a tuple costs a quarter of the time to make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.request import Request, TopLogprobs
+
+
+class PlannedRow(NamedTuple):
+    """One request's part of a step: tokens [start, start + num_tokens) are computed."""
+
+    request: Request
+    start: int
+    """`request.num_computed` when the step was planned."""
+    num_tokens: int
+    samples: bool
+    """The last known token is in the range, so a new token is drawn from its logits."""
+    num_logits: int
+    """The logits of the row's LAST `num_logits` tokens are needed: those of the prompt positions whose
+    log-probabilities are due, then the drawn token's. 0 for a plain chunk, 1 for a decode row."""
+    page_ids: Sequence[int]
+    """Pages covering [0, start + num_tokens); the request's own list, to be read only until `update`."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """Prompt positions [stop - num_logits, ...) this row must report, one entry each."""
+        return self.num_logits - self.samples
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: rows of one token first, then chunks. No rows: nothing to do."""
+
+    rows: tuple[PlannedRow, ...]
+    preempted: tuple[Request, ...] = ()
+    """Requests whose pages were taken away; they wait again, outputs kept."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def num_logits(self) -> int:
+        return sum(row.num_logits for row in self.rows)
+
+
+class RowResult(NamedTuple):
+    """What the device says about one planned row."""
+
+    token_id: int | None = None
+    """The drawn token; None when the row does not sample."""
+    logprob: float | None = None
+    """The drawn token's log-probability; None when it was not computed."""
+    top_logprobs: TopLogprobs = ()
+    prompt_logprobs: Sequence[tuple[float, TopLogprobs]] = ()
+    """`num_prompt_logprobs` entries: the log-probability of the prompt token at the next position, and the
+    likeliest alternatives there."""
+
+
+StepResults = Sequence[RowResult]
+"""One result per row, in the order of `StepPlan.rows`."""

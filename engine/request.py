@@ -1,0 +1,133 @@
+"""One request: one sample of one prompt, as the scheduler moves it from its first token to its last.
+
+    tokens    [ prompt_token_ids ........ | output_token_ids ..... )
+               0                    prompt_len             num_tokens
+    computed  [0, num_computed)           keys and values are in page_ids
+    remaining [num_computed, num_tokens)  what the scheduler still has to feed to the model
+
+A request always has at least one remaining token while it runs: the last one drawn, whose keys and
+values are computed by the step that draws the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.sampling_params import SamplingParams
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""The likeliest alternatives at one position: (token id, log-probability), likeliest first."""
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """Mutable state of one sample. The scheduler is the only writer of everything below `max_total_len`."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    key: tuple[int, int]
+    """Two uint32 (`request_key`): with a token's position they make its random key."""
+    max_total_len: int
+    """Prompt and output tokens together stop here."""
+    sample_index: int = 0
+    priority: int = 0
+    """Lower runs sooner, under the priority policy."""
+    eos_token_ids: frozenset[int] = frozenset()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    cache_salt: str | None = None
+    """Prompts share pages only with prompts of the same salt."""
+
+    arrival: int = 0
+    """Sequence number given by `Scheduler.add`; lower is older."""
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    page_ids: list[int] = field(default_factory=list)
+    """Pages that hold tokens [0, num_computed) and room for those planned."""
+    page_hashes: list[bytes] = field(default_factory=list)
+    """Content hashes of the first full pages, computed once and kept over preemption (prefix_cache)."""
+    num_shared_pages: int = 0
+    """Leading pages of page_ids that the prefix cache knows."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache at the first admission."""
+    num_preemptions: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None
+    """"stop", "length" or "abort", once finished."""
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended it; None for end-of-sequence."""
+    output_logprobs: list[float] = field(default_factory=list)
+    output_top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Entry p is the log-probability of prompt token p + 1; the first token has none."""
+    prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    arrival_time: float | None = None
+    """Times are monotonic seconds, as passed to the scheduler; None until it happened."""
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    prompt_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_token_ids = tuple(self.prompt_token_ids)
+        self.prompt_len = len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + len(self.output_token_ids)
+
+    @property
+    def remain_len(self) -> int:
+        """Known tokens whose keys and values are not computed yet."""
+        return self.prompt_len + len(self.output_token_ids) - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def num_prompt_logprobs_due(self) -> int:
+        """Prompt positions whose log-probabilities are wanted and not recorded yet."""
+        if self.sampling.prompt_logprobs is None:
+            return 0
+        return self.prompt_len - 1 - len(self.prompt_logprobs)
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Tokens [start, stop) of prompt and output together."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of a request of {self.num_tokens}")
+        prompt_len = self.prompt_len
+        if start >= prompt_len:
+            return self.output_token_ids[start - prompt_len : stop - prompt_len]
+        tokens = list(self.prompt_token_ids[start:stop])
+        if stop > prompt_len:
+            tokens += self.output_token_ids[: stop - prompt_len]
+        return tokens
+
+
+def request_key(run_seed: int, row_id: str, sample_index: int, seed: int | None) -> tuple[int, int]:
+    """The two uint32 every draw of a sample descends from; they depend on its identity alone.
+
+    With a sampling seed: on (seed, sample_index). Without: on (run_seed, row_id, sample_index).
+    """
+    digest = hashlib.blake2b(digest_size=8, person=b"tidemill-key")
+    # The id comes last and the numbers' widths are told, so no two identities spell the same bytes.
+    if seed is not None:
+        digest.update(f"seed:{seed}:{sample_index}".encode())
+    else:
+        digest.update(f"row:{run_seed}:{sample_index}:".encode())
+        digest.update(row_id.encode("utf-8", "surrogatepass"))
+    raw = digest.digest()
+    return int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:], "little")
