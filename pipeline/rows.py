@@ -20,7 +20,8 @@ MAX_EXCERPT_CHARS = 200
 class SourceRow:
     """One row as it was read: only the columns asked for, values as plain Python objects.
 
-    `source` is the shard's name (relative to the input root), `line` the 1-based line of a JSONL row.
+    `source` names the file, relative to the input root, or the dataset's split; `line` is the 1-based line of a
+    JSONL row. `first_row` is the row of the source at which the shard begins: 0 but for slices of a dataset.
     """
 
     shard_index: int
@@ -28,11 +29,12 @@ class SourceRow:
     columns: dict[str, Any]
     source: str = ""
     line: int | None = None
+    first_row: int = 0
 
     @property
     def place(self) -> str:
         """Where a person finds this row: `a.jsonl line 12`, or `b.parquet row 7` (rows count from 0)."""
-        return place(self.source, self.position, self.line)
+        return place(self.source, self.first_row + self.position, self.line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,9 @@ class Prompt:
     was_truncated: bool
 
 
-def place(source: str, position: int, line: int | None) -> str:
-    return f"{source} row {position}" if line is None else f"{source} line {line}"
+def place(source: str, row: int, line: int | None) -> str:
+    """`row` counts from 0 in its source, `line` from 1."""
+    return f"{source} row {row}" if line is None else f"{source} line {line}"
 
 
 def excerpt(value: object) -> str:
