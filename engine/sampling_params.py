@@ -111,7 +111,7 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Sampling of one prompt: validated and normalised on construction, hashable, equal when meaning the same.
+    """Sampling of one prompt: validated and normalised on construction, hashable, equal if it means the same.
 
     Lists are accepted where tuples are declared, a mapping for `logit_bias`, one string for `stop` and
     `bad_words`. Raises `RequestError("bad_sampling", ...)` naming the field, the value and the range.

@@ -1,0 +1,121 @@
+"""The pool of KV pages: which are free, cached or held, and which cached one is given up next.
+
+A page is in exactly one state:
+
+    free    nobody needs what it holds
+    cached  nobody holds it, but what it holds may be wanted again: it waits in LRU order
+    held    one or more requests hold it (its reference count says how many)
+
+so free + cached + held = num_pages, always. Only page numbers live here, never their contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+
+class PagePool:
+    """Reference-counted pages 0 .. num_pages - 1 with LRU eviction of those cached and not held."""
+
+    def __init__(self, num_pages: int):
+        if num_pages < 1:
+            raise ValueError(f"a page pool needs at least one page, not {num_pages}")
+        self.num_pages = num_pages
+        self.num_evictions = 0
+        self._num_holders = [0] * num_pages
+        # A stack: what was released last is handed out first, while a CPU's caches still hold it.
+        self._free = list(range(num_pages - 1, -1, -1))
+        # Oldest release first (dicts keep insertion order).
+        self._cached: dict[int, None] = {}
+        # Pages whose content is known, held or not, with whom to tell when the content is given up.
+        self._forget: dict[int, Callable[[int], None]] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        return self.num_pages - len(self._free) - len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can give: free ones, and cached ones after eviction."""
+        return len(self._free) + len(self._cached)
+
+    def num_holders(self, page: int) -> int:
+        return self._num_holders[page]
+
+    def is_held(self, page: int) -> bool:
+        return self._num_holders[page] > 0
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """`num_pages` pages with one holder each. Free pages go first, then the cached, oldest release first.
+
+        Raises ValueError, changing nothing, when fewer than that are available: callers look first.
+        """
+        if not 0 <= num_pages <= self.num_available:
+            raise ValueError(f"{num_pages} pages asked for, {self.num_available} available")
+        pages = []
+        for _ in range(num_pages):
+            page = self._free.pop() if self._free else self._evict_oldest()
+            self._num_holders[page] = 1
+            pages.append(page)
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more holder for each of these held or cached pages."""
+        for page in pages:
+            if self._num_holders[page] == 0:
+                if page not in self._cached:
+                    raise ValueError(f"page {page} is free: there is nothing in it to share")
+                del self._cached[page]
+            self._num_holders[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder less for each of a request's pages, given in the order of its tokens.
+
+        They are let go from last to first, so that of a chain of cached pages the deepest is evicted
+        first: without its head a chain cannot be found again.
+        """
+        for page in reversed(pages):
+            if self._num_holders[page] < 1:
+                raise ValueError(f"page {page} is released but nobody holds it")
+            self._num_holders[page] -= 1
+            if self._num_holders[page] == 0:
+                if page in self._forget:
+                    self._cached[page] = None
+                else:
+                    self._free.append(page)
+
+    def keep(self, page: int, forget: Callable[[int], None]) -> None:
+        """Keep a held page's content after its release, until the room is needed: then `forget(page)` runs."""
+        if self._num_holders[page] < 1:
+            raise ValueError(f"page {page} is to be kept but nobody holds it")
+        self._forget[page] = forget
+
+    def _evict_oldest(self) -> int:
+        page = next(iter(self._cached))
+        del self._cached[page]
+        self._forget.pop(page)(page)
+        self.num_evictions += 1
+        return page
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless each page is in exactly one state and its count agrees with it."""
+        held = {page for page, count in enumerate(self._num_holders) if count > 0}
+        free, cached = set(self._free), set(self._cached)
+        if len(free) != len(self._free):
+            raise AssertionError("a page is free twice")
+        if free & cached or free & held or cached & held:
+            raise AssertionError("a page is in two states")
+        if len(free) + len(cached) + len(held) != self.num_pages:
+            raise AssertionError("a page is in no state")
+        if any(count < 0 for count in self._num_holders):
+            raise AssertionError("a page has fewer than no holders")
+        if not cached <= self._forget.keys() or self._forget.keys() & free:
+            raise AssertionError("a cached page is not kept, or a kept page is free")

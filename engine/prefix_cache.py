@@ -1,0 +1,161 @@
+"""Whole pages shared by content: prompts that begin alike compute and store their beginning once.
+
+A full page is known by a hash that covers its tokens and, through its parent's hash, every token
+before them and the salt. The hash only finds a page: a hit then compares the page's tokens, its salt
+and which page it continues, so a collision can cost a miss and never a wrong answer.
+
+Whose a page is, for a request with P = page_size:
+
+    [0, num_shared_pages * P)             known here; other requests may hold the same pages: read only
+    [num_shared_pages * P, num_computed)  the request's own, to be shared once the page is full
+    [num_computed, len(page_ids) * P)     the request's own, being written
+
+A holder of a page holds every page before it in the chain, and releases them together, last first.
+So a page is never evicted before those that continue it, and what is known is always reachable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engine.page_pool import PagePool
+from engine.request import Request
+
+HashPage = Callable[[bytes, Sequence[int]], bytes]
+
+_DIGEST_SIZE = 16
+
+
+def root_hash(salt: str | None) -> bytes:
+    """What the first page of a chain has for a parent. No salt and an empty one differ."""
+    if salt is None:
+        return bytes(_DIGEST_SIZE)
+    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_SIZE).digest()
+
+
+def page_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of one full page: covers its tokens and, through `parent`, all before it (16 bytes)."""
+    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=_DIGEST_SIZE).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """One page whose content may be shared, with all that a hit has to verify."""
+
+    page: int
+    parent: int | None
+    """The page it continues; None for the first of a chain."""
+    token_ids: tuple[int, ...]
+    salt: str | None
+    hash: bytes
+
+
+class PrefixCache:
+    """Finds full pages by content in `pool`, and lets the pool keep them while there is room.
+
+    hash_page: how a page is hashed; only tests give another one, to force collisions.
+    """
+
+    def __init__(self, page_size: int, pool: PagePool, hash_page: HashPage = page_hash):
+        if page_size < 1:
+            raise ValueError(f"a page holds at least one token, not {page_size}")
+        self.page_size = page_size
+        self._pool = pool
+        self._hash_page = hash_page
+        self._by_hash: dict[bytes, _Known] = {}
+        self._by_page: dict[int, _Known] = {}
+
+    @property
+    def num_known(self) -> int:
+        return len(self._by_page)
+
+    def knows(self, page: int) -> bool:
+        return page in self._by_page
+
+    def hashes(self, request: Request, num_pages: int) -> list[bytes]:
+        """The hashes of at least the first `num_pages` full pages, computed once and kept on the request.
+
+        Tokens never change once known, so neither do these, whatever happens to the pages.
+        """
+        hashes = request.page_hashes
+        if len(hashes) < num_pages:
+            size = self.page_size
+            parent = hashes[-1] if hashes else root_hash(request.cache_salt)
+            for index in range(len(hashes), num_pages):
+                parent = self._hash_page(parent, request.token_ids(index * size, (index + 1) * size))
+                hashes.append(parent)
+        return hashes
+
+    def match(self, request: Request, max_tokens: int) -> list[int]:
+        """The longest known chain of pages that begins like the request, of at most `max_tokens` tokens.
+
+        The pages are not held yet: `pool.share` them before anything else is allocated.
+        """
+        pages: list[int] = []
+        max_pages = min(max_tokens, request.num_tokens) // self.page_size
+        parent: int | None = None
+        for index in range(max_pages):
+            # One page at a time: a long prompt that misses at once is not hashed to its end.
+            known = self._by_hash.get(self.hashes(request, index + 1)[index])
+            if known is None or not self._is_page(known, request, index, parent):
+                break
+            parent = known.page
+            pages.append(parent)
+        return pages
+
+    def insert(self, request: Request) -> None:
+        """Make the request's full computed pages known, and swap those known already for the known ones.
+
+        The swap frees the double, and keeps every chain in one piece (see the module's docstring).
+        """
+        pages = request.page_ids
+        num_full = request.num_computed // self.page_size
+        hashes = self.hashes(request, num_full)
+        for index in range(request.num_shared_pages, num_full):
+            page, parent = pages[index], pages[index - 1] if index else None
+            known = self._by_hash.get(hashes[index])
+            if known is None:
+                self._remember(request, index, page, parent, hashes[index])
+            elif self._is_page(known, request, index, parent):
+                self._pool.share([known.page])
+                self._pool.release([page])
+                pages[index] = known.page
+            else:
+                return  # a collision: this page and what follows stay the request's own
+            request.num_shared_pages = index + 1
+
+    def _is_page(self, known: _Known, request: Request, index: int, parent: int | None) -> bool:
+        start = index * self.page_size
+        return (
+            known.parent == parent
+            and known.salt == request.cache_salt
+            and known.token_ids == tuple(request.token_ids(start, start + self.page_size))
+        )
+
+    def _remember(self, request: Request, index: int, page: int, parent: int | None, digest: bytes) -> None:
+        start = index * self.page_size
+        token_ids = tuple(request.token_ids(start, start + self.page_size))
+        known = _Known(page, parent, token_ids, request.cache_salt, digest)
+        self._by_hash[digest] = known
+        self._by_page[page] = known
+        self._pool.keep(page, self._forget)
+
+    def _forget(self, page: int) -> None:
+        del self._by_hash[self._by_page.pop(page).hash]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless every known page is findable and continues a known page."""
+        if len(self._by_hash) != len(self._by_page):
+            raise AssertionError("a hash and a page do not belong together")
+        for page, known in self._by_page.items():
+            if known.page != page or self._by_hash.get(known.hash) is not known:
+                raise AssertionError(f"page {page} cannot be found by its hash")
+            if known.parent is not None and known.parent not in self._by_page:
+                raise AssertionError(f"page {page} continues a page that was evicted")
+            if known.parent is not None and self._pool.num_holders(known.parent) < self._pool.num_holders(
+                page
+            ):
+                raise AssertionError(f"page {page} is held by more than the page it continues")

@@ -1,0 +1,89 @@
+"""What a scheduler may use, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import ConfigError, RequestError
+from engine.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """Capacities of one scheduler. Raises ConfigError when they cannot work together."""
+
+    max_num_seqs: int
+    """Requests that run at once, and logits that one step may ask for."""
+    max_num_batched_tokens: int
+    """Tokens that one step may compute."""
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    policy: str = "fcfs"
+    """"fcfs", or "priority": lower `Request.priority` first, then age."""
+    enable_prefix_caching: bool = True
+    long_prefill_token_threshold: int | None = None
+    """Most tokens of one request in one step, so that a long prompt leaves room for others."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.max_model_len < 2:
+            raise ConfigError(f"max_model_len is {self.max_model_len}: a prompt and one new token need 2")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}: it must be at least max_num_seqs "
+                f"({self.max_num_seqs}), or running requests would wait for one another"
+            )
+        if self.policy not in ("fcfs", "priority"):
+            raise ConfigError(f"policy is {self.policy!r}: it must be 'fcfs' or 'priority'")
+        if self.long_prefill_token_threshold is not None and self.long_prefill_token_threshold < 1:
+            raise ConfigError(
+                f"long_prefill_token_threshold is {self.long_prefill_token_threshold}: it must be at least 1 "
+                "or absent"
+            )
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError, with the numbers, when the request could never run whatever else does."""
+        name, prompt_len = f"request {request.request_id!r}", request.prompt_len
+        if prompt_len == 0:
+            raise RequestError("empty_prompt", f"{name} has a prompt of 0 tokens: it needs at least 1")
+        if prompt_len + 1 > self.max_model_len:
+            raise RequestError(
+                "prompt_too_long",
+                f"{name} has a prompt of {prompt_len} tokens: with one new token it exceeds max_model_len, "
+                f"{self.max_model_len}; shorten or truncate it",
+            )
+        if not prompt_len < request.max_total_len <= self.max_model_len:
+            raise ValueError(
+                f"{name} has max_total_len {request.max_total_len}: it must be above its prompt's length, "
+                f"{prompt_len}, and at most max_model_len, {self.max_model_len}"
+            )
+        num_pages = self.num_pages_for(request.max_total_len)
+        if num_pages > self.num_pages:
+            raise RequestError(
+                "request_too_large",
+                f"{name} may grow to {request.max_total_len} tokens, {num_pages} pages of {self.page_size}, "
+                f"and there are {self.num_pages}: lower max_tokens or give the KV cache more memory",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counts since the start, and where the pages are now."""
+
+    num_waiting: int
+    num_running: int
+    num_preemptions: int
+    num_prefix_queries: int
+    """Prompt tokens looked up in the prefix cache, each request counted at its first admission."""
+    num_prefix_hits: int
+    """Those of them that were found."""
+    num_free_pages: int
+    num_cached_pages: int
+    num_held_pages: int
+    num_evictions: int
