@@ -1,15 +1,35 @@
-"""Commit records: `commits/<shard>/<chunk>.json`, created once, decide which attempt at a chunk counts."""
+"""Commit records: `commits/<shard>/<chunk>.json`, created once, decide which attempt at a chunk counts.
+
+Here too is how an unsure answer is settled: an object's name is created once, so reading it back tells
+whose it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import OutputError, RetryLater
+from pipeline.fingerprint import canonical_json
+from pipeline.storage import Outcome, PassingFault, Storage
+
+COMMIT_VERSION = 1
+MAX_TRIES = 5
+_FIRST_PAUSE_S = 0.1
+
+T = TypeVar("T")
+Sleep = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """An object of the output with what it must hold; the path is relative to the output folder."""
+    """An object of the output and what it must hold; the path is relative to the output folder."""
 
     path: str
     sha256: str
@@ -18,7 +38,11 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """One committed chunk. `counts`: rows, ok, rejected, duplicates, samples (rows = ok + rejected + duplicates)."""
+    """One committed chunk: rows [start, stop) of its shard.
+
+    `counts` has rows, ok, rejected, duplicates, samples, prompt_tokens, generated_tokens, where
+    rows = ok + rejected + duplicates. `rejects` is None when no row was rejected.
+    """
 
     shard: int
     chunk: int
@@ -31,3 +55,117 @@ class CommitRecord:
     counts: Mapping[str, int]
     input_version: Mapping[str, Any]
     metrics: Mapping[str, Any]
+
+    def to_bytes(self) -> bytes:
+        return canonical_json({"commit_version": COMMIT_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, place: str) -> CommitRecord:
+        value = parse_record(data, place)
+        try:
+            version = value.pop("commit_version")
+            if version != COMMIT_VERSION:
+                raise OutputError(f"{place}: a commit record of version {version}, this is {COMMIT_VERSION}")
+            for kind in ("data", "trace", "rejects"):
+                value[kind] = FileRef(**value[kind]) if value[kind] is not None else None
+            return cls(**value)
+        except (KeyError, TypeError) as error:
+            raise damaged(place) from error
+
+
+def damaged(place: str) -> OutputError:
+    return OutputError(
+        f"{place} is damaged; remove that file and start the same command again, what it recorded is redone"
+    )
+
+
+def parse_record(data: bytes, place: str) -> dict[str, Any]:
+    """A JSON object as stored at `place`, or OutputError."""
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise damaged(place) from error
+    if not isinstance(value, dict):
+        raise damaged(place)
+    return value
+
+
+def retrying(action: Callable[[], T], sleep: Sleep = time.sleep) -> T:
+    """Run an operation that may be repeated, again after a passing fault, with growing, jittered pauses."""
+    for attempt in range(MAX_TRIES - 1):
+        try:
+            return action()
+        except PassingFault:
+            _pause(attempt, sleep)
+    return action()
+
+
+def publish_record(storage: Storage, path: str, data: bytes, sleep: Sleep = time.sleep) -> bytes:
+    """Create a small object and return what is stored under its name: `data` if we won, else another's.
+
+    Raises RetryLater when that cannot be found out; nothing is deleted then.
+    """
+    for attempt in range(MAX_TRIES):
+        try:
+            if storage.create(path, data) is Outcome.WON:
+                return data
+            stored = storage.read(path)
+            if stored is not None:
+                return stored
+        except PassingFault:
+            if attempt == MAX_TRIES - 1:
+                raise
+        _pause(attempt, sleep)
+    raise _unsure(storage, path)
+
+
+def publish_file(
+    storage: Storage, path: str, spool: Path, sha256: str, spool_dir: Path, sleep: Sleep = time.sleep
+) -> bool:
+    """Create an object from a spool file; False when the name holds other bytes. Raises as
+    `publish_record`.
+    """
+    num_bytes = spool.stat().st_size
+    for attempt in range(MAX_TRIES):
+        try:
+            outcome = storage.create_from_file(path, spool)
+            size = storage.size(path)
+            if outcome is Outcome.WON and size == num_bytes:
+                return True
+            if size is not None:
+                stored = storage.local_file(path, spool_dir)
+                if stored is not None:
+                    return size == num_bytes and sha256_file(stored) == sha256
+        except PassingFault:
+            if attempt == MAX_TRIES - 1:
+                raise
+        _pause(attempt, sleep)
+    raise _unsure(storage, path)
+
+
+def checked_file(storage: Storage, ref: FileRef, spool_dir: Path, remedy: str) -> Path:
+    """A local file with exactly the content `ref` names; OutputError with the remedy when it is not so."""
+    stored = retrying(lambda: storage.local_file(ref.path, spool_dir))
+    place = f"{storage.url}/{ref.path}"
+    if stored is None:
+        raise OutputError(f"{place} is missing; {remedy}")
+    if stored.stat().st_size != ref.num_bytes or sha256_file(stored) != ref.sha256:
+        raise OutputError(f"{place} is damaged (its content is not what was committed); {remedy}")
+    return stored
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unsure(storage: Storage, path: str) -> RetryLater:
+    return RetryLater(
+        f"{storage.url}/{path}: could not find out whether it was written; nothing was deleted, "
+        "start the same command again"
+    )
+
+
+def _pause(attempt: int, sleep: Sleep) -> None:
+    # Jitter, so that workers that met the same fault do not come back together. No row's draw uses this.
+    sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))

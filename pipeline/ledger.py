@@ -1,33 +1,35 @@
 """The ledger: what of a run is claimed, committed and finished, kept in the output folder itself.
 
-The intended order of calls (a worker of one process; several may run at once on one output):
+The intended order of calls, by a worker of one process (several may run at once on one output):
 
     storage = open_storage(output.path)
-    storage.check()                                   # OutputError before anything slow is loaded
-    with Ledger.open(storage, parts=..., config=..., make_plan=..., spool_dir=..., merge_metrics=...) as ledger:
+    storage.check()                                  # OutputError before anything slow is loaded
+    with Ledger.open(storage, parts=..., config=..., make_plan=..., spool_dir=..., merge_metrics=...) as
+    ledger:
         for shard in ledger.unfinished():
-            lease = ledger.claim(shard)               # None: somebody else holds it, come back later
+            lease = ledger.claim(shard)              # None: somebody else holds it, come back later
             if lease is None: continue
-            suspects = ledger.suspects(shard)         # rows to reject as `quarantined`, rows to run alone
+            suspects = ledger.suspects(lease)        # rows to reject as `quarantined`, rows to run alone
             for chunk in ledger.missing_chunks(shard):
                 writer = ledger.writer(lease, chunk)
-                ... lease.set_in_flight(row_ids, progress=steps) before each engine.step() that follows a change
-                ... writer.add_completion(prompt, output) / writer.add_reject(reject)
-                files = writer.close(metrics=summary) # BalanceError unless every row of the chunk is there once
-                ledger.commit_chunk(lease, files, input_version=current_version(shard))   # False: another won
-            ledger.finalise_shard(shard)              # once missing_chunks(shard) is empty
+                ... lease.set_in_flight(row_ids)     # whenever they change, before the next engine.step()
+                ... writer.add_completion(prompt, output) or writer.add_reject(reject), in any order
+                files = writer.close(metrics)        # BalanceError unless every row is there once
+                ledger.commit_chunk(lease, files, input_version=current_version(shard))  # False: another won
+            ledger.finalise_shard(shard)             # once missing_chunks(shard) is empty
             lease.release()
-        manifest = ledger.finish()                    # None while a shard is unfinished
+        manifest = ledger.finish()                   # None while a shard is unfinished
 
-Only exclusive create decides anything: leases save work, commit records decide who won. Everything raises
-`OutputError` (exit 2: not writable, damaged, another configuration), `InputChanged` (exit 2: the shard ends) or
-`RetryLater` (exit 75: disk full, outcome unknown), with nothing half visible.
+Only exclusive create decides anything: leases save work, commit records decide who won. What goes wrong is
+`OutputError` (exit 2: not writable, damaged, another configuration), `InputChanged` (exit 2: the shard ends)
+or `RetryLater` (exit 75: disk full, outcome unknown), with nothing half visible.
 
-A row that kills the process is found by its heartbeats. A row that was in flight in the last two deaths of its
-shard's workers is *isolated*: the worker runs it with nothing else in flight and calls
-`lease.set_in_flight([row_id], progress=steps_so_far)` before every engine step. A row that was alone in flight in
-the last three deaths at the same progress (or the last six at any) is *quarantined*: the worker writes a reject.
-Deaths from outside (`kill -9`, a machine lost) hit a different row or step each time and so never quarantine one.
+A row that kills the process is found from heartbeats (pipeline/suspects.py). An *isolated* row is run with
+nothing else in flight, calling `lease.set_alone(row_id, num_steps_so_far)` before every engine step.
+A *quarantined* row becomes a reject with that reason.
+
+A changed configuration is refused, or with `on_change="fork"` runs into `<output>/fork-<8 digits>/`, an
+output folder of its own; what was there stays as it is.
 """
 
 from __future__ import annotations
@@ -37,26 +39,52 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError
-from pipeline.commits import CommitRecord
-from pipeline.lease import Lease, ProcessIdentity, Suspects
-from pipeline.manifest import ShardRecord
+from engine.errors import ConfigError, InputError, OutputError, TidemillError
+from pipeline.commits import CommitRecord, FileRef, publish_file, publish_record, retrying
+from pipeline.finalise import Finaliser, MetricsMerge
+from pipeline.fingerprint import Fingerprint, canonical_json, redact
+from pipeline.lease import HEARTBEAT_S, TAKEOVER_S, Lease, LeaseBook
+from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
 from pipeline.plan import RunPlan
+from pipeline.process_identity import ProcessIdentity
+from pipeline.run_state import JOB, JOB_VERSION, MANIFEST, RunState, read_job
+from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import Storage
-from pipeline.writer import ChunkFiles, ChunkWriter
+from pipeline.suspects import Suspects, find_suspects
+from pipeline.writer import CHUNK_SUFFIXES, ChunkFiles, ChunkWriter
 
-MetricsMerge = Callable[[list[dict[str, Any]]], dict[str, Any]]
+_OURS = ("data", "rejects", "trace", "metrics", "_state")
 
 
 class InputChanged(InputError):
-    """A shard's content is no longer what was planned; the shard ends and none of its old and new rows are mixed."""
+    """A shard's content is not what was planned: the shard ends, none of its old and new rows are mixed."""
 
 
 class Ledger:
-    plan: RunPlan
-    fingerprint: str
-    storage: Storage  # of the output actually used: a fork's folder when forked
-    is_fork: bool
+    """One run's records. Open it with `Ledger.open`; `storage` is the output used, a fork's when
+    `is_fork`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        fingerprint: str,
+        plan: RunPlan,
+        *,
+        is_fork: bool,
+        spool_dir: Path,
+        merge_metrics: MetricsMerge,
+        leases: LeaseBook,
+    ):
+        self.storage = storage
+        self.fingerprint = fingerprint
+        self.plan = plan
+        self.is_fork = is_fork
+        self._state = RunState(storage, fingerprint)
+        self._spool_dir = spool_dir
+        self._leases = leases
+        self._finaliser = Finaliser(storage, self._state.folder, plan, spool_dir, merge_metrics)
+        self._num_attempts: dict[tuple[int, int], int] = {}
 
     @classmethod
     def open(
@@ -69,62 +97,264 @@ class Ledger:
         spool_dir: Path,
         merge_metrics: MetricsMerge,
         on_change: str = "refuse",
-        heartbeat_s: float = 20.0,
-        takeover_s: float = 120.0,
+        heartbeat_s: float = HEARTBEAT_S,
+        takeover_s: float = TAKEOVER_S,
         owner: ProcessIdentity | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Ledger:
-        """Open or begin a run. `parts` are the named JSON-able values whose change invalidates results (config,
-        model, tokenizer, template, sampling, inputs, ...); `config` is the whole resolved configuration, kept
-        for the reader in job.json with secrets removed. `make_plan` is called only when there is no plan yet,
-        and before anything is created. Raises OutputError naming the part that differs when the output belongs to
-        another configuration and `on_change` is "refuse"; with "fork" the run goes to `fork-<8 digits>/` inside it.
+        """Open or begin a run.
+
+        `parts` are the named JSON values whose change invalidates results (config, model, tokenizer,
+        template, sampling, inputs, ...). `config` is the whole resolved configuration, kept in job.json
+        for its readers. Secrets are removed from both. `make_plan` is called only when there is no plan
+        yet, and before anything is created. `clock` (seconds) times take-overs.
+
+        Raises OutputError saying which part differs when the output belongs to another configuration and
+        `on_change` is "refuse".
         """
-        raise NotImplementedError
+        if on_change not in ("refuse", "fork"):
+            raise ConfigError(f"resume.on_change is {on_change!r}; it must be 'refuse' or 'fork'")
+        storage.check()
+        wanted = Fingerprint.of(parts)
+        is_fork = False
+        job = read_job(storage)
+        if job is not None and job["fingerprint"] != wanted.id:
+            if on_change == "refuse":
+                raise _belongs_to_another(storage, wanted, job)
+            storage, is_fork = storage.subfolder(_fork_name(wanted)), True
+            job = read_job(storage)
+        if job is None:
+            _refuse_foreign(storage)
+        state = RunState(storage, wanted.id)
+        plan = state.plan() or make_plan()
+        publish_record(storage, JOB, _job_bytes(wanted, config))
+        job = read_job(storage)
+        if job is None or job["fingerprint"] != wanted.id:
+            # Somebody began another run here a moment ago, or a fork's eight digits are taken.
+            raise _belongs_to_another(storage, wanted, job or {"fingerprint": "", "parts": {}})
+        publish_record(storage, state.path("plan.json"), canonical_json(plan.to_json()))
+        leases = LeaseBook(
+            storage,
+            state.folder,
+            owner=owner or ProcessIdentity.of_this_process(),
+            heartbeat_s=heartbeat_s,
+            takeover_s=takeover_s,
+            clock=clock,
+        )
+        return cls(
+            storage,
+            wanted.id,
+            state.plan() or plan,
+            is_fork=is_fork,
+            spool_dir=spool_dir,
+            merge_metrics=merge_metrics,
+            leases=leases,
+        )
 
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        # A crash is left as a crash, leases unreleased, so that a row that always causes it is found.
+        orderly = kind is None or issubclass(kind, (TidemillError, KeyboardInterrupt, SystemExit))
+        self.close(release=orderly)
 
     def unfinished(self) -> list[int]:
-        """Indices of the shards that have no final files yet."""
-        raise NotImplementedError
+        """Indices of the shards without (all of) their final files."""
+        done = self._state.finished()
+        return [s.index for s in self.plan.shards if s.index not in done or not self._is_whole(done[s.index])]
+
+    def _is_whole(self, record: ShardRecord) -> bool:
+        for kind, ref in record.files.items():
+            size = retrying(lambda ref=ref: self.storage.size(ref.path))
+            if size is None:
+                return False  # its chunks are kept: it can be made again
+            if size != ref.num_bytes and kind != "metrics":
+                raise OutputError(
+                    f"{self.storage.url}/{ref.path} has {size:,} bytes and was finished with "
+                    f"{ref.num_bytes:,}; move it away and start the same command again to have it rebuilt"
+                )
+        return True
 
     def claim(self, shard: int) -> Lease | None:
-        """Take the shard's lease, or None while another live worker holds it (call again some seconds later)."""
-        raise NotImplementedError
+        """Take the shard's lease, or None while another live worker holds it (ask again some seconds
+        later).
+        """
+        return self._leases.claim(shard)
 
-    def suspects(self, shard: int) -> Suspects:
-        """Rows implicated in deaths of this shard's workers: `.isolate` and `.quarantined`, sets of row ids."""
-        raise NotImplementedError
+    def suspects(self, lease: Lease) -> Suspects:
+        """Rows implicated in the deaths of the shard's former workers: `.isolate` and `.quarantined` row
+        ids.
+        """
+        return find_suspects(self.storage, self._state.folder, lease.shard, lease.epoch)
 
     def committed(self, shard: int) -> dict[int, CommitRecord]:
-        raise NotImplementedError
+        """The shard's commit records by chunk, in order."""
+        return self._state.committed(shard)
 
     def missing_chunks(self, shard: int) -> list[int]:
-        raise NotImplementedError
+        """The chunks still to be made, in order."""
+        done = self._state.committed(shard)
+        return [chunk for chunk in range(self.plan.num_chunks(shard)) if chunk not in done]
+
+    def counts(self) -> dict[str, int]:
+        """What is committed of the whole run: rows, ok, rejected, duplicates, samples, tokens."""
+        finished = self._state.finished()
+        parts = [
+            [finished[shard.index].counts]
+            if shard.index in finished
+            else [record.counts for record in self._state.committed(shard.index).values()]
+            for shard in self.plan.shards
+        ]
+        return sum_counts(count for part in parts for count in part)
 
     def writer(self, lease: Lease, chunk: int) -> ChunkWriter:
-        """A writer for one attempt at a chunk; its clock (trace times) starts now."""
-        raise NotImplementedError
+        """A writer for one attempt at a chunk; the times in trace/ count from now."""
+        start, stop = self.plan.chunk_bounds(lease.shard, chunk)
+        key = (lease.shard, chunk)
+        self._num_attempts[key] = self._num_attempts.get(key, 0) + 1
+        again = f"-{self._num_attempts[key]}" if self._num_attempts[key] > 1 else ""
+        return ChunkWriter(
+            self._spool_dir,
+            shard=lease.shard,
+            source=self.plan.shards[lease.shard].name,
+            chunk=chunk,
+            start=start,
+            stop=stop,
+            carried=self.plan.carried,
+            with_token_ids=self.plan.with_token_ids,
+            attempt=f"{lease.epoch:04d}-{lease.attempt[:12]}{again}",
+        )
 
     def commit_chunk(self, lease: Lease, files: ChunkFiles, *, input_version: Mapping[str, Any]) -> bool:
-        """Publish an attempt. True: it counts; False: another attempt at the chunk already did, ours is discarded.
+        """Publish an attempt. True: it counts; False: another attempt at the chunk already did, ours is
+        discarded.
 
-        Raises InputChanged when `input_version` (as found now) is not the planned one, RetryLater when the
-        outcome stays unknown.
+        `input_version` is the shard's version as found now. Raises InputChanged when it is not the
+        planned one, RetryLater when the disk is full or the outcome stays unknown (then the spool files
+        are kept).
         """
-        raise NotImplementedError
+        planned = self.plan.shards[lease.shard]
+        if canonical_json(input_version) != canonical_json(planned.version):
+            files.remove()
+            self._end_shard(lease, planned.version, input_version)
+            raise InputChanged(
+                f"{planned.url} changed while it was being read; its shard ends as INPUT_CHANGED with what "
+                "was committed before: put the planned file back, or give another output.path for the new one"
+            )
+        refs = {}
+        for kind, spool in files.by_kind.items():
+            name = f"{files.chunk:05d}-{files.attempt}{CHUNK_SUFFIXES[kind]}"
+            path = self._state.path("chunks", f"{lease.shard:05d}", name)
+            if not publish_file(self.storage, path, spool.path, spool.sha256, self._spool_dir):
+                raise OutputError(f"{self.storage.url}/{path} exists with another content; move it away")
+            refs[kind] = FileRef(path, spool.sha256, spool.num_bytes)
+        record = CommitRecord(
+            shard=lease.shard,
+            chunk=files.chunk,
+            attempt=files.attempt,
+            start=files.start,
+            stop=files.stop,
+            data=refs["data"],
+            trace=refs["trace"],
+            rejects=refs.get("rejects"),
+            counts=dict(files.counts),
+            input_version=dict(input_version),
+            metrics=dict(files.metrics),
+        ).to_bytes()
+        won = (
+            publish_record(self.storage, self._state.commit_path(lease.shard, files.chunk), record) == record
+        )
+        if not won:
+            for ref in refs.values():
+                retrying(lambda ref=ref: self.storage.discard(ref.path))
+        files.remove()
+        return won
+
+    def _end_shard(self, lease: Lease, planned: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        path = self._state.path("ended", f"{lease.shard:05d}", f"{lease.epoch:06d}.json")
+        state = {"state": "INPUT_CHANGED", "planned": dict(planned), "found": dict(found)}
+        publish_record(self.storage, path, canonical_json(state))
 
     def finalise_shard(self, shard: int) -> ShardRecord:
-        raise NotImplementedError
+        """Make the shard's final files from its commit records; harmless to repeat, or to race another
+        worker.
+
+        Raises OutputError when a chunk is missing or damaged, RetryLater when a disk is full.
+        """
+        committed = self._state.committed(shard)
+        record = self._finaliser.finalise(shard, committed)
+        publish_record(self.storage, self._state.shard_path(shard), record.to_bytes())
+        stored = self._state.finished()[shard]
+        if _content(stored) != _content(record):
+            raise OutputError(
+                f"{self.storage.url}: shard {shard} was finished with other content than its chunks make "
+                f"now; remove {self._state.shard_path(shard)} there and start the same command again"
+            )
+        # Every chunk is decided, so what no commit refers to never will be.
+        kept = {
+            ref.path
+            for chunk in committed.values()
+            for ref in (chunk.data, chunk.trace, chunk.rejects)
+            if ref
+        }
+        for name in self._state.list("chunks", f"{shard:05d}"):
+            path = self._state.path("chunks", f"{shard:05d}", name)
+            if path not in kept:
+                retrying(lambda path=path: self.storage.discard(path))
+        return stored
 
     def finish(self) -> dict[str, Any] | None:
-        """Write manifest.json once every shard is final, and return it; None while one is not."""
-        raise NotImplementedError
+        """Write manifest.json once every shard is final, and return its content; None while one is not."""
+        if self.unfinished():
+            return None
+        records = list(self._state.finished().values())
+        content = manifest(self.fingerprint, records)
+        check_balance(content["totals"], self.plan.num_rows, "the run")
+        publish_record(self.storage, MANIFEST, canonical_json(content))
+        return content
 
-    def close(self) -> None:
-        """Release every lease still held and stop the heartbeat."""
-        raise NotImplementedError
+    def close(self, release: bool = True) -> None:
+        """Stop the heartbeat and release the leases still held; safe to call twice."""
+        self._leases.close(release)
+
+
+def _content(record: ShardRecord) -> dict[str, Any]:
+    return {kind: ref for kind, ref in record.files.items() if kind != "metrics"} | dict(record.counts)
+
+
+def _fork_name(fingerprint: Fingerprint) -> str:
+    return f"fork-{fingerprint.id[:8]}"
+
+
+def _job_bytes(fingerprint: Fingerprint, config: Mapping[str, Any]) -> bytes:
+    return canonical_json(
+        {
+            "job_version": JOB_VERSION,
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": fingerprint.id,
+            "parts": fingerprint.to_json(),
+            "config": redact(config),
+        }
+    )
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    """A folder with our names in it and no job.json is not ours to write to."""
+    found = [name for name in _OURS if retrying(lambda name=name: storage.list(name))]
+    if found:
+        raise OutputError(
+            f"{storage.url} holds {found[0]}/ but no job.json, so it is not an output of this program; "
+            "choose an empty folder as output.path"
+        )
+
+
+def _belongs_to_another(storage: Storage, wanted: Fingerprint, job: Mapping[str, Any]) -> OutputError:
+    state = RunState(storage, job["fingerprint"])
+    plan = state.plan()
+    num_chunks = sum(state.num_committed(shard) for shard in range(plan.num_shards)) if plan else 0
+    return OutputError(
+        f"{storage.url} belongs to another configuration: {wanted.difference(job['parts'])}; going on would "
+        f"invalidate its {len(state.finished())} finished shards and {num_chunks} committed chunks: choose "
+        f"another output.path, or keep them and set resume.on_change=fork to write to {_fork_name(wanted)}/ inside it"
+    )

@@ -2,19 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.commits import FileRef
+from engine.errors import OutputError
+from pipeline.commits import FileRef, damaged, parse_record
+from pipeline.fingerprint import canonical_json
+
+MANIFEST_VERSION = 1
+
+COUNTS = ("rows", "ok", "rejected", "duplicates", "samples", "prompt_tokens", "generated_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A finished shard: its files by kind (data, rejects, trace, metrics; a kind with no rows may be absent)."""
+    """A finished shard and its files by kind: data, rejects, trace, metrics.
+
+    A shard without rejects has no rejects file, and one without results no data file where data/ is JSONL.
+    """
 
     shard: int
-    url: str
+    name: str
     files: Mapping[str, FileRef]
     counts: Mapping[str, int]
-    metrics: Mapping[str, Any]
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, place: str) -> ShardRecord:
+        value = parse_record(data, place)
+        try:
+            value["files"] = {kind: FileRef(**file) for kind, file in value["files"].items()}
+            return cls(**value)
+        except (KeyError, TypeError) as error:
+            raise damaged(place) from error
+
+
+def part_name(kind: str, shard: int, num_shards: int, output_format: str) -> str:
+    """The path of a shard's final file: `data/part-00000-of-00012.parquet`."""
+    suffix = {"data": output_format, "trace": "parquet", "rejects": "jsonl", "metrics": "json"}[kind]
+    return f"{kind}/part-{shard:05d}-of-{num_shards:05d}.{suffix}"
+
+
+def sum_counts(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total = dict.fromkeys(COUNTS, 0)
+    for part in parts:
+        for name in COUNTS:
+            total[name] += part[name]
+    return total
+
+
+def check_balance(counts: Mapping[str, int], num_rows: int, what: str) -> None:
+    """Raise OutputError unless rows in = ok + rejected + duplicates fanned out = `num_rows`."""
+    out = counts["ok"] + counts["rejected"] + counts["duplicates"]
+    if not num_rows == counts["rows"] == out:
+        raise OutputError(
+            f"{what} does not add up: {num_rows} rows in, but {counts['ok']} ok + "
+            f"{counts['rejected']} rejected + {counts['duplicates']} duplicates = {out}; this is a fault of the program, please report it"
+        )
+
+
+def manifest(fingerprint: str, records: Iterable[ShardRecord]) -> dict[str, Any]:
+    """The content of manifest.json: the totals, and every file with its hash."""
+    shards = sorted(records, key=lambda record: record.shard)
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "fingerprint": fingerprint,
+        "num_shards": len(shards),
+        "totals": sum_counts(record.counts for record in shards),
+        "shards": [record.to_json() for record in shards],
+    }

@@ -1,7 +1,7 @@
-"""The plan of a run, frozen in `_state/<fingerprint>/plan.json`: shards, chunk bounds, input versions, columns.
+"""The plan of a run, frozen in `_state/<fingerprint>/plan.json`: shards, chunk bounds, versions, columns.
 
-It is made once, by whoever starts first, and read back by everyone after, so that a resumed run cuts its shards
-exactly where the first one did.
+It is made once, by whoever starts first, and read back by everyone after, so that a resumed run cuts its
+shards exactly where the first one did.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedShard:
-    """One input shard: `num_rows` counts every row, bad ones too; `version` pins its content."""
+    """One input shard: `num_rows` counts every row, bad ones too; `version` pins its content.
+
+    `name` is what people call it (its path relative to the input's root).
+    """
 
     index: int
+    name: str
     url: str
     num_rows: int
     version: Mapping[str, Any]
@@ -29,13 +33,14 @@ class PlannedShard:
 class RunPlan:
     """Chunk i of a shard is its rows [i * chunk_rows, (i + 1) * chunk_rows), rejected ones included.
 
-    `output_format` is "parquet" or "jsonl" and applies to data/ alone.
+    `output_format` is "parquet" or "jsonl" and applies to data/ alone; `with_token_ids` fills that column.
     """
 
     shards: tuple[PlannedShard, ...]
     chunk_rows: int
     carried: tuple[CarriedColumn, ...] = ()
     output_format: str = "parquet"
+    with_token_ids: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_rows < 1:
@@ -68,9 +73,16 @@ class RunPlan:
             "plan_version": PLAN_VERSION,
             "chunk_rows": self.chunk_rows,
             "output_format": self.output_format,
+            "with_token_ids": self.with_token_ids,
             "carried": [column.to_json() for column in self.carried],
             "shards": [
-                {"index": s.index, "url": s.url, "num_rows": s.num_rows, "version": dict(s.version)}
+                {
+                    "index": s.index,
+                    "name": s.name,
+                    "url": s.url,
+                    "num_rows": s.num_rows,
+                    "version": dict(s.version),
+                }
                 for s in self.shards
             ],
         }
@@ -80,6 +92,7 @@ class RunPlan:
         return cls(
             chunk_rows=value["chunk_rows"],
             output_format=value["output_format"],
+            with_token_ids=value["with_token_ids"],
             carried=tuple(CarriedColumn.from_json(column) for column in value["carried"]),
             shards=tuple(PlannedShard(**shard) for shard in value["shards"]),
         )

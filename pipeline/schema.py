@@ -59,7 +59,7 @@ _TRACE_FIELDS = [
 class CarriedColumn:
     """An input column copied to data/ as `input_<name>`.
 
-    `kind` is "arrow" (values are stored as `type`) or "json" (values of mixed types, each stored as its JSON text).
+    `kind` is "arrow" (values are stored as `type`) or "json" (values of mixed types, each as its JSON text).
     """
 
     name: str
@@ -119,7 +119,7 @@ def carried_from_values(names: Sequence[str], rows: Iterable[Mapping[str, Any]])
 
 
 def agree(parts: Sequence[tuple[CarriedColumn, ...]]) -> tuple[CarriedColumn, ...]:
-    """One list of columns from several inputs' lists (same names, same order); disagreement becomes JSON text."""
+    """One list of columns from several inputs' (same names, same order); disagreement becomes JSON text."""
     return tuple(
         same[0] if all(column == same[0] for column in same) else json_text_column(same[0].name)
         for same in zip(*parts, strict=True)
@@ -152,6 +152,19 @@ def trace_schema() -> pa.Schema:
     return pa.schema(_TRACE_FIELDS, metadata={b"tidemill.schema_version": str(SCHEMA_VERSION).encode()})
 
 
-def json_text(value: Any) -> str | None:
-    """The text stored for a value of a "json" column; null stays null."""
-    return None if value is None else json.dumps(value, ensure_ascii=True, sort_keys=True, default=str)
+def carried_value(column: CarriedColumn, value: Any) -> Any:
+    """A value as the column stores it; pa.ArrowException, ValueError, TypeError when it does not fit."""
+    if value is None:
+        return None
+    if column.kind == "json":
+        return json_text(value)
+    for is_type, wanted in ((pa.types.is_boolean, bool), (pa.types.is_string, str)):
+        if is_type(column.type) and not isinstance(value, wanted):
+            raise TypeError(f"{type(value).__name__} in a column of {column.type}")
+    pa.scalar(value, type=column.type)  # raises where it does not fit
+    return value
+
+
+def json_text(value: Any) -> str:
+    """A value's JSON text, in ASCII; what JSON has no form for (a date, bytes) as its Python text."""
+    return json.dumps(value, sort_keys=True, default=str)

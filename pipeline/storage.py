@@ -1,25 +1,33 @@
 """Where a run's output lives, behind an interface small enough for a local disk and an object store alike.
 
-The only writing primitive is *exclusive create of a whole object*. Nothing is renamed, appended to or overwritten;
-heartbeats are the one exception and nothing's correctness rests on them. A create has three outcomes, because an
-answer can get lost after the write was applied.
+The only writing primitive is *exclusive create of a whole object*. Nothing is renamed, appended to or
+overwritten; heartbeats are the one exception, and nothing's correctness rests on them. A create has three
+outcomes, because an answer can get lost after the write was applied.
 
 Paths are relative to the root, with forward slashes, and come from the plan's numbers, never from data.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from abc import ABC, abstractmethod
 from enum import Enum
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, OutputError, RetryLater, TidemillError
 
 
 class Outcome(Enum):
     WON = "won"  # the object is ours and durable
     LOST = "lost"  # an object of that name was there already
     UNKNOWN = "unknown"  # it may or may not have been applied: read it back
+
+
+class PassingFault(RetryLater):
+    """One operation failed without being applied, and may well work when tried again."""
 
 
 class Storage(ABC):
@@ -36,7 +44,7 @@ class Storage(ABC):
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> Outcome:
-        """Create a small object, whole and durable, if none of that name exists."""
+        """Create a small object, whole and durable, if none of that name exists. `data` is not empty."""
 
     @abstractmethod
     def create_from_file(self, path: str, spool: Path) -> Outcome:
@@ -52,7 +60,10 @@ class Storage(ABC):
 
     @abstractmethod
     def local_file(self, path: str, spool_dir: Path) -> Path | None:
-        """A local file with the object's content, fetched into `spool_dir` if need be; None when there is none."""
+        """A local file with the object's content, to be read only; fetched into `spool_dir` if need be.
+
+        None when there is no such object.
+        """
 
     @abstractmethod
     def list(self, folder: str) -> list[str]:
@@ -72,15 +83,59 @@ class Storage(ABC):
 
 
 def open_storage(url: str) -> Storage:
-    """The storage of an output path: a local path or a file:// URL. Touches nothing."""
+    """The storage of an output path: a local path or a file:// URL. Touches nothing. Raises ConfigError."""
     from pipeline.local_storage import LocalStorage
 
-    scheme, separator, rest = url.partition("://")
-    if not separator:
+    if not url.strip():
+        raise ConfigError("output.path is empty; give the folder that results go to")
+    scheme = url.partition("://")[0] if "://" in url else ""
+    if not scheme:
         return LocalStorage(Path(url).expanduser())
+    parts = urlsplit(url)
+    if scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
+        return LocalStorage(Path(unquote(parts.path)))
     if scheme == "file":
-        return LocalStorage(Path(rest))
+        raise ConfigError(f"output.path {url!r} is not a local file URL; write it as file:///folder")
     raise ConfigError(
         f"output.path {url!r}: results go to a local disk only, {scheme}:// is not supported as an output; "
-        "give a local path and copy it afterwards"
+        "give a local path and copy the finished folder"
     )
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NEVER = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "the path is too long",
+    errno.ELOOP: "too many symbolic links",
+    errno.EFBIG: "the file is larger than the file system or the limit on file sizes allows",
+}
+
+
+def explain(error: OSError, path: Path, needed: int = 0) -> TidemillError:
+    """The error to raise for `error` met while writing (or reading) `path`; `needed` in bytes, for a full
+    disk.
+    """
+    if error.errno in _FULL:
+        place = nearest_existing(path)
+        free = shutil.disk_usage(place).free
+        size = f"{needed:,} bytes" if needed else "more room"
+        return RetryLater(
+            f"the disk of {place} is full: {path} needs {size} and {free:,} are free; "
+            "nothing was lost: make room and start the same command again"
+        )
+    if error.errno in _NEVER:
+        return OutputError(f"{path} cannot be used: {_NEVER[error.errno]}; fix that or choose another folder")
+    return PassingFault(f"{path}: {error.strerror or error}; start the same command again to go on")
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path` or the closest folder above it that exists."""
+    for place in (path, *path.parents):
+        if os.path.lexists(place):
+            return place
+    return Path(path.anchor or ".")

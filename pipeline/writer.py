@@ -1,22 +1,34 @@
-"""One attempt at a chunk, collected in memory and written to the local spool as whole, hashed files."""
+"""One attempt at a chunk: collected in memory, then written to the local spool as whole, hashed files.
+
+Nothing of an attempt is published from here; `Ledger.commit_chunk` does that, from files that are finished.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import OutputError
+import pyarrow as pa
+
+from engine.errors import OutputError, RequestError
+from pipeline.commits import sha256_file
+from pipeline.parquet_files import write_table
+from pipeline.rows import Prompt, Reject, excerpt, place
+from pipeline.schema import CarriedColumn, carried_value, data_schema, trace_schema
+from pipeline.storage import explain
 
 if TYPE_CHECKING:
-    from engine.errors import RequestError
-    from engine.outputs import RequestOutput
-    from pipeline.rows import Prompt, Reject
+    from engine.outputs import CompletionOutput, RequestOutput
 
 
 class BalanceError(OutputError):
-    """Rows in are not rows out: a row of the chunk is missing or there twice."""
+    """Rows in are not rows out: a row is missing, or there twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +37,16 @@ class SpoolFile:
     sha256: str
     num_bytes: int
 
+    @classmethod
+    def of(cls, path: Path) -> SpoolFile:
+        return cls(path, sha256_file(path), path.stat().st_size)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkFiles:
-    """A finished attempt: its files (`rejects` is None when there are none), counts and metrics summary."""
+    """A finished attempt: its spool files (`rejects` is None when there are none), counts, metrics
+    summary.
+    """
 
     shard: int
     chunk: int
@@ -41,13 +59,58 @@ class ChunkFiles:
     counts: Mapping[str, int]
     metrics: Mapping[str, Any]
 
+    @property
+    def by_kind(self) -> dict[str, SpoolFile]:
+        files = {"data": self.data, "trace": self.trace, "rejects": self.rejects}
+        return {kind: file for kind, file in files.items() if file is not None}
+
     def remove(self) -> None:
-        """Delete the spool files."""
-        raise NotImplementedError
+        """Delete the spool files; safe to call twice."""
+        for file in self.by_kind.values():
+            file.path.unlink(missing_ok=True)
+
+
+CHUNK_SUFFIXES = {"data": ".data.parquet", "trace": ".trace.parquet", "rejects": ".rejects.jsonl"}
 
 
 class ChunkWriter:
-    """Get one from `Ledger.writer(lease, chunk)`."""
+    """Collects one attempt at rows [start, stop) of a shard. Get one from `Ledger.writer(lease, chunk)`.
+
+    Times in trace/ are seconds since `started`, a reading of the clock that the engine's metrics use.
+    """
+
+    def __init__(
+        self,
+        spool_dir: Path,
+        *,
+        shard: int,
+        chunk: int,
+        start: int,
+        stop: int,
+        source: str = "",
+        carried: Sequence[CarriedColumn] = (),
+        with_token_ids: bool = False,
+        attempt: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.attempt = attempt or uuid.uuid4().hex
+        self._spool_dir = spool_dir
+        self._shard = shard
+        self._source = source
+        self._chunk = chunk
+        self._start = start
+        self._stop = stop
+        self._carried = tuple(carried)
+        self._with_token_ids = with_token_ids
+        self._started = clock()
+        self._rows: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+        self._rejects: dict[int, Reject] = {}
+        self._duplicates: set[int] = set()
+
+    @property
+    def missing(self) -> list[int]:
+        """Positions that are neither completed nor rejected yet."""
+        return [p for p in range(self._start, self._stop) if p not in self._rows and p not in self._rejects]
 
     def add_completion(
         self,
@@ -56,20 +119,179 @@ class ChunkWriter:
         error: RequestError | None = None,
         *,
         is_duplicate: bool = False,
-    ) -> None:
-        """Take a row's completions: one data row per sample. With `error` (and no output) the row is rejected with
-        the error's reason. `is_duplicate` marks a row whose output was fanned out from an identical one.
+    ) -> Reject | None:
+        """Take a row's completions, one data row per sample; the reject made instead, if one was.
+
+        With `error` (and no output) the row is rejected for the error's reason. A carried value that does
+        not fit its column's type rejects the row too. `is_duplicate` marks a row whose output was fanned
+        out from an identical one.
         """
-        raise NotImplementedError
+        if error is not None or output is None:
+            if error is None:
+                raise ValueError("a row without an output needs the error that explains it")
+            return self._reject(prompt, error.reason, str(error), prompt.text or "")
+        carried: dict[str, Any] = {}
+        for column in self._carried:
+            value = prompt.carried.get(column.name)
+            try:
+                carried[column.output_name] = carried_value(column, value)
+            except (pa.ArrowException, ValueError, TypeError, OverflowError):
+                message = (
+                    f"column {column.name!r} holds {type(value).__name__} where others hold {column.type}"
+                )
+                return self._reject(prompt, "wrong_type", message, value)
+        self._claim_position(prompt.shard_index, prompt.position)
+        if is_duplicate:
+            self._duplicates.add(prompt.position)
+        samples = sorted(output.outputs, key=lambda sample: sample.index)
+        self._rows[prompt.position] = (
+            [{**self._data_row(prompt, output, sample), **carried} for sample in samples],
+            [self._trace_row(prompt, output, sample) for sample in samples],
+        )
+        return None
 
     def add_reject(self, reject: Reject) -> None:
-        raise NotImplementedError
+        self._claim_position(reject.shard_index, reject.position)
+        self._rejects[reject.position] = reject
+
+    def _reject(self, prompt: Prompt, reason: str, message: str, value: object) -> Reject:
+        reject = Reject(
+            shard_index=prompt.shard_index,
+            position=prompt.position,
+            row_id=prompt.row_id,
+            reason=reason,
+            message=f"{place(self._source, prompt.position, None)}: {message}",
+            source=self._source,
+            excerpt=excerpt(value),
+        )
+        self.add_reject(reject)
+        return reject
+
+    def _claim_position(self, shard: int, position: int) -> None:
+        if shard != self._shard or not self._start <= position < self._stop:
+            raise BalanceError(
+                f"row {position} of shard {shard} is not of chunk {self._chunk} of shard {self._shard}, "
+                f"rows {self._start} to {self._stop}"
+            )
+        if position in self._rows or position in self._rejects:
+            raise BalanceError(f"row {position} of shard {shard} came out twice")
+
+    def _data_row(self, prompt: Prompt, output: RequestOutput, sample: CompletionOutput) -> dict[str, Any]:
+        sampling = prompt.sampling
+        wants_logprobs = sampling.logprobs is not None and sample.logprobs is not None
+        prompt_logprobs = output.prompt_logprobs if sampling.prompt_logprobs is not None else None
+        return {
+            "row_id": prompt.row_id,
+            "sample_index": sample.index,
+            "status": "ok",
+            # A lone surrogate has no UTF-8 form.
+            "text": sample.text.encode("utf-8", "replace").decode("utf-8"),
+            "token_ids": list(sample.token_ids) if self._with_token_ids else None,
+            "finish_reason": sample.finish_reason,
+            "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
+            "num_prompt_tokens": len(prompt.token_ids),
+            "num_generated_tokens": len(sample.token_ids),
+            "prompt_truncated": prompt.was_truncated,
+            "cumulative_logprob": sample.cumulative_logprob,
+            "logprobs": _chosen(sample.logprobs) if wants_logprobs else None,
+            "top_logprobs": _tops(sample.logprobs) if wants_logprobs else None,
+            "prompt_logprobs": _chosen(prompt_logprobs),
+            "prompt_top_logprobs": _tops(prompt_logprobs),
+            "seed": sampling.seed,
+            "error": None,
+        }
+
+    def _trace_row(self, prompt: Prompt, output: RequestOutput, sample: CompletionOutput) -> dict[str, Any]:
+        times = output.metrics
+        return {
+            "row_id": prompt.row_id,
+            "sample_index": sample.index,
+            "shard": self._shard,
+            "chunk": self._chunk,
+            "attempt": self.attempt,
+            "num_cached_tokens": output.num_cached_tokens,
+            "num_preemptions": times.num_preemptions,
+            "arrival_s": self._since(times.arrival_time),
+            "first_scheduled_s": self._since(times.first_scheduled_time),
+            "first_token_s": self._since(times.first_token_time),
+            "finished_s": self._since(times.finished_time),
+        }
+
+    def _since(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self._started
 
     def close(self, metrics: Mapping[str, Any]) -> ChunkFiles:
-        """Write the files, rows sorted by position and sample. BalanceError unless every row of the chunk is there
-        exactly once; RetryLater when the spool's disk is full (nothing is left behind)."""
-        raise NotImplementedError
+        """Write the files, rows sorted by position and sample index.
+
+        Raises BalanceError unless every row of the chunk is there once, RetryLater when the spool's disk
+        is full (then nothing of the attempt is left in the spool).
+        """
+        if self.missing:
+            raise BalanceError(
+                f"rows {self.missing[:5]} of shard {self._shard} came out neither as results nor as rejects; "
+                "the chunk is not committed, start the same command again"
+            )
+        data = [row for position in sorted(self._rows) for row in self._rows[position][0]]
+        trace = [row for position in sorted(self._rows) for row in self._rows[position][1]]
+        paths = {kind: self._path(kind) for kind in CHUNK_SUFFIXES}
+        try:
+            self._spool_dir.mkdir(parents=True, exist_ok=True)
+            write_table(paths["data"], pa.Table.from_pylist(data, schema=data_schema(self._carried)))
+            write_table(paths["trace"], pa.Table.from_pylist(trace, schema=trace_schema()))
+            if self._rejects:
+                lines = [reject_line(self._rejects[position]) for position in sorted(self._rejects)]
+                paths["rejects"].write_text("".join(lines), encoding="utf-8")
+            files = {kind: SpoolFile.of(path) for kind, path in paths.items() if path.exists()}
+        except OSError as error:
+            self.abandon()
+            raise explain(error, self._spool_dir, _approximate_size(data)) from error
+        return ChunkFiles(
+            shard=self._shard,
+            chunk=self._chunk,
+            attempt=self.attempt,
+            start=self._start,
+            stop=self._stop,
+            data=files["data"],
+            trace=files["trace"],
+            rejects=files.get("rejects"),
+            counts={
+                "rows": self._stop - self._start,
+                "ok": len(self._rows) - len(self._duplicates),
+                "rejected": len(self._rejects),
+                "duplicates": len(self._duplicates),
+                "samples": len(data),
+                "prompt_tokens": sum(rows[0]["num_prompt_tokens"] for rows, _ in self._rows.values() if rows),
+                "generated_tokens": sum(row["num_generated_tokens"] for row in data),
+            },
+            metrics=metrics,
+        )
 
     def abandon(self) -> None:
-        """Drop the attempt (draining); safe to call at any time."""
-        raise NotImplementedError
+        """Drop the attempt's spool files (draining, or a fault); safe to call at any time."""
+        for kind in CHUNK_SUFFIXES:
+            with suppress(FileNotFoundError):
+                self._path(kind).unlink()
+
+    def _path(self, kind: str) -> Path:
+        return self._spool_dir / f"{self._shard:05d}-{self._chunk:05d}-{self.attempt}{CHUNK_SUFFIXES[kind]}"
+
+
+def reject_line(reject: Reject) -> str:
+    """A line of rejects/: ASCII JSON, so that whatever an excerpt holds, the line is a line."""
+    fields = {key: value for key, value in asdict(reject).items() if key != "shard_index"}
+    return json.dumps({"row_id": fields.pop("row_id"), "shard": reject.shard_index, **fields}) + "\n"
+
+
+def _chosen(entries: Sequence[Any] | None) -> list[float] | None:
+    """Of entries that end in (log-probability, top candidates), the former."""
+    return None if entries is None else [entry[-2] for entry in entries]
+
+
+def _tops(entries: Sequence[Any] | None) -> list[list[dict[str, Any]]] | None:
+    if entries is None:
+        return None
+    return [[{"token_id": id_, "logprob": logprob} for id_, logprob in entry[-1]] for entry in entries]
+
+
+def _approximate_size(rows: list[dict[str, Any]]) -> int:
+    return sum(len(row["text"] or "") + 4 * row["num_generated_tokens"] + 256 for row in rows)

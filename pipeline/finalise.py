@@ -1,0 +1,151 @@
+"""A shard's final files, rebuilt from its commit records alone.
+
+Two finalisers of one shard make the same bytes of data/, rejects/ and trace/, so it does not matter which
+of them wins. Chunks are read in input order, one at a time, and checked against the hashes that were
+committed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from engine.errors import OutputError
+from pipeline.commits import CommitRecord, FileRef, checked_file, publish_file, retrying, sha256_file
+from pipeline.manifest import ShardRecord, check_balance, part_name, sum_counts
+from pipeline.parquet_files import GroupedWriter, read_tables
+from pipeline.plan import RunPlan
+from pipeline.schema import data_schema, trace_schema
+from pipeline.storage import Storage, explain
+
+MetricsMerge = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], Mapping[str, Any]]
+
+
+class Finaliser:
+    """Makes the final files of finished shards. `merge_metrics(chunk summaries, attempts)` is metrics/'s
+    content.
+    """
+
+    def __init__(
+        self, storage: Storage, state: str, plan: RunPlan, spool_dir: Path, merge_metrics: MetricsMerge
+    ):
+        self._storage = storage
+        self._state = state
+        self._plan = plan
+        self._spool_dir = spool_dir
+        self._merge_metrics = merge_metrics
+
+    def finalise(self, shard: int, committed: Mapping[int, CommitRecord]) -> ShardRecord:
+        """Publish the shard's files and return their record, which is not written yet.
+
+        Raises OutputError when chunks are missing or do not add up, a chunk's file is damaged, or another
+        file has the final one's name; RetryLater for a full disk.
+        """
+        records = [committed[chunk] for chunk in sorted(committed)]
+        planned = self._plan.shards[shard]
+        bounds = [self._plan.chunk_bounds(shard, chunk) for chunk in range(self._plan.num_chunks(shard))]
+        if [(record.start, record.stop) for record in records] != bounds:
+            raise OutputError(f"shard {shard} ({planned.name}) has chunks missing and cannot be finished yet")
+        counts = sum_counts(record.counts for record in records)
+        check_balance(counts, planned.num_rows, f"shard {shard} ({planned.name})")
+        build = {"data": self._data, "rejects": self._rejects, "trace": self._trace, "metrics": self._metrics}
+        files = {}
+        for kind, write in build.items():
+            path = part_name(kind, shard, self._plan.num_shards, self._plan.output_format)
+            spool = self._spool_dir / f"final-{path.replace('/', '-')}"
+            try:
+                num_items = write(spool, records)
+                expected = {"data": "samples", "trace": "samples", "rejects": "rejected"}.get(kind)
+                if expected and num_items != counts[expected]:
+                    raise OutputError(
+                        f"{self._storage.url}/{path} would hold {num_items} rows and {counts[expected]} were "
+                        "committed; this is a fault of the program, please report it"
+                    )
+                if spool.stat().st_size:
+                    files[kind] = self._publish(kind, path, spool)
+            except OSError as error:
+                raise explain(error, spool, sum(record.data.num_bytes for record in records)) from error
+            finally:
+                spool.unlink(missing_ok=True)
+        return ShardRecord(shard=shard, name=planned.name, files=files, counts=counts)
+
+    def _publish(self, kind: str, path: str, spool: Path) -> FileRef:
+        ref = FileRef(path, sha256_file(spool), spool.stat().st_size)
+        if publish_file(self._storage, path, spool, ref.sha256, self._spool_dir):
+            return ref
+        existing = retrying(lambda: self._storage.local_file(path, self._spool_dir))
+        if kind == "metrics" and existing is not None:
+            # It names the attempt that wrote it: whoever was first is as right as we are.
+            return FileRef(path, sha256_file(existing), existing.stat().st_size)
+        raise OutputError(
+            f"{self._storage.url}/{path} exists and is not what the committed chunks make; "
+            "move that file away and start the same command again to have it rebuilt"
+        )
+
+    def _chunk_file(self, record: CommitRecord, ref: FileRef) -> Path:
+        commit = f"{self._state}/commits/{record.shard:05d}/{record.chunk:05d}.json"
+        remedy = f"remove {self._storage.url}/{commit} and start the same command again to redo that chunk"
+        return checked_file(self._storage, ref, self._spool_dir, remedy)
+
+    def _data(self, spool: Path, records: Sequence[CommitRecord]) -> int:
+        schema = data_schema(self._plan.carried)
+        if self._plan.output_format == "jsonl":
+            num_rows = 0
+            with open(spool, "w", encoding="utf-8", newline="\n") as file:
+                for record in records:
+                    for table in read_tables(self._chunk_file(record, record.data)):
+                        num_rows += table.num_rows
+                        file.writelines(json_line(row) for row in table.to_pylist())
+            return num_rows
+        return self._merge(spool, schema, [(record, record.data) for record in records])
+
+    def _trace(self, spool: Path, records: Sequence[CommitRecord]) -> int:
+        return self._merge(spool, trace_schema(), [(record, record.trace) for record in records])
+
+    def _merge(self, spool: Path, schema: pa.Schema, parts: Sequence[tuple[CommitRecord, FileRef]]) -> int:
+        with GroupedWriter(spool, schema) as writer:
+            for record, ref in parts:
+                for table in read_tables(self._chunk_file(record, ref)):
+                    writer.write(table.cast(schema))
+            return writer.num_rows
+
+    def _rejects(self, spool: Path, records: Sequence[CommitRecord]) -> int:
+        with open(spool, "wb") as file:
+            for record in records:
+                if record.rejects is not None:
+                    with open(self._chunk_file(record, record.rejects), "rb") as part:
+                        shutil.copyfileobj(part, file)
+        with open(spool, "rb") as file:
+            return sum(1 for _ in file)
+
+    def _metrics(self, spool: Path, records: Sequence[CommitRecord]) -> int:
+        attempts = list(dict.fromkeys(record.attempt for record in records))
+        merged = self._merge_metrics([record.metrics for record in records], attempts)
+        spool.write_text(
+            json.dumps(merged, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        return len(records)
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row of data/ as a line of JSON: columns in schema order, bytes in base64, no NaN or infinity."""
+    return json.dumps(_json_value(row), ensure_ascii=False, default=str, allow_nan=False) + "\n"
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return b64encode(value).decode("ascii")
+    if isinstance(value, Mapping):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    return value

@@ -1,0 +1,124 @@
+"""Parquet files whose bytes follow from their rows alone.
+
+Row groups are cut by the rows' number and size, never by how the rows arrived, and each is written in one
+piece, so that a file made from any arrangement of chunks is the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+MAX_GROUP_ROWS = 8192
+MAX_GROUP_BYTES = 32 * 2**20
+READ_ROWS = 256
+_NESTED_VALUE_BYTES = 160  # of a list's value that has no fixed size: the top candidates of one token
+
+
+class GroupedWriter:
+    """Writes tables of one schema, in order, as a zstd Parquet file of canonical row groups.
+
+    Holds one row group (at most MAX_GROUP_ROWS rows, MAX_GROUP_BYTES and one row) and the table given last.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        # Through Python's own file, so that a full disk is an OSError with its number.
+        self._file = open(path, "wb")  # noqa: SIM115 - closed in close()
+        self._schema = schema
+        self._writer = pq.ParquetWriter(self._file, schema, compression="zstd")
+        self._pending: list[pa.Table] = []
+        self._num_rows = 0
+        self._num_bytes = 0
+        self.num_rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows; the table must have the writer's schema."""
+        self.num_rows += table.num_rows
+        sizes = row_sizes(table)
+        start = 0
+        for row, size in enumerate(sizes.tolist()):
+            self._num_rows += 1
+            self._num_bytes += size
+            if self._num_rows == MAX_GROUP_ROWS or self._num_bytes >= MAX_GROUP_BYTES:
+                self._pending.append(table.slice(start, row + 1 - start))
+                start = row + 1
+                self._flush()
+        if start < table.num_rows:
+            self._pending.append(table.slice(start))
+
+    def _flush(self) -> None:
+        if self._pending:
+            # In one piece: where Arrow's arrays were cut must not show in the pages.
+            group = pa.concat_tables(self._pending).combine_chunks()
+            self._writer.write_table(group, row_group_size=group.num_rows)
+        self._pending, self._num_rows, self._num_bytes = [], 0, 0
+
+    def close(self) -> None:
+        """Finish the file; without this call it is no Parquet file."""
+        self._flush()
+        self._writer.close()
+        self._file.close()
+
+    def __enter__(self) -> GroupedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: BaseException | TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """A whole table as one file."""
+    with GroupedWriter(path, table.schema) as writer:
+        writer.write(table)
+
+
+def read_tables(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A file's rows in order, READ_ROWS at a time."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=READ_ROWS, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+
+def row_sizes(table: pa.Table) -> np.ndarray:
+    """About how many bytes each row takes, i64[rows]: a number that depends on the row's values alone."""
+    sizes = np.zeros(table.num_rows, dtype=np.int64)
+    for column in table.columns:
+        sizes += _value_sizes(column.combine_chunks() if column.num_chunks != 1 else column.chunk(0))
+    return sizes
+
+
+def _value_sizes(array: pa.Array) -> np.ndarray:
+    kind = array.type
+    if isinstance(array, pa.StructArray):
+        return sum((_value_sizes(field) for field in array.flatten()), np.zeros(len(array), dtype=np.int64))
+    if pa.types.is_nested(kind):
+        nominal = _NESTED_VALUE_BYTES if _varies(kind) else 8
+        lengths = pc.multiply(pc.list_value_length(array).cast(pa.int64()), nominal)
+    elif _varies(kind):
+        lengths = pc.binary_length(array).cast(pa.int64())
+    else:
+        return np.full(len(array), 8, dtype=np.int64)
+    return pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False)
+
+
+def _varies(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.types.is_nested(kind.value_type) or _varies(kind.value_type)
+    return pa.types.is_map(kind) or any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_binary,
+            pa.types.is_large_string,
+            pa.types.is_large_binary,
+        )
+    )

@@ -1,0 +1,104 @@
+"""Reading a run's records: job.json, the plan, commits and finished shards. Ledger and results both use
+it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.errors import OutputError
+from pipeline.commits import CommitRecord, damaged, parse_record, retrying
+from pipeline.manifest import ShardRecord
+from pipeline.plan import RunPlan
+from pipeline.storage import Storage
+
+JOB = "job.json"
+JOB_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class RunState:
+    """The records of one fingerprint. Records never change once there, so each is read at most once."""
+
+    def __init__(self, storage: Storage, fingerprint: str):
+        self.storage = storage
+        self.fingerprint = fingerprint
+        self.folder = f"_state/{fingerprint}"
+        self._commits: dict[tuple[int, int], CommitRecord] = {}
+        self._shards: dict[int, ShardRecord] = {}
+
+    def path(self, *parts: str) -> str:
+        return "/".join([self.folder, *parts])
+
+    def commit_path(self, shard: int, chunk: int) -> str:
+        return self.path("commits", f"{shard:05d}", f"{chunk:05d}.json")
+
+    def shard_path(self, shard: int) -> str:
+        return self.path("shards", f"{shard:05d}.json")
+
+    def read(self, path: str) -> bytes | None:
+        return retrying(lambda: self.storage.read(path))
+
+    def list(self, *folder: str) -> list[str]:
+        return retrying(lambda: self.storage.list(self.path(*folder)))
+
+    def plan(self) -> RunPlan | None:
+        """The frozen plan; None before it was made."""
+        path = self.path("plan.json")
+        data = self.read(path)
+        if data is None:
+            return None
+        place = f"{self.storage.url}/{path}"
+        try:
+            return RunPlan.from_json(parse_record(data, place))
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(place) from error
+
+    def num_committed(self, shard: int) -> int:
+        return len(self._indices("commits", f"{shard:05d}"))
+
+    def committed(self, shard: int) -> dict[int, CommitRecord]:
+        """The commit records of a shard by chunk, in order."""
+        records = {}
+        for chunk in self._indices("commits", f"{shard:05d}"):
+            record = self._commits.get((shard, chunk))
+            if record is None:
+                path = self.commit_path(shard, chunk)
+                record = CommitRecord.from_bytes(self.read(path) or b"", f"{self.storage.url}/{path}")
+                self._commits[shard, chunk] = record
+            records[chunk] = record
+        return records
+
+    def finished(self) -> dict[int, ShardRecord]:
+        """The records of finished shards, in order."""
+        records = {}
+        for shard in self._indices("shards"):
+            if shard not in self._shards:
+                path = self.shard_path(shard)
+                data = self.read(path) or b""
+                self._shards[shard] = ShardRecord.from_bytes(data, f"{self.storage.url}/{path}")
+            records[shard] = self._shards[shard]
+        return records
+
+    def _indices(self, *folder: str) -> list[int]:
+        names = (name.removesuffix(".json") for name in self.list(*folder) if name.endswith(".json"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_job(storage: Storage) -> dict[str, Any] | None:
+    """The content of job.json, None where there is none; OutputError when it is not ours to read."""
+    data = retrying(lambda: storage.read(JOB))
+    if data is None:
+        return None
+    place = f"{storage.url}/{JOB}"
+    try:
+        job = parse_record(data, place)
+        version, _, _ = job["job_version"], job["fingerprint"], job["parts"]
+    except (KeyError, OutputError) as error:
+        raise OutputError(f"{place} is not a job.json of Tidemill; choose another folder") from error
+    if version != JOB_VERSION:
+        raise OutputError(
+            f"{place} was written in version {version} of the output format and this program writes "
+            f"{JOB_VERSION}; choose another folder, or use the program that wrote it"
+        )
+    return job

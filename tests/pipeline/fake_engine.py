@@ -1,0 +1,288 @@
+"""An engine without a model: the Engine protocol, deterministic, and able to die where a test says.
+
+A completion's tokens follow from its prompt, its effective sampling, its identity and its sample index
+alone, as the real engine's do, so whole runs can be compared byte for byte. One token per running sample
+per step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import RequestError
+from engine.sampling_params import SamplingParams
+
+
+class ByteTokenizer:
+    """Token i < 256 is the byte i; 256 ends a text. Enough of transformers' interface for the pipeline."""
+
+    bos_token_id = None
+    bos_token = None
+    eos_token_id = 256
+    eos_token = "<end>"
+    all_special_ids = (256,)
+    chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+    def __len__(self) -> int:
+        return 257
+
+    @property
+    def vocab_size(self) -> int:
+        return 257
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        if isinstance(text, str):
+            return {"input_ids": self.encode(text)}
+        return {"input_ids": [self.encode(each) for each in text]}
+
+    def decode(self, ids: Sequence[int] | int, skip_special_tokens: bool = False, **_: Any) -> str:
+        ids = [ids] if isinstance(ids, int) else ids
+        text = bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+        return text if skip_special_tokens else text + self.eos_token * sum(i == 256 for i in ids)
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return [self.eos_token if i == 256 else f"<0x{i:02X}>" for i in ids]
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        **_: Any,
+    ) -> str | list[int]:
+        text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
+        text += "<assistant>" if add_generation_prompt else ""
+        return self.encode(text) if tokenize else text
+
+
+@dataclass(frozen=True, slots=True)
+class FakeMetrics:
+    arrival_time: float
+    first_scheduled_time: float
+    first_token_time: float
+    finished_time: float
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FakeCompletion:
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
+    logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FakeOutput:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None
+    outputs: list[FakeCompletion]
+    finished: bool
+    delta_text: str
+    num_cached_tokens: int
+    metrics: FakeMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class FakeStats:
+    num_steps: int
+    step_seconds: list[float]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_running: int
+    num_waiting: int
+    num_preemptions: int = 0
+    num_evictions: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_held: int = 0
+    compile_seconds: float = 0.0
+    num_compiled: int = 0
+    occupancy: list[float] = field(default_factory=list)
+    device: str = "fake"
+
+
+@dataclass(slots=True)
+class _Running:
+    output_tokens: list[list[int]]
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    arrival: float
+    num_steps: int = 0
+    first_scheduled: float | None = None
+    first_token: float | None = None
+
+
+def kill_process(request_id: str) -> None:
+    """The default way to die: at once, with nothing cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FakeEngine:
+    """`crash_on`: request ids (or identities) whose step number `crash_at_step` calls `crash(request_id)`.
+
+    Time is the number of steps taken, so that traces too are deterministic. Prompts longer than
+    `max_model_len` less one raise RequestError at `add_request`, as in the real engine.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int = 4,
+        max_model_len: int = 4096,
+        crash_on: Collection[str] = (),
+        crash_at_step: int = 1,
+        crash: Callable[[str], None] = kill_process,
+        seed: int = 0,
+        clock: Callable[[], float] | None = None,
+    ):
+        self.tokenizer = ByteTokenizer()
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.num_pages = 1024
+        self.max_in_flight = 0
+        self._crash_on = frozenset(crash_on)
+        self._crash_at_step = crash_at_step
+        self._crash = crash
+        self._seed = seed
+        self._clock = clock or (lambda: float(self._num_steps))
+        self._waiting: list[_Running] = []
+        self._running: list[_Running] = []
+        self._num_steps = 0
+        self._step_seconds: list[float] = []
+        self._occupancy: list[float] = []
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int] | None = None,
+        prompt: str | None = None,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
+        priority: int = 0,
+        identity: str | None = None,
+    ) -> None:
+        if prompt_token_ids is None:
+            prompt_token_ids = self.tokenizer.encode(prompt or "")
+        if len(prompt_token_ids) >= self.max_model_len:
+            raise RequestError(
+                "prompt_too_long", f"{len(prompt_token_ids)} tokens leave no room in {self.max_model_len}"
+            )
+        if any(each.request_id == request_id for each in self._waiting + self._running):
+            raise RequestError("duplicate_id", f"request {request_id!r} is already running")
+        prompt_ids = tuple(prompt_token_ids)
+        tokens = [self._tokens(prompt_ids, sampling, identity or request_id, i) for i in range(sampling.n)]
+        self._waiting.append(_Running(tokens, request_id, prompt_ids, sampling, self._clock()))
+
+    def _tokens(
+        self, prompt: tuple[int, ...], sampling: SamplingParams, identity: str, index: int
+    ) -> list[int]:
+        who = (sampling.seed, index) if sampling.seed is not None else (self._seed, identity, index)
+        about = repr((prompt, sampling, () if sampling.is_greedy else who)).encode()
+        stream = hashlib.shake_256(about).digest(2 + sampling.max_tokens)
+        length = 1 + int.from_bytes(stream[:2], "little") % sampling.max_tokens
+        length = sampling.max_tokens if sampling.ignore_eos else max(length, sampling.min_tokens)
+        return [97 + byte % 26 for byte in stream[2 : 2 + length]]
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    def step(self) -> list[FakeOutput]:
+        """One token for every running sample; the requests that finished."""
+        while self._waiting and len(self._running) < self.max_num_seqs:
+            each = self._waiting.pop(0)
+            each.first_scheduled = self._clock()
+            self._prompt_tokens += len(each.prompt)
+            self._running.append(each)
+        self.max_in_flight = max(self.max_in_flight, len(self._running))
+        self._num_steps += 1
+        self._step_seconds.append(0.001)
+        self._occupancy.append(len(self._running) / self.max_num_seqs)
+        finished = []
+        for each in list(self._running):
+            each.num_steps += 1
+            if each.request_id in self._crash_on and each.num_steps == self._crash_at_step:
+                self._crash(each.request_id)
+            if each.first_token is None:
+                each.first_token = self._clock()
+            self._generated_tokens += sum(len(tokens) >= each.num_steps for tokens in each.output_tokens)
+            if each.num_steps >= max(len(tokens) for tokens in each.output_tokens):
+                self._running.remove(each)
+                finished.append(self._output(each))
+        return finished
+
+    def _output(self, each: _Running) -> FakeOutput:
+        sampling = each.sampling
+        assert each.first_scheduled is not None
+        assert each.first_token is not None
+        completions = []
+        for index, tokens in enumerate(each.output_tokens):
+            logprobs = tuple((token, -token / 256, ((token, -token / 256),)) for token in tokens)
+            completions.append(
+                FakeCompletion(
+                    index=index,
+                    text=self.tokenizer.decode(tokens),
+                    token_ids=tuple(tokens),
+                    finish_reason="length" if len(tokens) == sampling.max_tokens else "stop",
+                    cumulative_logprob=sum(-token / 256 for token in tokens)
+                    if sampling.logprobs is not None
+                    else None,
+                    logprobs=logprobs if sampling.logprobs is not None else None,
+                )
+            )
+        prompt_logprobs = tuple((-token / 256, ((token, -token / 256),)) for token in each.prompt[1:])
+        return FakeOutput(
+            request_id=each.request_id,
+            prompt=None,
+            prompt_token_ids=each.prompt,
+            prompt_logprobs=prompt_logprobs if sampling.prompt_logprobs is not None else None,
+            outputs=completions,
+            finished=True,
+            delta_text="",
+            num_cached_tokens=0,
+            metrics=FakeMetrics(each.arrival, each.first_scheduled, each.first_token, self._clock()),
+        )
+
+    def abort_request(self, request_id: str) -> None:
+        self._waiting = [each for each in self._waiting if each.request_id != request_id]
+        self._running = [each for each in self._running if each.request_id != request_id]
+
+    def stats(self) -> FakeStats:
+        """Totals, and the step times since the last call."""
+        seconds, self._step_seconds = self._step_seconds, []
+        occupancy, self._occupancy = self._occupancy, []
+        return FakeStats(
+            num_steps=self._num_steps,
+            step_seconds=seconds,
+            num_prompt_tokens=self._prompt_tokens,
+            num_cached_tokens=0,
+            num_generated_tokens=self._generated_tokens,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            occupancy=occupancy,
+        )
+
+    def close(self) -> None:
+        self._waiting, self._running = [], []
