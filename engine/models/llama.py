@@ -1,0 +1,199 @@
+"""The Llama architecture (Touvron et al. 2023, arXiv:2302.13971; grouped queries: arXiv:2305.13245).
+
+The model knows nothing of pages: attention is the `attend` it is called with, which writes this step's keys and
+values and attends over everything the sequence holds. Layers are unrolled, so each layer's pages are an entry of
+their own and can be donated and updated in place.
+
+A model is built abstractly (`abstract_llama`, no memory) and filled tensor by tensor by the loader, which follows
+`weight_plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engine.models.config import ModelConfig
+from engine.models.linear import Linear, project, row_sums
+from engine.models.rope import apply_rope, rope_tables
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+"""(q [T, N, H], k [T, K, H], v [T, K, H], one layer's pages) -> (out [T, N, H], the pages with k, v written).
+
+q and k come rotated and unscaled: the scale is `attention_scale(config)`.
+"""
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467), computed in f32."""
+
+    def __init__(self, dim: int, eps: float):
+        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(row_sums(wide * wide) / x.shape[-1] + self.eps)
+        return (wide * inverse * self.weight[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; one product makes queries, keys and values (rows of `qkv` in that order)."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        bias = config.attention_bias
+        self.qkv = Linear(config.d_model, (heads + 2 * kv_heads) * head_dim, use_bias=bias, dtype=dtype)
+        self.out = Linear(heads * head_dim, config.d_model, use_bias=bias, dtype=dtype)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer_pages: Any, attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        num_rotated = self.heads + self.kv_heads
+        qkv = self.qkv(x).reshape(x.shape[0], num_rotated + self.kv_heads, self.head_dim)
+        rotated = apply_rope(qkv[:, :num_rotated], *rope)
+        q, k, v = rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, num_rotated:]
+        attended, layer_pages = attend(q, k, v, layer_pages)
+        return self.out(attended.reshape(x.shape[0], self.heads * self.head_dim)), layer_pages
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202); one product makes gate and up (rows of `gate_up` in that order)."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        inner, bias = config.intermediate_size, config.mlp_bias
+        self.gate_up = Linear(config.d_model, 2 * inner, use_bias=bias, dtype=dtype)
+        self.down = Linear(inner, config.d_model, use_bias=bias, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Layer(nnx.Module):
+    """Attention, then the MLP, each on the normalised stream and added to it."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        self.attention_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.attention = Attention(config, dtype)
+        self.mlp_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.mlp = MLP(config, dtype)
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer_pages: Any, attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        attended, layer_pages = self.attention(self.attention_norm(x), rope, layer_pages, attend)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), layer_pages
+
+
+class Llama(nnx.Module):
+    """A decoder over one flat step of T tokens, of however many sequences."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        self.embed = nnx.Param(jnp.zeros((config.vocab_size, config.d_model), dtype))
+        self.layers = nnx.List([Layer(config, dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.d_model, config.vocab_size, use_bias=False, dtype=dtype)
+        )
+
+    def __call__(
+        self, token_ids: jax.Array, positions: jax.Array, kv_pages: tuple[Any, ...], attend: Attend
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """token_ids, positions i32[T], one entry of `kv_pages` a layer -> (hidden [T, D] after the last norm, pages)."""
+        x = self.embed[...].at[token_ids].get(mode="clip")
+        rope = rope_tables(self.config, positions)
+        written = []
+        for layer, layer_pages in zip(self.layers, kv_pages, strict=True):
+            x, layer_pages = layer(x, rope, layer_pages, attend)
+            written.append(layer_pages)
+        return self.norm(x), tuple(written)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [S, D] (as `__call__` returns it) -> f32[S, V]."""
+        return project(hidden, self.embed[...] if self.head is None else self.head.weight[...])
+
+
+def abstract_llama(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Llama:
+    """The model with shapes in the place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Llama(config, dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """One tensor of a checkpoint, by its Hugging Face name, and the shape it must have."""
+
+    name: str
+    shape: tuple[int, ...]
+    optional: bool = False
+    """A bias that may be absent, and is then zero (some files bias q, k, v only)."""
+    rotary_heads: int | None = None
+    """For q and k: how many heads its rows hold, which a GGUF reader needs to reorder them."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTarget:
+    """One array of the model, at `path` in its nnx state: the rows of `parts`, one after the other."""
+
+    path: tuple[str | int, ...]
+    parts: tuple[WeightPart, ...]
+
+
+def weight_plan(config: ModelConfig) -> Iterator[WeightTarget]:
+    """Every array of the model and the checkpoint tensors it is made of, in layer order and lazily.
+
+    Lazily, so that a hostile layer count fails at the first tensor the file does not have.
+    """
+    d_model, inner, vocab = config.d_model, config.intermediate_size, config.vocab_size
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield WeightTarget(("embed",), (WeightPart("model.embed_tokens.weight", (vocab, d_model)),))
+    yield WeightTarget(("norm", "weight"), (WeightPart("model.norm.weight", (d_model,)),))
+    if not config.tie_word_embeddings:
+        yield WeightTarget(("head", "weight"), (WeightPart("lm_head.weight", (vocab, d_model)),))
+    for index in range(config.num_layers):
+        here, at = f"model.layers.{index}.", ("layers", index)
+        products = {
+            ("attention", "qkv"): (
+                ("self_attn.q_proj", q_rows, d_model, config.num_heads),
+                ("self_attn.k_proj", kv_rows, d_model, config.num_kv_heads),
+                ("self_attn.v_proj", kv_rows, d_model, None),
+            ),
+            ("attention", "out"): (("self_attn.o_proj", d_model, q_rows, None),),
+            ("mlp", "gate_up"): (
+                ("mlp.gate_proj", inner, d_model, None),
+                ("mlp.up_proj", inner, d_model, None),
+            ),
+            ("mlp", "down"): (("mlp.down_proj", d_model, inner, None),),
+        }
+        for path, parts in products.items():
+            yield WeightTarget(
+                (*at, *path, "weight"),
+                tuple(
+                    WeightPart(f"{here}{name}.weight", (rows, columns), rotary_heads=heads)
+                    for name, rows, columns, heads in parts
+                ),
+            )
+            if config.attention_bias if path[0] == "attention" else config.mlp_bias:
+                yield WeightTarget(
+                    (*at, *path, "bias"),
+                    tuple(
+                        WeightPart(f"{here}{name}.bias", (rows,), optional=True, rotary_heads=heads)
+                        for name, rows, _, heads in parts
+                    ),
+                )
+        yield WeightTarget(
+            (*at, "attention_norm", "weight"), (WeightPart(f"{here}input_layernorm.weight", (d_model,)),)
+        )
+        yield WeightTarget(
+            (*at, "mlp_norm", "weight"), (WeightPart(f"{here}post_attention_layernorm.weight", (d_model,)),)
+        )
