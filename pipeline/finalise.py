@@ -25,13 +25,11 @@ from pipeline.plan import RunPlan
 from pipeline.schema import data_schema, trace_schema
 from pipeline.storage import Storage, explain
 
-MetricsMerge = Callable[[Sequence[Mapping[str, Any]], Sequence[str]], Mapping[str, Any]]
+MetricsMerge = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
 
 class Finaliser:
-    """Makes the final files of finished shards. `merge_metrics(chunk summaries, attempts)` is metrics/'s
-    content.
-    """
+    """Makes the final files of shards. `merge_metrics(chunk summaries)` gives the content of metrics/."""
 
     def __init__(
         self, storage: Storage, state: str, plan: RunPlan, spool_dir: Path, merge_metrics: MetricsMerge
@@ -126,8 +124,7 @@ class Finaliser:
             return sum(1 for _ in file)
 
     def _metrics(self, spool: Path, records: Sequence[CommitRecord]) -> int:
-        attempts = list(dict.fromkeys(record.attempt for record in records))
-        merged = self._merge_metrics([record.metrics for record in records], attempts)
+        merged = self._merge_metrics([record.metrics for record in records])
         spool.write_text(
             json.dumps(merged, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
         )

@@ -52,6 +52,14 @@ class Heartbeat:
     alone_progress: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """Row ids implicated in the deaths of a shard's former workers (see pipeline/suspects.py)."""
+
+    isolate: frozenset[str]  # run these with nothing else in flight
+    quarantined: frozenset[str]  # reject these with reason `quarantined`
+
+
 def claims_folder(state: str, shard: int) -> str:
     return f"{state}/claims/{shard:05d}"
 

@@ -4,12 +4,11 @@ The intended order of calls, by a worker of one process (several may run at once
 
     storage = open_storage(output.path)
     storage.check()                                  # OutputError before anything slow is loaded
-    with Ledger.open(storage, parts=..., config=..., make_plan=..., spool_dir=..., merge_metrics=...) as
-    ledger:
+    with Ledger.open(storage, parts=..., make_plan=..., ...) as ledger:
         for shard in ledger.unfinished():
             lease = ledger.claim(shard)              # None: somebody else holds it, come back later
             if lease is None: continue
-            suspects = ledger.suspects(lease)        # rows to reject as `quarantined`, rows to run alone
+            suspects = ledger.suspects(shard)        # rows to reject as `quarantined`, rows to run alone
             for chunk in ledger.missing_chunks(shard):
                 writer = ledger.writer(lease, chunk)
                 ... lease.set_in_flight(row_ids)     # whenever they change, before the next engine.step()
@@ -43,14 +42,14 @@ from engine.errors import ConfigError, InputError, OutputError, TidemillError
 from pipeline.commits import CommitRecord, FileRef, publish_file, publish_record, retrying
 from pipeline.finalise import Finaliser, MetricsMerge
 from pipeline.fingerprint import Fingerprint, canonical_json, redact
-from pipeline.lease import HEARTBEAT_S, TAKEOVER_S, Lease, LeaseBook
+from pipeline.lease import HEARTBEAT_S, TAKEOVER_S, Lease, LeaseBook, Suspects
 from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
 from pipeline.plan import RunPlan
 from pipeline.process_identity import ProcessIdentity
 from pipeline.run_state import JOB, JOB_VERSION, MANIFEST, RunState, read_job
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import Storage
-from pipeline.suspects import Suspects, find_suspects
+from pipeline.suspects import find_suspects
 from pipeline.writer import CHUNK_SUFFIXES, ChunkFiles, ChunkWriter
 
 _OURS = ("data", "rejects", "trace", "metrics", "_state")
@@ -182,11 +181,9 @@ class Ledger:
         """
         return self._leases.claim(shard)
 
-    def suspects(self, lease: Lease) -> Suspects:
-        """Rows implicated in the deaths of the shard's former workers: `.isolate` and `.quarantined` row
-        ids.
-        """
-        return find_suspects(self.storage, self._state.folder, lease.shard, lease.epoch)
+    def suspects(self, shard: int) -> Suspects:
+        """Rows implicated in the deaths of the former workers of a shard that is ours now."""
+        return find_suspects(self.storage, self._state.folder, shard)
 
     def committed(self, shard: int) -> dict[int, CommitRecord]:
         """The shard's commit records by chunk, in order."""
@@ -356,5 +353,6 @@ def _belongs_to_another(storage: Storage, wanted: Fingerprint, job: Mapping[str,
     return OutputError(
         f"{storage.url} belongs to another configuration: {wanted.difference(job['parts'])}; going on would "
         f"invalidate its {len(state.finished())} finished shards and {num_chunks} committed chunks: choose "
-        f"another output.path, or keep them and set resume.on_change=fork to write to {_fork_name(wanted)}/ inside it"
+        "another output.path, or keep them and set resume.on_change=fork to write to "
+        f"{_fork_name(wanted)}/ inside it"
     )

@@ -50,7 +50,7 @@ def part_name(kind: str, shard: int, num_shards: int, output_format: str) -> str
 
 
 def sum_counts(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total = dict.fromkeys(COUNTS, 0)
+    total: dict[str, int] = dict.fromkeys(COUNTS, 0)
     for part in parts:
         for name in COUNTS:
             total[name] += part[name]
@@ -63,7 +63,8 @@ def check_balance(counts: Mapping[str, int], num_rows: int, what: str) -> None:
     if not num_rows == counts["rows"] == out:
         raise OutputError(
             f"{what} does not add up: {num_rows} rows in, but {counts['ok']} ok + "
-            f"{counts['rejected']} rejected + {counts['duplicates']} duplicates = {out}; this is a fault of the program, please report it"
+            f"{counts['rejected']} rejected + "
+            f"{counts['duplicates']} duplicates = {out}; this is a fault of the program, please report it"
         )
 
 

@@ -13,29 +13,25 @@ that a death from outside does not produce:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from pipeline.lease import Heartbeat, epochs, read_heartbeat
+from pipeline.lease import Heartbeat, Suspects, epochs, read_heartbeat
 from pipeline.storage import Storage
 
 NUM_DEATHS_AT_SAME_STEP = 3
 NUM_DEATHS_AT_ANY_STEP = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Suspects:
-    isolate: frozenset[str]  # run these with nothing else in flight
-    quarantined: frozenset[str]  # reject these with reason `quarantined`
-
-
-def find_suspects(storage: Storage, state: str, shard: int, before_epoch: int) -> Suspects:
-    """The suspects of a shard, from the epochs before the one that asks."""
-    deaths = [
-        None if was_released else read_heartbeat(storage, state, shard, epoch)
-        for epoch, was_released in epochs(storage, state, shard).items()
-        if epoch < before_epoch
-    ]
-    return judge(deaths)
+def find_suspects(storage: Storage, state: str, shard: int) -> Suspects:
+    """The suspects of a shard, from all its epochs but the latest, which is the asking worker's own."""
+    known = epochs(storage, state, shard)
+    latest = max(known, default=0)
+    return judge(
+        [
+            None if was_released else read_heartbeat(storage, state, shard, epoch)
+            for epoch, was_released in known.items()
+            if epoch < latest
+        ]
+    )
 
 
 def judge(history: Sequence[Heartbeat | None]) -> Suspects:
