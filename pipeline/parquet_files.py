@@ -102,12 +102,16 @@ def _value_sizes(array: pa.Array) -> np.ndarray:
         return sum((_value_sizes(field) for field in array.flatten()), np.zeros(len(array), dtype=np.int64))
     if pa.types.is_nested(kind):
         nominal = _NESTED_VALUE_BYTES if _varies(kind) else 8
-        lengths = pc.multiply(pc.list_value_length(array).cast(pa.int64()), nominal)
-    elif _varies(kind):
-        lengths = pc.binary_length(array).cast(pa.int64())
-    else:
-        return np.full(len(array), 8, dtype=np.int64)
-    return pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False)
+        lengths = pc.call_function("list_value_length", [array])
+        return _filled(lengths) * nominal
+    if _varies(kind):
+        return _filled(pc.call_function("binary_length", [array]))
+    return np.full(len(array), 8, dtype=np.int64)
+
+
+def _filled(lengths: pa.Array) -> np.ndarray:
+    """Lengths as i64, a null one counted as 0."""
+    return pc.fill_null(lengths.cast(pa.int64()), 0).to_numpy(zero_copy_only=False)
 
 
 def _varies(kind: pa.DataType) -> bool:

@@ -12,19 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from engine.errors import OutputError, RequestError
+from engine.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from pipeline.commits import sha256_file
 from pipeline.parquet_files import write_table
 from pipeline.rows import Prompt, Reject, excerpt, place
 from pipeline.schema import CarriedColumn, carried_value, data_schema, trace_schema
 from pipeline.storage import explain
-
-if TYPE_CHECKING:
-    from engine.outputs import CompletionOutput, RequestOutput
 
 
 class BalanceError(OutputError):
@@ -282,15 +280,17 @@ def reject_line(reject: Reject) -> str:
     return json.dumps({"row_id": fields.pop("row_id"), "shard": reject.shard_index, **fields}) + "\n"
 
 
-def _chosen(entries: Sequence[Any] | None) -> list[float] | None:
-    """Of entries that end in (log-probability, top candidates), the former."""
-    return None if entries is None else [entry[-2] for entry in entries]
+def _chosen(entries: Sequence[TokenLogprob | None] | None) -> list[float | None] | None:
+    return None if entries is None else [entry and entry.logprob for entry in entries]
 
 
-def _tops(entries: Sequence[Any] | None) -> list[list[dict[str, Any]]] | None:
+def _tops(entries: Sequence[TokenLogprob | None] | None) -> list[list[dict[str, Any]] | None] | None:
     if entries is None:
         return None
-    return [[{"token_id": id_, "logprob": logprob} for id_, logprob in entry[-1]] for entry in entries]
+    return [
+        None if entry is None else [{"token_id": token, "logprob": logprob} for token, logprob in entry.top]
+        for entry in entries
+    ]
 
 
 def _approximate_size(rows: list[dict[str, Any]]) -> int:

@@ -11,10 +11,11 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import RequestError
+from engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput, TokenLogprob
 from engine.sampling_params import SamplingParams
 
 
@@ -64,59 +65,6 @@ class ByteTokenizer:
         return self.encode(text) if tokenize else text
 
 
-@dataclass(frozen=True, slots=True)
-class FakeMetrics:
-    arrival_time: float
-    first_scheduled_time: float
-    first_token_time: float
-    finished_time: float
-    num_preemptions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class FakeCompletion:
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    stop_reason: int | str | None = None
-    cumulative_logprob: float | None = None
-    logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FakeOutput:
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None
-    outputs: list[FakeCompletion]
-    finished: bool
-    delta_text: str
-    num_cached_tokens: int
-    metrics: FakeMetrics
-
-
-@dataclass(frozen=True, slots=True)
-class FakeStats:
-    num_steps: int
-    step_seconds: list[float]
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_generated_tokens: int
-    num_running: int
-    num_waiting: int
-    num_preemptions: int = 0
-    num_evictions: int = 0
-    pages_free: int = 0
-    pages_cached: int = 0
-    pages_held: int = 0
-    compile_seconds: float = 0.0
-    num_compiled: int = 0
-    occupancy: list[float] = field(default_factory=list)
-    device: str = "fake"
-
-
 @dataclass(slots=True)
 class _Running:
     output_tokens: list[list[int]]
@@ -127,6 +75,10 @@ class _Running:
     num_steps: int = 0
     first_scheduled: float | None = None
     first_token: float | None = None
+
+
+def _logprob(token: int) -> TokenLogprob:
+    return TokenLogprob(token, -token / 256, ((token, -token / 256),))
 
 
 def kill_process(request_id: str) -> None:
@@ -166,7 +118,7 @@ class FakeEngine:
         self._running: list[_Running] = []
         self._num_steps = 0
         self._step_seconds: list[float] = []
-        self._occupancy: list[float] = []
+        self._occupancy: list[int] = []
         self._prompt_tokens = 0
         self._generated_tokens = 0
 
@@ -209,7 +161,7 @@ class FakeEngine:
     def num_unfinished(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    def step(self) -> list[FakeOutput]:
+    def step(self) -> list[RequestOutput]:
         """One token for every running sample; the requests that finished."""
         while self._waiting and len(self._running) < self.max_num_seqs:
             each = self._waiting.pop(0)
@@ -219,7 +171,7 @@ class FakeEngine:
         self.max_in_flight = max(self.max_in_flight, len(self._running))
         self._num_steps += 1
         self._step_seconds.append(0.001)
-        self._occupancy.append(len(self._running) / self.max_num_seqs)
+        self._occupancy.append(len(self._running))
         finished = []
         for each in list(self._running):
             each.num_steps += 1
@@ -233,15 +185,15 @@ class FakeEngine:
                 finished.append(self._output(each))
         return finished
 
-    def _output(self, each: _Running) -> FakeOutput:
+    def _output(self, each: _Running) -> RequestOutput:
         sampling = each.sampling
         assert each.first_scheduled is not None
         assert each.first_token is not None
         completions = []
         for index, tokens in enumerate(each.output_tokens):
-            logprobs = tuple((token, -token / 256, ((token, -token / 256),)) for token in tokens)
+            logprobs = tuple(map(_logprob, tokens))
             completions.append(
-                FakeCompletion(
+                CompletionOutput(
                     index=index,
                     text=self.tokenizer.decode(tokens),
                     token_ids=tuple(tokens),
@@ -252,36 +204,44 @@ class FakeEngine:
                     logprobs=logprobs if sampling.logprobs is not None else None,
                 )
             )
-        prompt_logprobs = tuple((-token / 256, ((token, -token / 256),)) for token in each.prompt[1:])
-        return FakeOutput(
+        prompt_logprobs = (None, *map(_logprob, each.prompt[1:]))
+        return RequestOutput(
             request_id=each.request_id,
             prompt=None,
             prompt_token_ids=each.prompt,
             prompt_logprobs=prompt_logprobs if sampling.prompt_logprobs is not None else None,
-            outputs=completions,
+            outputs=tuple(completions),
             finished=True,
-            delta_text="",
-            num_cached_tokens=0,
-            metrics=FakeMetrics(each.arrival, each.first_scheduled, each.first_token, self._clock()),
+            metrics=RequestMetrics(each.arrival, each.first_scheduled, each.first_token, self._clock()),
         )
 
     def abort_request(self, request_id: str) -> None:
         self._waiting = [each for each in self._waiting if each.request_id != request_id]
         self._running = [each for each in self._running if each.request_id != request_id]
 
-    def stats(self) -> FakeStats:
+    def stats(self) -> EngineStats:
         """Totals, and the step times since the last call."""
         seconds, self._step_seconds = self._step_seconds, []
         occupancy, self._occupancy = self._occupancy, []
-        return FakeStats(
+        return EngineStats(
             num_steps=self._num_steps,
-            step_seconds=seconds,
+            step_seconds=tuple(seconds),
+            batch_occupancy=tuple(occupancy),
             num_prompt_tokens=self._prompt_tokens,
             num_cached_tokens=0,
+            num_computed_tokens=self._prompt_tokens + self._generated_tokens,
+            num_padded_tokens=0,
             num_generated_tokens=self._generated_tokens,
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            occupancy=occupancy,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            pages_free=self.num_pages - len(self._running),
+            pages_cached=0,
+            pages_held=len(self._running),
+            preemptions=0,
+            evictions=0,
+            compile_seconds=0.0,
+            num_compiled=0,
+            device="fake",
         )
 
     def close(self) -> None:
