@@ -1,4 +1,4 @@
-"""A histogram with fixed boundaries: two of them add up exactly, so percentiles survive a merge and a resume."""
+"""A histogram with fixed boundaries: two add up exactly, so percentiles survive a merge and a resume."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SMALLEST = 1e-6
 class Histogram:
     """Counts of non-negative values in logarithmic buckets, with their exact sum, least and greatest.
 
-    Bucket `b` holds values in [SMALLEST * 10^(b/32), SMALLEST * 10^((b+1)/32)); everything below SMALLEST is in
-    bucket 0.
+    Bucket `b` holds values in [SMALLEST * 10^(b/32), SMALLEST * 10^((b+1)/32)); everything below
+    SMALLEST is in bucket 0.
     """
 
     counts: dict[int, int] = field(default_factory=dict)

@@ -1,18 +1,21 @@
 """What a chunk counted and timed, how chunks add up to a shard, and the shard's metrics for people.
 
-Two kinds of numbers meet here. What a row did (tokens, times, finish reason) is counted in the row's own chunk.
-What the engine did as a whole (steps, compilation, evictions) belongs to no single row: it is counted in the chunk
-that was the oldest open one while it happened. Every step is counted once, so sums over shards are exact, but a
-shard that shares its steps with the next one keeps all of them.
+Two kinds of numbers meet here. What a row did (tokens, times, finish reason) is counted in the row's own
+chunk. What the engine did as a whole (steps, evictions) belongs to no single row: it is counted in
+the chunk that was the oldest open one while it happened. Every step is counted once, so sums over shards are
+exact, but a shard that shares its steps with the next one keeps all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.histogram import Histogram
+
+if TYPE_CHECKING:
+    from engine.outputs import RequestMetrics, RequestOutput
 
 METRICS_VERSION = 1
 
@@ -30,9 +33,12 @@ class Metrics:
     generated_tokens: int = 0
     finish_reasons: dict[str, int] = field(default_factory=dict)
     preempted_rows: int = 0
-    queue_seconds: Histogram = field(default_factory=Histogram)  # handed to the engine until first scheduled
-    first_token_seconds: Histogram = field(default_factory=Histogram)  # handed to the engine until the first token
-    token_seconds: Histogram = field(default_factory=Histogram)  # a request's mean between tokens, once per token
+    # From when a request was handed to the engine: until first scheduled, until its first token.
+    queue_seconds: Histogram = field(default_factory=Histogram)
+    first_token_seconds: Histogram = field(default_factory=Histogram)
+    token_seconds: Histogram = field(
+        default_factory=Histogram
+    )  # its mean between tokens, once for each token
     # From here on: of the engine as a whole, while this was the oldest open chunk.
     wall_seconds: float = 0.0
     compile_seconds: float = 0.0
@@ -48,6 +54,31 @@ class Metrics:
         """Count one rejected row."""
         self.rows_in += 1
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def complete(self, output: RequestOutput) -> None:
+        """Count one row that ran, with its samples."""
+        self.rows_in += 1
+        self.rows_ok += 1
+        self.prompt_tokens += len(output.prompt_token_ids)
+        self.cached_tokens += output.num_cached_tokens
+        num_generated = 0
+        for sample in output.outputs:
+            self.samples += 1
+            num_generated += len(sample.token_ids)
+            reason = sample.finish_reason or "none"
+            self.finish_reasons[reason] = self.finish_reasons.get(reason, 0) + 1
+        self.generated_tokens += num_generated
+        self._count_times(output.metrics, num_generated // max(len(output.outputs), 1))
+
+    def _count_times(self, times: RequestMetrics, num_tokens: int) -> None:
+        self.preempted_rows += times.num_preemptions > 0
+        if times.first_scheduled_time is not None:
+            self.queue_seconds.add(times.first_scheduled_time - times.arrival_time)
+        if times.first_token_time is not None:
+            self.first_token_seconds.add(times.first_token_time - times.arrival_time)
+            if times.finished_time is not None and num_tokens > 1:
+                seconds = (times.finished_time - times.first_token_time) / (num_tokens - 1)
+                self.token_seconds.add(seconds, times=num_tokens - 1)
 
     @property
     def rows_rejected(self) -> int:
@@ -97,13 +128,16 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
-class RunFacts:
-    """What the numbers were made on; the same for every shard of an attempt."""
+class ChunkFacts:
+    """What a chunk was made on and by; the same for every chunk of an attempt."""
 
+    attempt: str
     device: str
     versions: dict[str, str]
     fingerprint: str
-    attempt: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"facts": asdict(self)}
 
 
 def summarise(metrics: Metrics) -> dict[str, Any]:
@@ -146,7 +180,15 @@ def summarise(metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def shard_metrics(chunk_summaries: Iterable[Mapping[str, Any]], facts: RunFacts, attempts: Iterable[str]) -> dict[str, Any]:
-    """The content of `metrics/part-*.json`: the chunks' sum, what it ran on and which attempts made it."""
-    total = Metrics.sum(Metrics.from_json(summary) for summary in chunk_summaries)
-    return summarise(total) | asdict(facts) | {"attempts": list(attempts)}
+def merge_chunks(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of `metrics/part-*.json`, from what its chunks' commits hold (`Metrics` and `ChunkFacts`).
+
+    `attempts` lists who made the shard and on what, in the order of their first chunk, with chunk counts.
+    """
+    summaries = list(summaries)
+    attempts: dict[str, dict[str, Any]] = {}
+    for summary in summaries:
+        facts = summary["facts"]
+        attempts.setdefault(facts["attempt"], {**facts, "chunks": 0})["chunks"] += 1
+    total = Metrics.sum(Metrics.from_json(summary) for summary in summaries)
+    return {**summarise(total), "attempts": list(attempts.values())}

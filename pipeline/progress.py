@@ -94,9 +94,8 @@ class Progress:
         if done_here > 0:
             seconds = (self._clock() - self._started) / done_here * (standing.rows_total - standing.rows_done)
             left = f"{duration(seconds)} left"
-        return (
-            f"{standing.rows_done:,} of {standing.rows_total:,} rows ({share:.0%}), {self._rates(standing)}, {left}"
-        )
+        rows = f"{standing.rows_done:,} of {standing.rows_total:,} rows ({share:.0%})"
+        return f"{rows}, {self._rates(standing)}, {left}"
 
 
 def duration(seconds: float) -> str:

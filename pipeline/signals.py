@@ -58,8 +58,8 @@ class HandleSignals:
     """Within the block SIGTERM and SIGINT call `stop.ask`; then a second SIGINT ends the process at once.
 
     So does a drain that is still not over `GRACE_SECONDS` after its deadline. Ending at once is safe: what is
-    committed is whole on disk, and a dead process's lease is taken over without waiting. Outside the main thread
-    (a notebook's worker) Python allows no handlers and none are set.
+    committed is whole on disk, and a dead process's lease is taken over without waiting. Outside the main
+    thread (a notebook's worker) Python allows no handlers and none are set.
     """
 
     def __init__(self, stop: StopRequest):
@@ -73,7 +73,8 @@ class HandleSignals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, lambda *_: None)  # so that its number reaches the reader
+            # A handler that does nothing: it is needed for the signal's number to reach the reader.
+            self._previous[number] = signal.signal(number, lambda *_: None)
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="tidemill-signals", daemon=True)
         self._thread.start()

@@ -36,11 +36,11 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: missing; give it on the command line, for example {missing[0]}=…")
+        raise ConfigError(f"{', '.join(missing)} is missing: give it on the command line, {missing[0]}=…")
     arguments = {key: convert(value, hints[key], dotted(where, key)) for key, value in values.items()}
     try:
         return cls(**arguments)
-    except RequestError as error:  # sampling values come from requests too, so they have an error of their own
+    except RequestError as error:  # sampling values come from requests too: an error of their own
         raise ConfigError(prefixed(where, str(error))) from error
     except ConfigError as error:
         raise type(error)(prefixed(where, str(error))) from error
@@ -79,7 +79,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         _only(isinstance(value, Mapping), value)
         key_hint, item_hint = arguments or (Any, Any)
-        return {_convert(k, key_hint, where): _convert(v, item_hint, f"{where}.{k}") for k, v in value.items()}
+        return {
+            _convert(key, key_hint, where): _convert(item, item_hint, f"{where}.{key}")
+            for key, item in value.items()
+        }
     if hint is float:
         return float(_only(isinstance(value, int | float) and not isinstance(value, bool), value))
     if hint is int:
@@ -104,8 +107,9 @@ def _convert_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], where
     if fixed:
         _only(len(value) == len(arguments), value)
     item_hints = arguments if fixed else (arguments[0] if arguments else Any,) * len(value)
-    items = [_convert(item, hint, f"{where}[{i}]") for i, (item, hint) in enumerate(zip(value, item_hints, strict=True))]
-    return tuple(items) if origin is tuple else items
+    pairs = enumerate(zip(value, item_hints, strict=True))
+    items = [_convert(item, item_hint, f"{where}[{i}]") for i, (item, item_hint) in pairs]
+    return items if origin is list else tuple(items)
 
 
 def _only(accepted: bool, value: Any) -> Any:
@@ -168,7 +172,8 @@ def _kind(value: Any) -> str:
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
-    return describe(type(value)) if type(value) in (bool, int, float, str, type(None)) else type(value).__name__
+    is_plain = type(value) in (bool, int, float, str, type(None))
+    return describe(type(value)) if is_plain else type(value).__name__
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,65 @@
+"""Meter an engine as a whole: what its steps took and used since it was last settled with a chunk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from engine.outputs import EngineStats
+from pipeline.metrics import Metrics
+
+
+class EngineMeter:
+    """Counts between settlements; `settle` moves everything counted so far to one chunk's metrics.
+
+    The engine's totals only grow, so what happened since the last look is a difference. The first look takes
+    all of it: compilation at the engine's start is the first chunk's.
+    """
+
+    def __init__(self, engine: Any, max_num_seqs: int, clock: Callable[[], float] = time.monotonic):
+        self._engine = engine
+        self._max_num_seqs = max_num_seqs
+        self._clock = clock
+        self._pending = Metrics()
+        self._settled_at = clock()
+        self._num_steps = 0
+        self._evictions = 0
+        self._preemptions = 0
+        self._compile_seconds = 0.0
+
+    def step(self) -> list[Any]:
+        """One engine step, counted."""
+        outputs = self._engine.step()
+        stats = self._look()
+        num_pages = stats.pages_free + stats.pages_cached + stats.pages_held
+        if num_pages:
+            self._pending.page_use.add(stats.pages_held / num_pages)
+        return outputs
+
+    def waited(self, seconds: float) -> None:
+        """The engine was idle for want of rows."""
+        self._pending.wait_seconds += seconds
+
+    def settle(self, metrics: Metrics) -> None:
+        """Count everything since the last settlement in `metrics`."""
+        self._look()
+        now = self._clock()
+        self._pending.wall_seconds = now - self._settled_at
+        self._settled_at = now
+        metrics.merge(self._pending)
+        self._pending = Metrics()
+
+    def _look(self) -> EngineStats:
+        stats, pending = self._engine.stats(), self._pending
+        pending.num_steps += stats.num_steps - self._num_steps
+        pending.evictions += stats.evictions - self._evictions
+        pending.preemptions += stats.preemptions - self._preemptions
+        pending.compile_seconds += stats.compile_seconds - self._compile_seconds
+        self._num_steps, self._evictions = stats.num_steps, stats.evictions
+        self._preemptions, self._compile_seconds = stats.preemptions, stats.compile_seconds
+        for seconds in stats.step_seconds:
+            pending.step_seconds.add(seconds)
+        for num_seqs in stats.batch_occupancy:
+            pending.occupancy.add(num_seqs / self._max_num_seqs)
+        return stats

@@ -1,0 +1,89 @@
+"""What a worker has open: shards it holds the lease of, chunks with rows read and not committed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from engine.outputs import RequestOutput
+from pipeline.lease import Lease
+from pipeline.metrics import Metrics
+from pipeline.rows import Prompt, Reject
+from pipeline.shards import Shard
+from pipeline.suspects import Suspects
+from pipeline.writer import ChunkWriter
+
+
+class EngineLike(Protocol):
+    """What the worker needs of an engine."""
+
+    @property
+    def has_unfinished(self) -> bool: ...
+
+    @property
+    def num_unfinished(self) -> int: ...
+
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], **options: Any) -> Any: ...
+
+    def step(self) -> list[RequestOutput]: ...
+
+    def abort_request(self, request_id: str) -> Any: ...
+
+    def stats(self) -> Any: ...
+
+
+@dataclass(slots=True)
+class OpenChunk:
+    """A chunk with rows read, running or done and not committed yet."""
+
+    shard: int
+    chunk: int
+    num_rows: int
+    writer: ChunkWriter
+    metrics: Metrics = field(default_factory=Metrics)
+    num_seen: int = 0  # rows taken from the reader
+    num_done: int = 0  # rows in the writer
+    num_alone: int = 0  # rows waiting to be run with nothing else in flight
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_done == self.num_rows
+
+    @property
+    def waits_for_isolation(self) -> bool:
+        return self.num_alone > 0 and self.num_done + self.num_alone == self.num_rows
+
+
+@dataclass(slots=True)
+class OpenShard:
+    """A shard this worker holds the lease of."""
+
+    shard: Shard
+    lease: Lease
+    suspects: Suspects
+    num_missing: int  # chunks not committed
+    in_flight: dict[str, Prompt] = field(default_factory=dict)  # by request id
+
+
+def merge_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sorted half-open ranges, neighbours joined: ((0, 4), (4, 8), (12, 16)) becomes ((0, 8), (12, 16))."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def quarantine(prompt: Prompt, shard: Shard) -> Reject:
+    return Reject(
+        shard_index=prompt.shard_index,
+        position=prompt.position,
+        row_id=prompt.row_id,
+        reason="quarantined",
+        message=f"{shard.name} row {prompt.position}: ended the process each time it ran, so it is left out",
+        source=shard.name,
+        excerpt=(prompt.text or "")[:200],
+    )

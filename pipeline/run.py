@@ -1,0 +1,247 @@
+"""The job: `python -m pipeline.run input.path=… output.path=…`.
+
+    settings → platform, output, shards (cheap checks first) → model → ledger → engine → worker → summary
+
+Whatever can be refused is refused before anything slow is loaded and before anything is created.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from engine.errors import RetryLater, TidemillError
+from engine.platforms import select_platform
+from pipeline.compose import compose
+from pipeline.exit_codes import ExitCode
+from pipeline.id_index import IdIndex
+from pipeline.job_plan import fingerprint_parts, make_plan
+from pipeline.ledger import Ledger
+from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
+from pipeline.progress import Progress
+from pipeline.prompts import PromptBuilder
+from pipeline.read_ahead import ReadAhead
+from pipeline.settings import KNOWN_KEYS, Settings, as_config, from_config
+from pipeline.shards import Shard, list_shards
+from pipeline.signals import HandleSignals, StopRequest
+from pipeline.spool import open_spool
+from pipeline.storage import open_storage
+from pipeline.summary import Outcome, summary_lines
+from pipeline.worker import Worker, WorkResult
+
+LoadModel = Callable[[Settings], Any]
+MakeEngine = Callable[[Any, Settings], Any]
+
+_VERSIONED_PACKAGES = ("tidemill", "jax", "jaxlib", "flax", "transformers", "numpy", "pyarrow")
+
+
+def load_model(settings: Settings) -> Any:
+    """The model that the settings name: weights, configuration, tokenizer, fingerprint."""
+    from engine.checkpoints import load
+
+    return load(settings.model.source, revision=settings.model.revision, dtype=settings.engine.dtype)
+
+
+def make_engine(loaded: Any, settings: Settings) -> Any:
+    """An engine with every step compiled."""
+    from engine.engine import Engine
+
+    return Engine(loaded, settings.engine)
+
+
+def run_job(
+    settings: Settings,
+    *,
+    load_model: LoadModel = load_model,
+    make_engine: MakeEngine = make_engine,
+    stop: StopRequest | None = None,
+) -> ExitCode:
+    """Run the job that `settings` describe, or resume it; prints its summary.
+
+    `stop` asks it to drain from another thread; SIGTERM and Ctrl-C always do. Raises TidemillError, with
+    nothing half made, for what the user must see to.
+    """
+    started = time.monotonic()
+    with ExitStack() as stack:
+        stop = stack.enter_context(HandleSignals(stop or StopRequest(settings.drain_seconds)))
+        platform = select_platform(settings.engine.platform)
+        storage = open_storage(settings.output.path)
+        storage.check()
+        shards = list_shards(settings.input)
+        spool = stack.enter_context(open_spool(settings.output.spool_dir))
+        loaded = load_model(settings)
+        builder = _prompt_builder(settings, loaded, shards, spool, stack)
+        ledger = stack.enter_context(
+            Ledger.open(
+                storage,
+                parts=fingerprint_parts(settings, loaded, builder, shards, platform),
+                config=as_config(settings),
+                make_plan=partial(make_plan, settings, shards),
+                spool_dir=spool,
+                merge_metrics=merge_chunks,
+                on_change=settings.resume.on_change,
+            )
+        )
+        result = WorkResult()
+        if ledger.unfinished() and not stop.is_asked:
+            result = _work(settings, ledger, shards, builder, make_engine(loaded, settings), stop)
+        manifest = ledger.finish()
+        return _conclude(settings, ledger, result, manifest is not None, stop, time.monotonic() - started)
+
+
+def _prompt_builder(
+    settings: Settings, loaded: Any, shards: Sequence[Shard], spool: Path, stack: ExitStack
+) -> PromptBuilder:
+    id_index = None
+    if settings.input.id_column is not None:
+        id_index = stack.enter_context(IdIndex.build(spool / "ids.sqlite", shards, settings.input))
+    return PromptBuilder(
+        settings.prompt,
+        settings.input,
+        loaded.tokenizer,
+        settings.sampling,
+        max_model_len(settings, loaded),
+        vocab_size=loaded.config.vocab_size,
+        id_index=id_index,
+    )
+
+
+def max_model_len(settings: Settings, loaded: Any) -> int:
+    """Tokens of prompt and output together: what is asked for, or else what the model was made for."""
+    return settings.engine.model_len(loaded.config.max_position_embeddings)
+
+
+def _work(
+    settings: Settings,
+    ledger: Ledger,
+    shards: Sequence[Shard],
+    builder: PromptBuilder,
+    engine: Any,
+    stop: StopRequest,
+) -> WorkResult:
+    facts = ChunkFacts(
+        attempt=uuid.uuid4().hex[:12],
+        device=engine.stats().device,
+        versions=package_versions(),
+        fingerprint=ledger.fingerprint,
+    )
+    try:
+        with ReadAhead(builder, settings.input) as reader:
+            worker = Worker(
+                ledger,
+                shards,
+                engine,
+                reader,
+                stop,
+                partial(Progress, settings.progress, line_seconds=settings.progress_line_seconds),
+                facts,
+                max_num_seqs=settings.engine.max_num_seqs,
+                max_reject_fraction=settings.max_reject_fraction,
+            )
+            return worker.run()
+    finally:
+        engine.close()
+
+
+def _conclude(
+    settings: Settings,
+    ledger: Ledger,
+    result: WorkResult,
+    is_finished: bool,
+    stop: StopRequest,
+    seconds: float,
+) -> ExitCode:
+    """Say how it ended, and turn that into the exit code."""
+    overall = Metrics.sum(
+        Metrics.from_json(record.metrics)
+        for shard in range(ledger.plan.num_shards)
+        for record in ledger.committed(shard).values()
+    )
+    rows_total, url = ledger.plan.num_rows, ledger.storage.url
+    code = _exit_code(settings, overall, rows_total, result, is_finished, stop)
+    rows = f"{overall.rows_in:,} of {rows_total:,} rows are committed"
+    again = "start the same command again"
+    headline = {
+        ExitCode.DONE: f"Done: {rows_total:,} rows in {ledger.plan.num_shards} shards.",
+        ExitCode.TOO_MANY_REJECTS: (
+            f"{'Finished' if is_finished else 'Stopped early'}: {overall.rows_rejected:,} of {rows_total:,} "
+            f"rows were rejected, over max_reject_fraction={settings.max_reject_fraction:g}. "
+            f"See {url}/rejects; correct the input, or raise the limit and {again}."
+        ),
+        ExitCode.DRAINED: f"Stopped by {stop.cause}: {rows}; {again} to go on.",
+        ExitCode.BAD_CONFIG: f"{len(result.failed_shards)} shards could not be finished; {rows}.",
+        ExitCode.RETRY_LATER: f"Another process holds the shards that are left; {rows}; {again} later.",
+    }[code]
+    outcome = Outcome(overall, result.totals, rows_total, seconds, url, is_finished)
+    print(headline, *summary_lines(outcome), sep="\n", flush=True)
+    for error in result.failed_shards.values():
+        print("tidemill: error:", error, file=sys.stderr, flush=True)
+    return code
+
+
+def _exit_code(
+    settings: Settings,
+    overall: Metrics,
+    rows_total: int,
+    result: WorkResult,
+    is_finished: bool,
+    stop: StopRequest,
+) -> ExitCode:
+    if result.failed_shards:
+        return ExitCode.BAD_CONFIG
+    is_over = overall.rows_rejected > settings.max_reject_fraction * rows_total
+    if is_over and (is_finished or result.too_many_rejects):
+        return ExitCode.TOO_MANY_REJECTS
+    if is_finished:
+        return ExitCode.DONE
+    return ExitCode.DRAINED if stop.is_asked else ExitCode.RETRY_LATER
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what the results depend on."""
+    found = {}
+    for package in _VERSIONED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that was never installed
+            continue
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compose, run, and turn every expected error into one line and an exit code."""
+    # transformers would otherwise tell every user that PyTorch, which is not needed, was not found.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        config = compose(sys.argv[1:] if arguments is None else arguments, KNOWN_KEYS)
+        if config is None:
+            return ExitCode.DONE
+        settings = from_config(config)
+        if settings.mode == "plan":
+            from pipeline.plan_mode import plan_job
+
+            return plan_job(settings, load_model=load_model, make_engine=make_engine)
+        return run_job(settings)
+    except RetryLater as error:
+        return _fail(error, ExitCode.RETRY_LATER)
+    except TidemillError as error:
+        return _fail(error, ExitCode.BAD_CONFIG)
+    except KeyboardInterrupt:  # before the job's own handling began: nothing is there to drain
+        return ExitCode.STOPPED_AT_ONCE
+
+
+def _fail(error: TidemillError, code: ExitCode) -> ExitCode:
+    print("tidemill: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

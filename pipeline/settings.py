@@ -1,0 +1,199 @@
+"""The settings of a job: one frozen value, made once from the composed configuration, passed to who needs it.
+
+Each section is a dataclass beside its owner; the YAML under `conf/` holds values only. (The dataclasses are
+not given to OmegaConf as schemas: frozen ones become read-only there and their types cannot be said to it.
+The check is `typed_config`'s, and a test holds the YAML's keys to the dataclasses'.)
+
+What may change between two starts on the same output is said here and nowhere else: `HARMLESS`. All the rest
+is part of the fingerprint. Engine settings that never change a token by law (page size, batch sizes) stay in
+it, because they may change the last bit of a logit on some backends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.config import EngineConfig
+
+from engine.errors import ConfigError, RequestError
+from engine.sampling_params import SamplingParams
+from pipeline.progress import ProgressStyle
+from pipeline.prompts import PromptSettings
+from pipeline.shards import InputSettings
+from pipeline.typed_config import build, known_keys, unknown_key
+
+Mode = Literal["run", "plan"]
+
+# Named by the design and not built yet: said so, rather than "did you mean".
+FUTURE_MODES = ("verify", "repair", "explain", "report")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """source: the embedded model's name, a .gguf file, a Hugging Face folder, an fsspec URL or a hub id.
+    revision: the commit a hub id is pinned to.
+    """
+
+    source: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSettings:
+    """path: where the results go. format: of data/ alone. chunk_rows: rows committed together.
+    include_token_ids: keep the generated token ids. spool_dir: a local folder for what is not published yet;
+    None is the system's temporary folder.
+    """
+
+    path: str
+    format: Literal["parquet", "jsonl"] = "parquet"
+    chunk_rows: int = 64
+    include_token_ids: bool = False
+    spool_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("output.chunk_rows", self.chunk_rows, 1, 1_000_000)
+        if not self.path:
+            raise ConfigError("output.path is empty: name the folder for the results")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeSettings:
+    """on_change: what to do when the output was begun with other settings or input: refuse, or fork (begin
+    anew in a folder of its own inside the output).
+    """
+
+    on_change: Literal["refuse", "fork"] = "refuse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """json: also write the plan as JSON to this file. measure: run a short warm-up to estimate the time."""
+
+    json: str | None = None
+    measure: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything a job is told. Lengths are in tokens, times in seconds."""
+
+    model: ModelSettings
+    input: InputSettings
+    output: OutputSettings
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    mode: Mode = "run"
+    max_reject_fraction: float = 0.1
+    drain_seconds: float = 10.0
+    progress: ProgressStyle = "auto"
+    progress_line_seconds: float = 30.0
+    resume: ResumeSettings = field(default_factory=ResumeSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
+
+    def __post_init__(self) -> None:
+        _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
+        _in_range("drain_seconds", self.drain_seconds, 0.0, 86_400.0)
+        _in_range("progress_line_seconds", self.progress_line_seconds, 0.1, 86_400.0)
+        if self.engine.max_model_len is not None and self.sampling.max_tokens >= self.engine.max_model_len:
+            raise ConfigError(
+                f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
+                f"engine.max_model_len={self.engine.max_model_len}: lower the first or raise the second"
+            )
+
+
+# Dotted keys that cannot change what is in data/: they say where, how patiently and with how much memory.
+# The content of `input.path`, `model.source` and the templates is in the fingerprint under a name of its own.
+HARMLESS = frozenset(
+    {
+        "mode",
+        "max_reject_fraction",
+        "drain_seconds",
+        "progress",
+        "progress_line_seconds",
+        "resume.on_change",
+        "plan.json",
+        "plan.measure",
+        "input.path",
+        "model.source",
+        "model.revision",
+        "output.path",
+        "output.spool_dir",
+        "prompt.template",
+        "prompt.template_file",
+        "prompt.system_template",
+        "engine.hbm_utilization",
+        "engine.kv_cache_bytes",
+        "engine.compilation_cache_dir",
+        "engine.platform",
+    }
+)
+
+KNOWN_KEYS = known_keys(Settings)
+
+
+def from_config(values: Mapping[str, Any]) -> Settings:
+    """Settings from a composed configuration (plain values). ConfigError, on one line, for what is wrong."""
+    values = _without_missing(values)
+    mode = values.get("mode")
+    if mode in FUTURE_MODES:
+        raise ConfigError(f"mode={mode} is not built yet: choose run or plan")
+    sampling = values.get("sampling", {})
+    if isinstance(sampling, Mapping):
+        values["sampling"] = _sampling(sampling)
+    return build(Settings, values)
+
+
+def _sampling(values: Mapping[str, Any]) -> SamplingParams:
+    # Through its own constructor, which normalises and names each value's range. An absent bias is null in
+    # YAML, because an empty mapping there would refuse new keys on the command line.
+    values = {key: value for key, value in values.items() if not (key == "logit_bias" and value is None)}
+    names = {each.name for each in dataclasses.fields(SamplingParams)}
+    for key in values:
+        if key not in names:
+            raise unknown_key(f"sampling.{key}", [f"sampling.{name}" for name in sorted(names)])
+    try:
+        return SamplingParams.from_dict(values)
+    except RequestError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _without_missing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what is still `???`, so that it is reported as missing under its name."""
+    return {
+        key: _without_missing(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value != "???"
+    }
+
+
+def as_config(settings: Settings) -> dict[str, Any]:
+    """All settings as JSON values, for job.json and the reader."""
+    return dataclasses.asdict(settings)
+
+
+def result_part(settings: Settings) -> dict[str, Any]:
+    """The settings that the results depend on, by dotted key: the `config` part of the run's fingerprint.
+
+    Sampling is left out, it has a part of its own.
+    """
+    flat = _flatten(as_config(settings))
+    return {key: flat[key] for key in sorted(flat) if key not in HARMLESS and not key.startswith("sampling.")}
+
+
+def _flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else key
+        flat.update(_flatten(value, name) if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or math.isnan(value):
+        raise ConfigError(f"{name}={value:g}: must be from {low:g} to {high:g}")

@@ -1,0 +1,377 @@
+"""The worker: keeps one engine full across chunks and shards, and commits a chunk when its last row is done.
+
+    claim a shard → read ahead its missing rows → engine → chunk writer → commit → finalise the shard
+
+The engine is never drained at a chunk's end: rows of the next chunks, and of the next shard, are admitted
+while the last rows of this one finish, so several chunks are open at once and may commit in any order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.errors import InputError, RequestError
+from engine.outputs import RequestOutput
+from pipeline.engine_meter import EngineMeter
+from pipeline.ledger import Ledger
+from pipeline.metrics import ChunkFacts, Metrics
+from pipeline.open_work import EngineLike, OpenChunk, OpenShard, merge_ranges, quarantine
+from pipeline.progress import Progress, Standing
+from pipeline.read_ahead import Assignment, Item, ReadAhead, ReadFailure
+from pipeline.rows import Prompt, Reject
+from pipeline.shards import Shard, current_version
+from pipeline.signals import StopRequest
+
+# Below this many rejects an input is too small to be worth stopping early: it is finished and reported whole.
+REJECTS_BEFORE_STOPPING = 1000
+# Another process's lease is watched this long (a dead one on another machine is taken over after 120 s).
+HELD_PATIENCE_SECONDS = 150.0
+HELD_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkResult:
+    """How the work ended. `totals` counts what this attempt committed."""
+
+    totals: Metrics = field(default_factory=Metrics)
+    too_many_rejects: bool = False
+    failed_shards: dict[int, InputError] = field(default_factory=dict)  # changed, or unreadable
+
+
+class Worker:
+    """Runs the unfinished shards of a ledger through an engine. Make one, call `run` once."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        shards: Sequence[Shard],
+        engine: EngineLike,
+        reader: ReadAhead,
+        stop: StopRequest,
+        progress: Callable[[Standing], Progress],
+        facts: ChunkFacts,
+        *,
+        max_num_seqs: int,
+        max_reject_fraction: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._ledger = ledger
+        self._shards = shards
+        self._engine = engine
+        self._reader = reader
+        self._stop = stop
+        self._facts = facts
+        self._clock = clock
+        self._meter = EngineMeter(engine, max_num_seqs, clock)
+        # As many waiting as running: the scheduler always has a next row, and others if that one must wait.
+        self._max_unfinished = 2 * max_num_seqs
+        self._max_reject_fraction = max_reject_fraction
+
+        self._unclaimed = deque(ledger.unfinished())
+        self._held: set[int] = set()
+        self._open_shards: dict[int, OpenShard] = {}
+        self._open_chunks: dict[tuple[int, int], OpenChunk] = {}  # oldest first
+        self._alone: deque[Prompt] = deque()
+        self._alone_steps: int | None = None  # steps of the row that runs alone now
+        self._changed_shards: set[int] = set()  # whose rows in flight changed since their lease was told
+        self._failed: dict[int, InputError] = {}
+        self._totals = Metrics()
+        self._rows_before, self._rejects_before = self._committed_before()
+        self._progress = progress(self._standing())
+
+    def run(self) -> WorkResult:
+        """Work until nothing is left, a drain is asked for, or too many rows are rejected."""
+        held_since: float | None = None
+        while not self._stop.is_asked and not self._too_many_rejects:
+            self._assign()
+            self._admit()
+            if self._engine.has_unfinished:
+                self._step()
+            elif not self._reader.is_exhausted:
+                self._wait_for_rows()
+            elif self._alone or self._unclaimed:
+                continue
+            elif not self._held:
+                break
+            else:  # only what others hold is left
+                held_since = self._clock() if held_since is None else held_since
+                if self._clock() - held_since > HELD_PATIENCE_SECONDS:
+                    break
+                self._sleep(HELD_POLL_SECONDS)
+                self._unclaimed.extend(sorted(self._held))
+                self._held.clear()
+        too_many = self._too_many_rejects
+        if self._stop.is_asked or too_many:
+            self._drain()
+        else:
+            self._fail_short_shards()
+        self._progress.close()
+        return WorkResult(self._totals, too_many, self._failed)
+
+    # Shards: claim, assign, give up.
+
+    def _assign(self) -> None:
+        """Claim the next shard once the reader is through with the last one."""
+        while self._unclaimed and self._reader.wants_assignment:
+            index = self._unclaimed.popleft()
+            lease = self._ledger.claim(index)
+            if lease is None:
+                self._held.add(index)
+                continue
+            missing = self._ledger.missing_chunks(index)
+            self._open_shards[index] = OpenShard(
+                self._shards[index], lease, self._ledger.suspects(index), len(missing)
+            )
+            if missing:
+                bounds = [self._ledger.plan.chunk_bounds(index, chunk) for chunk in missing]
+                self._reader.assign(Assignment(self._shards[index], merge_ranges(bounds)))
+            else:
+                self._finalise(index)
+
+    def _drop_shard(self, index: int) -> None:
+        """Stop working on a shard: nothing of it that is not committed will be."""
+        opened = self._open_shards.pop(index)
+        for request_id in opened.in_flight:
+            self._engine.abort_request(request_id)
+        if self._alone_steps is not None and not self._engine.has_unfinished:
+            self._alone_steps = None
+        self._alone = deque(prompt for prompt in self._alone if prompt.shard_index != index)
+        for key in [key for key in self._open_chunks if key[0] == index]:
+            self._open_chunks.pop(key).writer.abandon()
+        opened.lease.release()
+
+    def _fail_shard(self, index: int, error: InputError) -> None:
+        self._failed[index] = error
+        if index in self._open_shards:
+            self._drop_shard(index)
+
+    def _fail_short_shards(self) -> None:
+        """Nothing is left to read or run, so what is still open has had fewer rows than planned."""
+        for index in list(self._open_shards):
+            message = "fewer rows were read than it had when the run began; restore it or begin a new output"
+            self._fail_shard(index, InputError(f"{self._shards[index].name}: {message}"))
+
+    # Rows: take, admit, complete.
+
+    def _admit(self) -> None:
+        """Top up the engine from the reader; rows that killed their worker before are run alone."""
+        if self._alone_steps is not None:
+            return
+        wait_for_idle = any(chunk.waits_for_isolation for chunk in self._open_chunks.values())
+        if self._alone and (wait_for_idle or self._reader.is_exhausted):
+            if not self._engine.has_unfinished:
+                self._start_alone()
+            return
+        while self._engine.num_unfinished < self._max_unfinished:
+            item = self._reader.take()
+            if item is None:
+                return
+            self._take(item)
+
+    def _take(self, item: Item) -> None:
+        if isinstance(item, ReadFailure):
+            if not isinstance(item.error, InputError):
+                raise item.error
+            self._fail_shard(item.shard_index, item.error)
+            return
+        opened = self._open_shards.get(item.shard_index)
+        if opened is None:
+            return  # read ahead of a shard that was dropped since
+        chunk = self._chunk_of(item)
+        chunk.num_seen += 1
+        if isinstance(item, Reject):
+            self._reject(chunk, item)
+        elif item.row_id in opened.suspects.quarantined:
+            self._reject(chunk, quarantine(item, opened.shard))
+        elif item.row_id in opened.suspects.isolate:
+            chunk.num_alone += 1
+            self._alone.append(item)
+        else:
+            self._submit(chunk, opened, item)
+
+    def _chunk_of(self, item: Prompt | Reject) -> OpenChunk:
+        plan = self._ledger.plan
+        number = item.position // plan.chunk_rows
+        key = (item.shard_index, number)
+        if key not in self._open_chunks:
+            start, stop = plan.chunk_bounds(*key)
+            writer = self._ledger.writer(self._open_shards[item.shard_index].lease, number)
+            self._open_chunks[key] = OpenChunk(*key, num_rows=stop - start, writer=writer)
+        return self._open_chunks[key]
+
+    def _submit(self, chunk: OpenChunk, opened: OpenShard, prompt: Prompt) -> None:
+        request_id = f"{prompt.shard_index}:{prompt.position}"
+        try:
+            self._engine.add_request(
+                request_id,
+                prompt_token_ids=prompt.token_ids,
+                sampling=prompt.sampling,
+                identity=prompt.row_id,
+            )
+        except RequestError as error:
+            self._complete(chunk, prompt, None, error)
+            return
+        opened.in_flight[request_id] = prompt
+        self._changed_shards.add(prompt.shard_index)
+
+    def _start_alone(self) -> None:
+        prompt = self._alone.popleft()
+        chunk = self._chunk_of(prompt)
+        chunk.num_alone -= 1
+        opened = self._open_shards[prompt.shard_index]
+        self._submit(chunk, opened, prompt)
+        self._alone_steps = 0 if opened.in_flight else None
+
+    def _complete(
+        self, chunk: OpenChunk, prompt: Prompt, output: RequestOutput | None, error: RequestError | None
+    ) -> None:
+        reject = chunk.writer.add_completion(prompt, output, error)
+        if reject is not None:
+            chunk.metrics.reject(reject.reason)
+        elif output is not None:
+            chunk.metrics.complete(output)
+        self._row_done(chunk)
+
+    def _reject(self, chunk: OpenChunk, reject: Reject) -> None:
+        chunk.writer.add_reject(reject)
+        chunk.metrics.reject(reject.reason)
+        self._row_done(chunk)
+
+    def _step(self) -> None:
+        self._tell_leases()
+        outputs = self._meter.step()
+        if self._alone_steps is not None:
+            self._alone_steps += 1
+        for output in outputs:
+            shard_index = int(output.request_id.partition(":")[0])
+            opened = self._open_shards.get(shard_index)
+            prompt = opened.in_flight.pop(output.request_id, None) if opened else None
+            if prompt is None:
+                continue  # aborted since: its shard or chunk was given up
+            self._changed_shards.add(shard_index)
+            self._alone_steps = None
+            chunk = self._chunk_of(prompt)
+            self._complete(chunk, prompt, output, None)
+        self._progress.update(self._standing())
+
+    def _tell_leases(self) -> None:
+        """Before a step that could kill the process: which rows are about to run."""
+        for index in list(self._open_shards):
+            opened = self._open_shards[index]
+            if opened.lease.is_lost:
+                self._drop_shard(index)
+                self._held.add(index)
+                continue
+            row_ids = [prompt.row_id for prompt in opened.in_flight.values()]
+            if self._alone_steps is not None and row_ids:
+                opened.lease.set_alone(row_ids[0], self._alone_steps)
+            elif index in self._changed_shards:
+                opened.lease.set_in_flight(row_ids)
+        self._changed_shards.clear()
+
+    def _row_done(self, chunk: OpenChunk) -> None:
+        chunk.num_done += 1
+        if chunk.is_done:
+            self._commit(chunk)
+
+    # Chunks: commit, finalise.
+
+    def _commit(self, chunk: OpenChunk) -> None:
+        key = (chunk.shard, chunk.chunk)
+        opened = self._open_shards[chunk.shard]
+        if next(iter(self._open_chunks)) == key:
+            self._meter.settle(chunk.metrics)
+        try:
+            files = chunk.writer.close(metrics=chunk.metrics.to_json() | self._facts.to_json())
+            version = current_version(opened.shard)
+            is_ours = self._ledger.commit_chunk(opened.lease, files, input_version=version)
+        except InputError as error:  # the shard's content changed: never mix old rows and new ones
+            self._fail_shard(chunk.shard, error)
+            return
+        del self._open_chunks[key]
+        if is_ours:
+            self._totals.merge(chunk.metrics)
+        opened.num_missing -= 1
+        if opened.num_missing == 0:
+            self._finalise(chunk.shard)
+
+    def _finalise(self, index: int) -> None:
+        self._ledger.finalise_shard(index)
+        self._open_shards.pop(index).lease.release()
+
+    # Waiting and stopping.
+
+    def _wait_for_rows(self) -> None:
+        started = self._clock()
+        item = self._reader.take(timeout=0.1)
+        self._meter.waited(self._clock() - started)
+        if item is not None:
+            self._take(item)
+
+    def _sleep(self, seconds: float) -> None:
+        until = self._clock() + seconds
+        while self._clock() < until and not self._stop.is_asked:
+            time.sleep(0.1)
+
+    def _drain(self) -> None:
+        """Finish the chunks whose rows are all here already, as far as time allows, and leave the rest."""
+        self._reader.close()
+        for key, chunk in list(self._open_chunks.items()):
+            if chunk.num_seen < chunk.num_rows or chunk.num_alone:
+                self._abandon(key)
+        reserve = min(2.0, 0.2 * max(self._stop.seconds_left, 0.0))  # for the last commits
+        while self._engine.has_unfinished and self._stop.seconds_left > reserve:
+            self._step()
+        for key in list(self._open_chunks):
+            self._abandon(key)
+        for opened in self._open_shards.values():
+            opened.lease.release()
+
+    def _abandon(self, key: tuple[int, int]) -> None:
+        chunk = self._open_chunks.pop(key)
+        opened = self._open_shards[chunk.shard]
+        rows = self._ledger.plan.chunk_bounds(*key)
+        for request_id, prompt in list(opened.in_flight.items()):
+            if rows[0] <= prompt.position < rows[1]:
+                self._engine.abort_request(request_id)
+                del opened.in_flight[request_id]
+                self._changed_shards.add(chunk.shard)
+        chunk.writer.abandon()
+
+    # Standing.
+
+    def _committed_before(self) -> tuple[int, int]:
+        """Rows and rejects that earlier attempts committed."""
+        records = [
+            record
+            for shard in range(self._ledger.plan.num_shards)
+            for record in self._ledger.committed(shard).values()
+        ]
+        return sum(r.counts["rows"] for r in records), sum(r.counts["rejected"] for r in records)
+
+    @property
+    def _rows_rejected(self) -> int:
+        waiting = sum(chunk.metrics.rows_rejected for chunk in self._open_chunks.values())
+        return self._rejects_before + self._totals.rows_rejected + waiting
+
+    @property
+    def _too_many_rejects(self) -> bool:
+        """So many rejects that the limit is passed whatever the rest brings, in an input worth stopping."""
+        rejected = self._rows_rejected
+        limit = self._max_reject_fraction * self._ledger.plan.num_rows
+        return rejected >= REJECTS_BEFORE_STOPPING and rejected > limit
+
+    def _standing(self) -> Standing:
+        opened = [chunk.metrics for chunk in self._open_chunks.values()]
+        now = [self._totals, *opened]
+        return Standing(
+            rows_done=self._rows_before + sum(metrics.rows_in for metrics in now),
+            rows_total=self._ledger.plan.num_rows,
+            rows_rejected=self._rows_rejected,
+            prompt_tokens=sum(metrics.prompt_tokens for metrics in now),
+            cached_tokens=sum(metrics.cached_tokens for metrics in now),
+            generated_tokens=sum(metrics.generated_tokens for metrics in now),
+        )
