@@ -70,4 +70,6 @@ def render_chat(tokenizer: Any, chat: Chat, add_generation_prompt: bool) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {str: "text", dict: "mapping", list: "list", type(None): "null"}.get(type(value), type(value).__name__)
+    return {str: "text", dict: "mapping", list: "list", type(None): "null"}.get(
+        type(value), type(value).__name__
+    )

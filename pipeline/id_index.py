@@ -1,7 +1,7 @@
 """Which rows repeat the id of an earlier row, over all shards, without holding the ids in memory.
 
-The first row in (shard, position) order owns an id, even one that is rejected for another reason, so the answer
-does not depend on which shards were read, or in which order they run.
+The first row in (shard, position) order owns an id, even one that is rejected for another reason, so the
+answer does not depend on which shards were read, or in which order they run.
 """
 
 from __future__ import annotations
@@ -88,11 +88,14 @@ def _ids(shards: Iterable[Shard], settings: InputSettings) -> Iterator[tuple[byt
 
 
 def _fill(db: sqlite3.Connection, ids: Iterator[tuple[bytes, int, int]]) -> None:
-    # A crash leaves a file that is never used, so nothing is journalled or synced. SQLite sorts on disk, in runs of
-    # at most its cache, whatever the number of ids; only the repeated ones are kept.
+    # A crash leaves a file that is never used, so nothing is journalled or synced. SQLite sorts on disk, in
+    # runs of at most its cache, whatever the number of ids; only the repeated ones are kept.
     db.executescript(
         """
-        PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE; PRAGMA cache_size = -32768;
+        PRAGMA journal_mode = OFF;
+        PRAGMA synchronous = OFF;
+        PRAGMA temp_store = FILE;
+        PRAGMA cache_size = -32768;
         CREATE TABLE ids (id_hash BLOB NOT NULL, shard INTEGER NOT NULL, position INTEGER NOT NULL);
         """
     )
@@ -102,7 +105,10 @@ def _fill(db: sqlite3.Connection, ids: Iterator[tuple[bytes, int, int]]) -> None
     db.executescript(
         """
         CREATE TABLE repeated (
-            id_hash BLOB PRIMARY KEY, shard INTEGER NOT NULL, position INTEGER NOT NULL, num_rows INTEGER NOT NULL
+            id_hash BLOB PRIMARY KEY,
+            shard INTEGER NOT NULL,
+            position INTEGER NOT NULL,
+            num_rows INTEGER NOT NULL
         ) WITHOUT ROWID;
         INSERT INTO repeated
             SELECT ids.id_hash, ids.shard, ids.position, many.num_rows

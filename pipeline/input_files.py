@@ -137,12 +137,14 @@ def errors_named(url: str, what: str = "read") -> Iterator[None]:
     except TimeoutError as error:
         raise RetryLater(f"{url}: timed out: {one_line(error)}; start again later") from error
     except MemoryError as error:
-        raise InputError(f"{url}: cannot {what} it: {one_line(error)}; a value is too large to decode") from error
+        raise InputError(
+            f"{url}: cannot {what} it: {one_line(error)}; a value is too large to decode"
+        ) from error
     except OSError as error:
         if error.errno in _PASSING:
             raise RetryLater(f"{url}: cannot {what} it now: {one_line(error)}; start again later") from error
         raise InputError(damaged(url, error)) from error
-    except (pa.ArrowException, EOFError) as error:
+    except (pa.ArrowException, EOFError, UnicodeDecodeError) as error:
         raise InputError(damaged(url, error)) from error
 
 
@@ -155,7 +157,9 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:299] + "…"
 
 
-def file_version(fs: fsspec.AbstractFileSystem, path: str, info: dict[str, Any] | None = None) -> dict[str, Any]:
+def file_version(
+    fs: fsspec.AbstractFileSystem, path: str, info: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What changes when the file's content does, as JSON values, without reading the whole file.
 
     Local: size, mtime, inode and a hash of both ends. Remote: size and the store's own version; where it has

@@ -56,9 +56,7 @@ def find_files(paths: Sequence[str], format: str) -> list[InputFile]:
         for path, info in match.files.items():
             name = path.removeprefix(root).lstrip("/")
             name = name if len(schemes) == 1 else f"{match.scheme}/{name}"
-            found[name] = InputFile(
-                name, url_of(match.fs, path), path, match.fs, info, match.formats[path]
-            )
+            found[name] = InputFile(name, url_of(match.fs, path), path, match.fs, info, match.formats[path])
     return [found[name] for name in sorted(found)]
 
 
@@ -107,7 +105,9 @@ def _chosen(
     if not formats:
         wanted = "Parquet or JSONL" if format == "auto" else format
         example = posixpath.basename(min(files))
-        raise InputError(f"{named}: no {wanted} file among its {len(files)} files (such as {example}); set input.format")
+        raise InputError(
+            f"{named}: no {wanted} file among its {len(files)} files (such as {example}); set input.format"
+        )
     return {path: info for path, info in files.items() if path in formats}, formats
 
 

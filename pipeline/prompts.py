@@ -63,7 +63,9 @@ class PromptSettings:
         if has_template and self.form not in ("auto", "template"):
             raise ConfigError(f"prompt.form={self.form} leaves prompt.template unused; remove one of the two")
         if self.system_template is not None and (has_template or self.form == "prompt") and not self.chat:
-            raise ConfigError("prompt.system_template needs prompt.chat=true: plain text has no system message")
+            raise ConfigError(
+                "prompt.system_template needs prompt.chat=true: plain text has no system message"
+            )
         if self.system_template is not None and self.form == "prompt_token_ids":
             raise ConfigError("prompt.system_template cannot apply to token ids; remove it")
         if not 1 <= self.max_prompt_chars <= 2**30:
@@ -93,8 +95,8 @@ class PromptBuilder:
     """Builds prompts from rows; the same row always gives the same prompt.
 
     A prompt fits when its tokens and `sampling.max_tokens` together are at most `max_model_len`. Text goes
-    through the tokenizer with its special tokens; a chat without, because its template writes them. Either way a
-    prompt has no more than one BOS that its text did not ask for.
+    through the tokenizer with its special tokens; a chat without, because its template writes them. Text that
+    begins with BOS itself gets no second one.
     """
 
     def __init__(
@@ -118,12 +120,16 @@ class PromptBuilder:
         self._template = self._compiled(settings.template, settings.template_file, "template")
         self._system = self._compiled(settings.system_template, None, "system_template")
         if (settings.chat or settings.form == "messages") and not self._has_chat_template:
-            raise ConfigError("the model has no chat template; set prompt.chat=false and give prompts as text")
+            raise ConfigError(
+                "the model has no chat template; set prompt.chat=false and give prompts as text"
+            )
         if self._template is not None and self._template.columns == frozenset():
             raise ConfigError("prompt.template uses no column; write {{ name }} where a column's value goes")
         if settings.sampling_column is None and default_sampling.max_tokens >= max_model_len:
             asked = default_sampling.max_tokens
-            raise ConfigError(f"sampling.max_tokens={asked} leaves no room for a prompt in {max_model_len} tokens")
+            raise ConfigError(
+                f"sampling.max_tokens={asked} leaves no room for a prompt in {max_model_len} tokens"
+            )
 
     @property
     def columns_needed(self) -> tuple[str, ...] | None:
@@ -201,7 +207,9 @@ class PromptBuilder:
                 raise _Refused(error.reason, f"column {column!r}: {error}", value) from error
         if sampling.max_tokens >= self._max_model_len:
             asked, most = sampling.max_tokens, self._max_model_len
-            message = f"sampling.max_tokens={asked} leaves no room for a prompt in {most} tokens; ask for fewer"
+            message = (
+                f"sampling.max_tokens={asked} leaves no room for a prompt in {most} tokens; ask for fewer"
+            )
             raise _Refused("bad_sampling", message)
         return sampling
 
@@ -222,7 +230,9 @@ class PromptBuilder:
             raise _Refused("ambiguous_prompt", f"columns {both} are both given; say which with prompt.form")
         if present:
             raise _Refused("null_value", f"column {listed} is null; give each row a prompt")
-        raise _Refused("missing_column", f"none of the columns {listed}; add one or name it in prompt.*_column")
+        raise _Refused(
+            "missing_column", f"none of the columns {listed}; add one or name it in prompt.*_column"
+        )
 
     def _text(self, row: SourceRow, form: str) -> tuple[str, Chat | None]:
         if form == "template":
@@ -276,7 +286,9 @@ class PromptBuilder:
                 raise _Refused("wrong_type", f"{column}[{i}] is a {kind}; give integers", token)
             if not 0 <= token < self._vocab_size:
                 shown = str(token)[:24]
-                raise _Refused("bad_token_id", f"{column}[{i}] is {shown}; ids go from 0 to {self._vocab_size - 1}")
+                raise _Refused(
+                    "bad_token_id", f"{column}[{i}] is {shown}; ids go from 0 to {self._vocab_size - 1}"
+                )
         if not value:
             raise _Refused("empty_prompt", f"column {column!r} is an empty list; give at least one token")
         return value
@@ -285,7 +297,9 @@ class PromptBuilder:
 
     def _tokenise(self, drafts: Sequence[_Draft]) -> None:
         for is_chat in (False, True):
-            batch = [draft for draft in drafts if draft.text is not None and (draft.chat is not None) == is_chat]
+            batch = [
+                draft for draft in drafts if draft.text is not None and (draft.chat is not None) == is_chat
+            ]
             if batch:
                 texts = [draft.text or "" for draft in batch]
                 # A chat's template writes BOS itself; a second one would change what the model reads.
@@ -372,7 +386,9 @@ class PromptBuilder:
         except NullPrinted as error:
             nulls = sorted(key for key, value in row.columns.items() if value is None)
             which = f" (null here: {', '.join(nulls[:8])})" if nulls else ""
-            raise _Refused("null_value", f"{name}: {error.message}{which}; give a value or a default") from error
+            raise _Refused(
+                "null_value", f"{name}: {error.message}{which}; give a value or a default"
+            ) from error
         except RENDER_ERRORS as error:
             kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             said = " ".join(str(error).split())[:200]

@@ -36,7 +36,7 @@ def named_id(value: Any, column: str) -> str:
 
 
 def content_id(source: str, row: int, content: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits from the source's name, the row's number in it and the columns that make the prompt.
+    """32 hexadecimal digits from the source's name, the row's number in it and what makes its prompt.
 
     Stable under moving the whole input, reading other columns, and slicing a dataset differently. A row
     whose content changes gets another id.

@@ -20,8 +20,8 @@ MAX_EXCERPT_CHARS = 200
 class SourceRow:
     """One row as it was read: only the columns asked for, values as plain Python objects.
 
-    `source` names the file, relative to the input root, or the dataset's split; `line` is the 1-based line of a
-    JSONL row. `first_row` is the row of the source at which the shard begins: 0 but for slices of a dataset.
+    `source` names the file, relative to the input root, or the dataset's split; `line` is the 1-based line of
+    a JSONL row. `first_row` is the row of the source at which the shard begins: 0 but for a dataset's slice.
     """
 
     shard_index: int
@@ -39,7 +39,7 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """One row that cannot be run. `reason` is a short stable code; `message` is one line: where, what, remedy.
+    """One row that cannot be run. `reason` is a stable code; `message` is one line: where, what, remedy.
 
     `row_id` is None where the row was not understood well enough to have an id.
     """

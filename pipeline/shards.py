@@ -106,7 +106,9 @@ def list_shards(settings: InputSettings) -> list[Shard]:
         for name in ("split", "revision"):
             if getattr(settings, name) is not None:
                 value = getattr(settings, name)
-                raise ConfigError(f"input.{name}={value} is for datasets; remove it or set input.format=datasets")
+                raise ConfigError(
+                    f"input.{name}={value} is for datasets; remove it or set input.format=datasets"
+                )
         shards = []
         for index, file in enumerate(find_files(settings.paths, settings.format)):
             with errors_named(file.url):

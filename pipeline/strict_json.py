@@ -1,8 +1,8 @@
 """JSON as RFC 8259 has it, bounded, with one meaning: what Python's own parser lets pass is refused here.
 
-Refused: NaN and Infinity, numbers that do not fit (1e999, integers of more than 640 digits), a key given twice,
-nesting past a limit. The limits do not depend on the interpreter's recursion limit or on its environment,
-so a line that is accepted once is accepted always.
+Refused: NaN and Infinity, numbers that do not fit (1e999, integers of more than 640 digits), a key given
+twice, nesting past a limit. The limits do not depend on the interpreter's recursion limit or on its
+environment, so a line that is accepted once is accepted always.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import jinja2
 import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
+import jinja2.visitor
 
 from engine.errors import ConfigError
 from pipeline.input_files import errors_named, filesystem
@@ -74,7 +75,9 @@ class RowTemplate:
         for piece in self._template.generate({ALL_COLUMNS: dict(columns)} | dict(columns)):
             num_chars += len(piece)
             if num_chars > self._max_chars:
-                raise OverBudget(f"the text is longer than {self._max_chars} characters (prompt.max_prompt_chars)")
+                raise OverBudget(
+                    f"the text is longer than {self._max_chars} characters (prompt.max_prompt_chars)"
+                )
             pieces.append(piece)
         return "".join(pieces)
 
@@ -89,7 +92,9 @@ def read_template(text: str | None, file: str | None, name: str) -> tuple[str, s
     with errors_named(file), fs.open(path, "rb") as stream:
         source = stream.read(MAX_TEMPLATE_BYTES + 1)
     if len(source) > MAX_TEMPLATE_BYTES:
-        raise ConfigError(f"{file}: a template of more than {MAX_TEMPLATE_BYTES} bytes; is it the right file?")
+        raise ConfigError(
+            f"{file}: a template of more than {MAX_TEMPLATE_BYTES} bytes; is it the right file?"
+        )
     try:
         return source.decode("utf-8-sig"), file
     except UnicodeDecodeError as error:
@@ -120,7 +125,11 @@ class _ColumnUndefined(jinja2.StrictUndefined):
     __slots__ = ()
 
     def __init__(
-        self, hint: str | None = None, obj: Any = jinja2.utils.missing, name: str | None = None, exc: Any = None
+        self,
+        hint: str | None = None,
+        obj: Any = jinja2.utils.missing,
+        name: str | None = None,
+        exc: Any = None,
     ):
         kind = MissingColumn if obj is jinja2.utils.missing else jinja2.UndefinedError
         super().__init__(hint, obj, name, exc or kind)
@@ -146,14 +155,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters[_SIZED] = budget.sized
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        template = super()._parse(source, name, filename)
-        for loop in template.find_all(jinja2.nodes.For):
-            loop.iter = _filtered(loop.iter, _COUNTED)
-        for output in template.find_all(jinja2.nodes.Output):
-            output.nodes = [_filtered_concat(node) for node in output.nodes]
-        for assign in template.find_all(jinja2.nodes.Assign):
-            assign.node = _filtered_concat(assign.node)
-        return template
+        return _Bounded().visit(super()._parse(source, name, filename)).set_environment(self)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -161,7 +163,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise OverBudget("a power inside the template is too large")
         elif operator == "*":
             self._check_product(left, right)
-        elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+        elif (
+            operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple)
+        ):
             self._check_len(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 
@@ -183,13 +187,21 @@ _COUNTED = "_counted"
 _SIZED = "_sized"
 
 
-def _filtered(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
+class _Bounded(jinja2.visitor.NodeTransformer):
+    """Counts the turns of every loop, and measures every `a ~ b`, which is no operator to the sandbox."""
+
+    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.For:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, _COUNTED)
+        return node
+
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Filter:
+        self.generic_visit(node)
+        return _filtered(node, _SIZED)
+
+
+def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
     return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-
-def _filtered_concat(node: jinja2.nodes.Expr) -> jinja2.nodes.Expr:
-    """`a ~ b` is no operator to the sandbox; its result is measured instead, so that it cannot keep doubling."""
-    return _filtered(node, _SIZED) if isinstance(node, jinja2.nodes.Concat) else node
 
 
 def _not_none(value: Any) -> Any:

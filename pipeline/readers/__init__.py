@@ -1,1 +1,1 @@
-"""One file a format. Every reader counts rows and yields rows [start, stop) in order and in bounded memory."""
+"""One file a format. Every reader counts rows, and yields rows [start, stop) in bounded memory."""

@@ -40,6 +40,8 @@ def rows_of(
         except UnicodeDecodeError as error:
             yield reject("not_utf8", f"column {name!r} is not UTF-8: {error.reason}; store it as UTF-8 text")
         except (ValueError, OverflowError) as error:  # such as a date past the year 9999
-            yield reject("wrong_type", f"column {name!r} cannot be read: {excerpt(str(error))}; store it as text")
+            yield reject(
+                "wrong_type", f"column {name!r} cannot be read: {excerpt(str(error))}; store it as text"
+            )
         else:
             yield SourceRow(shard.index, position + i, columns, shard.source, None, shard.first_row)

@@ -1,6 +1,6 @@
 """Hugging Face datasets: a hub id at a pinned revision, or a folder written by `Dataset.save_to_disk`.
 
-Rows are read as Arrow, memory-mapped, so features are never decoded: an image or audio column fetches nothing.
+Rows are read as Arrow, memory-mapped, so features are never decoded: an image column fetches nothing.
 """
 
 from __future__ import annotations
@@ -35,20 +35,24 @@ def is_saved_dataset(folder: str) -> bool:
 
 
 def locate(path: str, revision: str | None) -> str:
-    """The URL that shards of this dataset carry. ConfigError for what is neither a saved folder nor a hub id."""
+    """The URL that its shards carry. ConfigError for what is neither a saved folder nor a hub id."""
     if scheme_of(path) != "file":
         raise ConfigError(f"{path}: a dataset is a hub id or a local folder; copy the folder here first")
     fs, folder = filesystem(path)
     if fs.isdir(folder):
         if not is_saved_dataset(folder):
-            raise InputError(f"{folder}: not a folder written by save_to_disk; set input.format=parquet or jsonl")
+            raise InputError(
+                f"{folder}: not a folder written by save_to_disk; set input.format=parquet or jsonl"
+            )
         if revision is not None:
             raise ConfigError(f"input.revision={revision} has no meaning for the folder {folder}; remove it")
         return folder
     if path.startswith((".", "/", "~")) or not 1 <= len(path.split("/")) <= 2:
         raise InputError(f"{path}: no such folder, and not a hub id (owner/name)")
     if revision is None:
-        raise ConfigError(f"{path}: a hub dataset needs input.revision=<commit>, so that a resumed run reads the same")
+        raise ConfigError(
+            f"{path}: a hub dataset needs input.revision=<commit>, so that a resumed run reads the same"
+        )
     return HUB + path
 
 
@@ -87,7 +91,9 @@ def read_rows(
     dataset = _dataset(shard)
     first, last = _slice(shard)
     if last > len(dataset):
-        raise InputError(f"{shard.url}: has {len(dataset)} rows now, fewer than the {last} planned; plan the run anew")
+        raise InputError(
+            f"{shard.url}: has {len(dataset)} rows now, fewer than the {last} planned; plan the run anew"
+        )
     num_rows = last - first
     stop = num_rows if stop is None else min(stop, num_rows)
     kept = [name for name in dataset.column_names if columns is None or name in set(columns)]
@@ -115,7 +121,9 @@ def open_dataset(url: str, split: str | None, revision: str | None) -> Dataset:
     except ConnectionError as error:
         raise RetryLater(f"{url}: cannot be fetched now: {one_line(error)}; start again later") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"{url}: not a dataset that can be read: {one_line(error)}; check input.path and input.revision"
+        message = (
+            f"{url}: not a dataset that can be read: {one_line(error)}; check input.path and input.revision"
+        )
         raise InputError(message) from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
@@ -123,7 +131,9 @@ def open_dataset(url: str, split: str | None, revision: str | None) -> Dataset:
             raise InputError(f"{url}: {chosen}; choose one of {', '.join(sorted(map(str, found)))}")
         return found[split]
     if split is not None and str(found.split) != split:
-        raise InputError(f"{url}: holds the split {found.split}, not {split!r}; remove input.split or correct it")
+        raise InputError(
+            f"{url}: holds the split {found.split}, not {split!r}; remove input.split or correct it"
+        )
     return found
 
 

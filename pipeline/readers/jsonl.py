@@ -1,8 +1,8 @@
 """JSON Lines, plain or compressed with gzip or zstd, one object a line.
 
-Lines end at LF; a CR before it and spaces around an object do not matter, and a byte order mark at the start of
-the file is skipped. Lines of nothing but spaces, tabs and CRs are no rows and take no position, but they do
-count as lines. At no time is more held than one read and one line of at most `max_line_bytes`.
+Lines end at LF; a CR before it and spaces around an object do not matter, and a byte order mark at the
+start of the file is skipped. Lines of nothing but spaces, tabs and CRs are no rows and take no position,
+but they do count as lines. At no time is more held than one read and one line of at most `max_line_bytes`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _open(url: str) -> Iterator[Callable[[int], bytes]]:
         if not file.read(1):
             raise InputError(damaged(url, EOFError(f"an empty file is not {codec}")))
         file.seek(0)
-        # pyarrow's stream, unlike zstandard's, raises when the data ends inside a frame, and each read's output is
-        # bounded, however far a few bytes would expand.
+        # pyarrow's stream, unlike zstandard's, raises when the data ends inside a frame, and each read's
+        # output is bounded, however far a few bytes would expand.
         with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec) as stream:
             yield stream.read
 
@@ -98,10 +98,10 @@ def _lines(read: Callable[[int], bytes], max_line_bytes: int) -> Iterator[_Line]
         held_len, head, is_blank = 0, b"", True
         return line
 
-    data = read(READ_BYTES)
-    while data and len(data) < len(_BOM) and (more := read(READ_BYTES)):
-        data += more
-    data = data.removeprefix(_BOM)
+    start = b""
+    while len(start) < len(_BOM) and (more := read(READ_BYTES)):
+        start += more
+    data = start.removeprefix(_BOM) or read(READ_BYTES)
     while data:
         first, *rest = data.split(b"\n")
         add(first)
@@ -135,11 +135,15 @@ def _row(
     try:
         text = line.content.decode("utf-8")
     except UnicodeDecodeError as error:
-        return reject("not_utf8", f"not UTF-8 at byte {error.start + 1}: {error.reason}; save the file as UTF-8")
+        return reject(
+            "not_utf8", f"not UTF-8 at byte {error.start + 1}: {error.reason}; save the file as UTF-8"
+        )
     try:
         value: Any = loads(text, settings.max_json_depth)
     except BadJson as error:
-        torn = "" if line.is_terminated else "; it is the last line and has no line end, so it may be cut short"
+        torn = (
+            "" if line.is_terminated else "; it is the last line and has no line end, so it may be cut short"
+        )
         return reject(error.reason, f"{error}{torn}")
     if not isinstance(value, dict):
         return reject("wrong_type", f"a JSON {_kind(value)}; write one object a line")
@@ -147,7 +151,7 @@ def _row(
     if may_hold_surrogates(text):
         for key, item in columns.items():
             if lone_surrogate_in(key) or lone_surrogate_in(item):
-                message = f"column {excerpt(key)!r} holds half of a surrogate pair, which no text can; mend the escape"
+                message = f"column {excerpt(key)!r} holds half of a surrogate pair; mend the escape"
                 return reject("lone_surrogate", message)
     return SourceRow(shard.index, position, columns, shard.name, line.number)
 

@@ -49,7 +49,10 @@ def read_rows(
         position = 0  # of the next row group's first row
         for group in range(parquet.num_row_groups):
             num_rows = parquet.metadata.row_group(group).num_rows
-            first, last = max(start - position, 0), num_rows if stop is None else min(stop - position, num_rows)
+            first, last = (
+                max(start - position, 0),
+                num_rows if stop is None else min(stop - position, num_rows),
+            )
             if first < last:
                 yield from _group_rows(shard, settings, parquet, group, position, (first, last), kept)
             position += num_rows
