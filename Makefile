@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -m pipeline.run input=demo prompt=demo sampling=demo output.path=$(DEMO_OUTPUT)
+	$(BIN)/python -m pipeline.run input=demo prompt=demo sampling=greedy engine.max_model_len=1024 sampling.max_tokens=48 output.path=$(DEMO_OUTPUT)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,1 +1,1 @@
-"""The prompts that `make demo` runs: docstrings of Python's standard library, and the template around them."""
+"""The prompts that `make demo` runs: docstrings of the standard library, and a template around them."""

@@ -7,17 +7,17 @@ import inspect
 from dataclasses import dataclass
 
 # Modules of every supported Python, importable without side effects on any Linux.
-MODULES = (
-    "argparse ast base64 bisect bz2 calendar cmath cmd codecs collections colorsys concurrent.futures configparser"
-    " contextlib copy csv dataclasses datetime decimal difflib dis email.utils enum fileinput filecmp fnmatch"
-    " fractions ftplib functools getopt gettext glob graphlib gzip hashlib heapq hmac html http.client imaplib"
-    " inspect ipaddress itertools json keyword linecache locale logging lzma mailbox math mimetypes"
-    " operator os pathlib pickle pkgutil platform plistlib poplib pprint queue quopri random re reprlib"
-    " sched secrets selectors shelve shlex shutil signal smtplib socket sqlite3 ssl stat statistics"
-    " string struct subprocess symtable sys tarfile tempfile textwrap threading time timeit token tokenize trace"
-    " traceback tracemalloc types unicodedata unittest urllib.parse urllib.request uuid warnings weakref"
-    " xml.dom xml.sax zipfile zlib"
-).split()
+MODULES = """
+argparse ast base64 bisect bz2 calendar cmath cmd codecs collections colorsys concurrent.futures
+configparser contextlib copy csv dataclasses datetime decimal difflib dis email.utils enum fileinput
+filecmp fnmatch fractions ftplib functools getopt gettext glob graphlib gzip hashlib heapq hmac html
+http.client imaplib inspect ipaddress itertools json keyword linecache locale logging lzma mailbox
+math mimetypes operator os pathlib pickle pkgutil platform plistlib poplib pprint queue quopri
+random re reprlib sched secrets selectors shelve shlex shutil signal smtplib socket sqlite3 ssl stat
+statistics string struct subprocess symtable sys tarfile tempfile textwrap threading time timeit
+token tokenize trace traceback tracemalloc types unicodedata unittest urllib.parse urllib.request
+uuid warnings weakref xml.dom xml.sax zipfile zlib
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class Docstring:
 def docstrings(min_chars: int, max_chars: int) -> list[Docstring]:
     """Every docstring of that many characters, by module in the order above, then by name; no text twice.
 
-    The same list each time for one version of Python. Raises RuntimeError where Python runs without docstrings.
+    The same list each time for one version of Python. Raises RuntimeError where Python has no docstrings.
     """
     if __doc__ is None:
         raise RuntimeError("Python was started with -OO and has no docstrings; start it without")
     found: list[Docstring] = []
     seen: set[str] = set()
-    for module_name in MODULES:
+    for module_name in MODULES.split():
         module = importlib.import_module(module_name)
         for name, value in sorted(vars(module).items()):
             if name.startswith("_") or not (inspect.isroutine(value) or inspect.isclass(value)):

@@ -1,4 +1,4 @@
-"""The demo's four shards: 248 docstrings and 8 rows spoilt on purpose, one for each common kind of mistake."""
+"""The demo's four shards: 248 docstrings and 8 rows spoilt on purpose, one for each kind of mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's prompts: what is shipped is what the generator makes, and its spoilt rows are rejected as announced."""
+"""The demo's prompts: what the generator makes is shipped, and the spoilt rows are rejected as announced."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from jobs.demo.shards import NUM_ROWS, ROWS_PER_SHARD, write_shards
 
 from engine.sampling_params import SamplingParams
+from jobs.demo.shards import NUM_ROWS, ROWS_PER_SHARD, write_shards
 from pipeline.id_index import IdIndex
 from pipeline.prompts import PromptBuilder, PromptSettings
 from pipeline.rows import Prompt, Reject, SourceRow
