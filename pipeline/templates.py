@@ -76,7 +76,7 @@ class RowTemplate:
             num_chars += len(piece)
             if num_chars > self._max_chars:
                 raise OverBudget(
-                    f"the text is longer than {self._max_chars} characters (prompt.max_prompt_chars)"
+                    f"the text has more than {self._max_chars} characters (prompt.max_prompt_chars)"
                 )
             pieces.append(piece)
         return "".join(pieces)
@@ -90,7 +90,7 @@ def read_template(text: str | None, file: str | None, name: str) -> tuple[str, s
         return None if text is None else (text, f"prompt.{name}")
     fs, path = filesystem(file)
     with errors_named(file), fs.open(path, "rb") as stream:
-        source = stream.read(MAX_TEMPLATE_BYTES + 1)
+        source: bytes = stream.read(MAX_TEMPLATE_BYTES + 1)  # type: ignore[assignment]  # opened as binary
     if len(source) > MAX_TEMPLATE_BYTES:
         raise ConfigError(
             f"{file}: a template of more than {MAX_TEMPLATE_BYTES} bytes; is it the right file?"

@@ -58,7 +58,7 @@ def _open(url: str) -> Iterator[Callable[[int], bytes]]:
     codec = next((codec for suffix, codec in _CODECS.items() if path.endswith(suffix)), None)
     with fs.open(path, "rb") as file:
         if codec is None:
-            yield file.read
+            yield file.read  # type: ignore[misc]  # opened as binary
             return
         if not file.read(1):
             raise InputError(damaged(url, EOFError(f"an empty file is not {codec}")))

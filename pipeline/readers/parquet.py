@@ -6,6 +6,7 @@ Limits hold for what is decoded, not for what the file declares: 500 bytes of Pa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
@@ -23,28 +24,21 @@ BUFFER_BYTES = 1024 * 1024
 
 
 def count_rows(shard: Shard) -> int:
-    fs, path = filesystem(shard.url)
-    with errors_named(shard.url), fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    with _open(shard) as parquet:
         return parquet.metadata.num_rows
 
 
 def column_names(shard: Shard) -> list[str]:
     """The file's top-level columns."""
-    fs, path = filesystem(shard.url)
-    with errors_named(shard.url), fs.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    with _open(shard) as parquet:
         return list(parquet.schema_arrow.names)
 
 
 def read_rows(
     shard: Shard, settings: InputSettings, start: int, stop: int | None, columns: Sequence[str] | None
 ) -> Iterator[SourceRow | Reject]:
-    fs, path = filesystem(shard.url)
-    with (
-        errors_named(shard.url),
-        fs.open(path, "rb") as file,
-        pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet,
-    ):
-        names = _checked_names(shard, parquet)
+    with _open(shard) as parquet:
+        names = parquet.schema_arrow.names
         kept = names if columns is None else [name for name in names if name in set(columns)]
         position = 0  # of the next row group's first row
         for group in range(parquet.num_row_groups):
@@ -87,9 +81,21 @@ def _group_rows(
     raise InputError(damaged(shard.url, error))
 
 
-def _checked_names(shard: Shard, parquet: pq.ParquetFile) -> list[str]:
-    names = list(parquet.schema_arrow.names)
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise InputError(f"{shard.url}: two columns are named {min(twice)!r}; give each its own name")
-    return names
+@contextmanager
+def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
+    fs, path = filesystem(shard.url)
+    with (
+        errors_named(shard.url),
+        fs.open(path, "rb") as file,
+        pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet,
+    ):
+        names = list(parquet.schema_arrow.names)
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise InputError(f"{shard.url}: two columns are named {min(twice)!r}; give each its own name")
+        metadata = parquet.metadata
+        held = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        if held != metadata.num_rows:
+            error = EOFError(f"the footer says {metadata.num_rows} rows and its row groups {held}")
+            raise InputError(damaged(shard.url, error))
+        yield parquet

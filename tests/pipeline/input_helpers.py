@@ -1,4 +1,4 @@
-"""What the tests of the input side share: files of each format, and a byte-level tokenizer with a chat template."""
+"""What the input side's tests share: files of each format, and a byte-level tokenizer for chats."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def write_parquet(
     return path
 
 
-def one_shard(path: Path, **settings: Any) -> tuple[Shard, InputSettings]:
-    settings = InputSettings(path=str(path), **settings)
+def one_shard(path: Path, **options: Any) -> tuple[Shard, InputSettings]:
+    settings = InputSettings(path=str(path), **options)
     [shard] = list_shards(settings)
     return shard, settings
 
 
-def read_all(path: Path, **settings: Any) -> list[SourceRow | Reject]:
-    shard, settings = one_shard(path, **settings)
+def read_all(path: Path, **options: Any) -> list[SourceRow | Reject]:
+    shard, settings = one_shard(path, **options)
     return list(read_rows(shard, settings))

@@ -267,27 +267,35 @@ def test_what_json_writes_is_read_back(scratch, rows, ascii_only):
     assert [row.columns for row in read_all(scratch) if isinstance(row, SourceRow)] == rows
 
 
-noise = st.sampled_from(
-    [
-        b"\n",
-        b"\r\n",
-        b" ",
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b'"',
-        b"\\",
-        b"\\u",
-        b"d800",
-        b":",
-        b",",
-        b"1",
-        b"e9",
-        b"NaN",
-    ]
-    + [b"\xef\xbb\xbf", b"\xff", b"\xc3\xa9", b"\0", b'{"prompt": "a"}', b"null", b'"prompt"', b"\\udc00"]
-)
+STRUCTURE = [
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b"\\",
+    b"\\u",
+    b"d800",
+    b":",
+    b",",
+    b"1",
+    b"e9",
+]
+WORDS = [
+    b"NaN",
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\xc3\xa9",
+    b"\0",
+    b'{"prompt": "a"}',
+    b"null",
+    b'"prompt"',
+    b"\\udc00",
+]
+noise = st.sampled_from([*STRUCTURE, *WORDS])
 
 
 @settings(deadline=None, max_examples=200)

@@ -179,9 +179,11 @@ def test_a_file_of_many_rows_streams(tmp_path):
     shard, input_settings = one_shard(path)
     before = pool.bytes_allocated()
     peak = 0
-    for row in read_rows(shard, input_settings):
+    num_rows = 0
+    for _ in read_rows(shard, input_settings):
+        num_rows += 1
         peak = max(peak, pool.bytes_allocated() - before)
-    assert row.position == 9_999
+    assert num_rows == 10_000
     assert peak < 8 * 2**20
 
 
@@ -205,12 +207,12 @@ def test_a_file_cut_anywhere_is_an_error_that_names_it(tmp_path):
 
 
 def test_damaged_pages_are_an_error_or_the_same_number_of_rows(tmp_path):
-    """Parquet has no check sums by default, so a flipped bit may change a value; it never ends the file early."""
+    """Parquet has no check sums by default, so a value may change; the file never ends early."""
     path = write_parquet(
         tmp_path / "a.parquet", [{"prompt": f"p{i}"} for i in range(20)], 7, compression="snappy"
     )
     content = path.read_bytes()
-    num_refused = 0
+    refusals = []
     for k in range(4, len(content) - 8, 5):
         flipped = bytearray(content)
         flipped[k] ^= 0xFF
@@ -220,12 +222,11 @@ def test_damaged_pages_are_an_error_or_the_same_number_of_rows(tmp_path):
             num_rows = count_rows(shard)
             rows = list(read_rows(shard, input_settings))
         except InputError as error:
-            assert "a.parquet" in str(error)
-            assert "\n" not in str(error)
-            num_refused += 1
+            refusals.append(str(error))
         else:
             assert [row.position for row in rows] == list(range(num_rows))
-    assert num_refused > 20
+    assert len(refusals) > 20
+    assert all("a.parquet" in refusal and "\n" not in refusal for refusal in refusals)
 
 
 def test_an_empty_file_and_a_text_file_are_no_parquet(tmp_path):
