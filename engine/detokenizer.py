@@ -234,12 +234,12 @@ _TABLES: WeakKeyDictionary[Any, dict[bool, tuple[bytes, ...]]] = WeakKeyDictiona
 
 def _token_bytes(tokenizer: Tokenizer, skip_special_tokens: bool) -> Sequence[bytes] | None:
     """The bytes of each token id, or None when the tokenizer's decoder is not the byte-level one."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    # By name, so that this module needs neither package.
+    if type(getattr(backend, "decoder", None)).__name__ != "ByteLevel":
+        return None
     tables = _TABLES.get(tokenizer)
     if tables is None:
-        backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        # By name, so that this module needs neither package.
-        if type(getattr(backend, "decoder", None)).__name__ != "ByteLevel":
-            return None
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         whole: list[bytes] = []
         visible: list[bytes] = []

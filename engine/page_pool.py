@@ -93,7 +93,7 @@ class PagePool:
                     self._free.append(page)
 
     def keep(self, page: int, forget: Callable[[int], None]) -> None:
-        """Keep a held page's content once it is released, until the room is needed: then `forget(page)` runs."""
+        """Keep a held page's content after its release; `forget(page)` is called when its room is needed."""
         if self._num_holders[page] < 1:
             raise ValueError(f"page {page} is to be kept but nobody holds it")
         self._forget[page] = forget

@@ -85,7 +85,9 @@ def byte_ids() -> list[int]:
     alphabet = iter(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(character_of.values())))
     # Bytes that no text has (0xC0, 0xC1, 0xF5 and above) come in the order of the rest.
     characters = [character_of.get(byte) or next(alphabet) for byte in range(256)]
-    return byte_level().convert_tokens_to_ids(characters)
+    token_ids = byte_level().convert_tokens_to_ids(characters)
+    assert isinstance(token_ids, list)
+    return token_ids
 
 
 def bytewise(text: str) -> list[int]:

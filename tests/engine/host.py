@@ -1,0 +1,91 @@
+"""What tests of the engine's host side share: short requests, and a device that only pretends to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from engine.plan import RowResult, StepPlan
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler, SchedulerSettings
+
+
+def make_request(name: str, prompt: Iterable[int], max_tokens: int = 4, **fields: Any) -> Request:
+    prompt = tuple(prompt)
+    sampling = fields.pop("sampling", {})
+    fields.setdefault("max_total_len", len(prompt) + max_tokens)
+    return Request(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+        key=(0, 0),
+        **fields,
+    )
+
+
+def make_scheduler(**settings: Any) -> Scheduler:
+    defaults = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 64,
+        "page_size": 4,
+        "num_pages": 32,
+    }
+    return Scheduler(SchedulerSettings(**{**defaults, **settings}))
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    """What the pretended model draws: it depends on all the tokens before, and on nothing else."""
+    return 1000 + (sum(token_ids) * 31 + len(token_ids)) % 97
+
+
+def logprob_at(request: Request, position: int) -> float:
+    """The pretended log-probability of a request's token at a position."""
+    return -float(position) - request.token_ids(position, position + 1)[0] / 1e4
+
+
+def pretend(plan: StepPlan, forced: dict[str, int] | None = None) -> list[RowResult]:
+    """The results of a step; `forced` names the tokens that some requests draw."""
+    results = []
+    for row in plan.rows:
+        request = row.request
+        token = None
+        if row.samples:
+            token = (forced or {}).get(request.request_id)
+            token = next_token(request.token_ids(0, request.num_tokens)) if token is None else token
+        first = row.stop - row.num_logits
+        results.append(
+            RowResult(
+                token_id=token,
+                logprob=-0.5 if row.samples else None,
+                prompt_logprobs=[
+                    (logprob_at(request, position + 1), ((position, -1.0),))
+                    for position in range(first, first + row.num_prompt_logprobs)
+                ],
+            )
+        )
+    return results
+
+
+def step(scheduler: Scheduler, forced: dict[str, int] | None = None) -> tuple[StepPlan, list[Request]]:
+    plan = scheduler.schedule()
+    scheduler.check_integrity()
+    finished = scheduler.update(plan, pretend(plan, forced))
+    scheduler.check_integrity()
+    return plan, finished
+
+
+def run(scheduler: Scheduler, max_steps: int = 1000) -> list[Request]:
+    """Steps until nothing is unfinished; the requests in the order they finished."""
+    finished: list[Request] = []
+    for _ in range(max_steps):
+        if not scheduler.has_unfinished:
+            return finished
+        finished += step(scheduler)[1]
+    raise AssertionError(f"requests are unfinished after {max_steps} steps")
+
+
+def shape(plan: StepPlan) -> list[tuple[str, int, int]]:
+    """(request, start, number of tokens) of each row."""
+    return [(row.request.request_id, row.start, row.num_tokens) for row in plan.rows]
