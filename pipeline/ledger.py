@@ -41,7 +41,7 @@ from typing import Any
 from engine.errors import ConfigError, InputError, OutputError, TidemillError
 from pipeline.commits import CommitRecord, FileRef, publish_file, publish_record, retrying
 from pipeline.finalise import Finaliser, MetricsMerge
-from pipeline.fingerprint import Fingerprint, canonical_json, redact
+from pipeline.fingerprint import Fingerprint, canonical_json, readable_json, redact
 from pipeline.lease import HEARTBEAT_S, TAKEOVER_S, Lease, LeaseBook, Suspects
 from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
 from pipeline.plan import RunPlan
@@ -308,7 +308,7 @@ class Ledger:
         records = list(self._state.finished().values())
         content = manifest(self.fingerprint, records)
         check_balance(content["totals"], self.plan.num_rows, "the run")
-        publish_record(self.storage, MANIFEST, canonical_json(content))
+        publish_record(self.storage, MANIFEST, readable_json(content))
         return content
 
     def close(self, release: bool = True) -> None:
@@ -325,7 +325,7 @@ def _fork_name(fingerprint: Fingerprint) -> str:
 
 
 def _job_bytes(fingerprint: Fingerprint, config: Mapping[str, Any]) -> bytes:
-    return canonical_json(
+    return readable_json(
         {
             "job_version": JOB_VERSION,
             "schema_version": SCHEMA_VERSION,

@@ -47,7 +47,8 @@ _TRACE_FIELDS = [
     pa.field("attempt", pa.string(), nullable=False),
     pa.field("num_cached_tokens", pa.int32()),
     pa.field("num_preemptions", pa.int32()),
-    # Seconds since the chunk's start on the worker's monotonic clock.
+    # When the chunk began, by the worker's calendar; the times after it are seconds since then.
+    pa.field("chunk_started", pa.timestamp("us", tz="UTC")),
     pa.field("arrival_s", pa.float64()),
     pa.field("first_scheduled_s", pa.float64()),
     pa.field("first_token_s", pa.float64()),

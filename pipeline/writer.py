@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ class ChunkWriter:
         self._carried = tuple(carried)
         self._with_token_ids = with_token_ids
         self._started = clock()
+        self._started_utc = datetime.now(UTC)
         self._rows: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
         self._rejects: dict[int, Reject] = {}
         self._duplicates: set[int] = set()
@@ -209,6 +211,7 @@ class ChunkWriter:
             "attempt": self.attempt,
             "num_cached_tokens": output.num_cached_tokens,
             "num_preemptions": times.num_preemptions,
+            "chunk_started": self._started_utc,
             "arrival_s": self._since(times.arrival_time),
             "first_scheduled_s": self._since(times.first_scheduled_time),
             "first_token_s": self._since(times.first_token_time),
@@ -275,9 +278,14 @@ class ChunkWriter:
 
 
 def reject_line(reject: Reject) -> str:
-    """A line of rejects/: ASCII JSON, so that whatever an excerpt holds, the line is a line."""
-    fields = {key: value for key, value in asdict(reject).items() if key != "shard_index"}
-    return json.dumps({"row_id": fields.pop("row_id"), "shard": reject.shard_index, **fields}) + "\n"
+    """A line of rejects/. What UTF-8 cannot hold (a lone surrogate) is written out as its escape."""
+    fields = {
+        key: value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
+        for key, value in asdict(reject).items()
+        if key != "shard_index"
+    }
+    line = {"row_id": fields.pop("row_id"), "shard": reject.shard_index, **fields}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _chosen(entries: Sequence[TokenLogprob | None] | None) -> list[float | None] | None:
