@@ -1,0 +1,1 @@
+"""Hot operations: one public function an operation, one file a backend, and a plain reference beside them."""

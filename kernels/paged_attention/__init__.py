@@ -1,0 +1,9 @@
+"""Ragged attention over paged keys and values.
+
+Axes: `T` tokens in a step, `S` sequences, `P` pages, `N` query heads, `K` KV heads, `H` head dim.
+"""
+
+from kernels.paged_attention.api import attend, available_backends, page_layout
+from kernels.paged_attention.layout import AttentionOptions, PageLayout, Pages, Rows
+
+__all__ = ["AttentionOptions", "PageLayout", "Pages", "Rows", "attend", "available_backends", "page_layout"]

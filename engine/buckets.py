@@ -1,0 +1,46 @@
+"""The shapes a step may have. All are compiled at the start; no other is ever run.
+
+Only two sizes of a step vary: its tokens and the rows of logits it needs. Everything else (sequence
+slots, page tables) has one size, and attention's loops end where the step's own rows end.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Fewer logits than tokens are worth a bucket of their own only in a step that is mostly prefill.
+_FEW_LOGITS = 16
+
+
+class Bucket(NamedTuple):
+    """A declared step: at most `num_tokens` tokens, of which `num_logits` rows get logits."""
+
+    num_tokens: int
+    num_logits: int
+
+
+def declare_buckets(min_token_pad: int, max_num_batched_tokens: int, max_num_seqs: int) -> tuple[Bucket, ...]:
+    """Buckets in the order they are tried: the first that holds a step is the cheapest that does."""
+    sizes = [min_token_pad]
+    while sizes[-1] < max_num_batched_tokens:
+        sizes.append(min(2 * sizes[-1], _round_up(max_num_batched_tokens, min_token_pad)))
+    most_logits = _round_up(max_num_seqs, min_token_pad)
+    few = max(_FEW_LOGITS, min_token_pad)
+    buckets = []
+    for size in sizes:
+        if size >= 4 * few and most_logits > few:
+            buckets.append(Bucket(size, few))
+        buckets.append(Bucket(size, min(size, most_logits)))
+    return tuple(buckets)
+
+
+def choose_bucket(buckets: tuple[Bucket, ...], num_tokens: int, num_logits: int) -> Bucket:
+    """The first declared bucket that holds the step. Raises ValueError when none does."""
+    for bucket in buckets:
+        if num_tokens <= bucket.num_tokens and num_logits <= bucket.num_logits:
+            return bucket
+    raise ValueError(f"no declared step holds {num_tokens} tokens and {num_logits} logits: {buckets}")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

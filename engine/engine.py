@@ -1,0 +1,329 @@
+"""The engine: requests in, completions out. A step is three lines: schedule, run, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from engine.checkpoints import LoadedModel, load, render_chat
+from engine.compilation import use_compilation_cache
+from engine.config import EngineConfig
+from engine.errors import ConfigError, RequestError
+from engine.outputs import EngineStats, RequestOutput
+from engine.platforms import select_platform
+from engine.request import Request, request_key
+from engine.request_group import RequestGroup, bad_word_token_ids
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler, SchedulerSettings
+
+Chat = Sequence[Mapping[str, Any]]
+TokenIds = Sequence[int]
+Prompts = str | TokenIds | Chat | Sequence[str] | Sequence[TokenIds] | Sequence[Chat]
+
+
+class Engine:
+    """Continuous batching over paged keys and values. One thread; see `generate`, or `add_request` and `step`.
+
+    Raises ConfigError where options, model and machine do not go together.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None):
+        # After the platform is chosen, so that importing this module starts no backend.
+        from engine.runner import StepRunner
+
+        self.config = config or EngineConfig()
+        self.loaded = loaded
+        self.tokenizer = loaded.tokenizer
+        select_platform(self.config.platform)
+        use_compilation_cache(self.config.compilation_cache_dir)
+        self.max_model_len = self.config.model_len(loaded.config.max_position_embeddings)
+        self._runner = StepRunner(loaded.model, loaded.config, self.config, self.max_model_len)
+        self._scheduler = Scheduler(
+            SchedulerSettings(
+                max_num_seqs=self.config.max_num_seqs,
+                max_num_batched_tokens=self.config.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+                page_size=self.config.page_size,
+                num_pages=self._runner.num_pages,
+                policy=self.config.scheduling_policy,
+                enable_prefix_caching=self.config.enable_prefix_caching,
+                long_prefill_token_threshold=self.config.long_prefill_token_threshold,
+            )
+        )
+        self._groups: dict[str, RequestGroup] = {}
+        self._ready: list[RequestOutput] = []
+        self._num_ids = 0
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._step_seconds: list[float] = []
+        self._occupancy: list[int] = []
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, revision: str | None = None, **options: Any) -> Engine:
+        """Load a model (a name, path, URL or hub id: `engine.checkpoints.load`) and make an engine for it.
+
+        `options` are the fields of `EngineConfig`.
+        """
+        config = EngineConfig(**options)
+        select_platform(config.platform)
+        return cls(load(source, revision=revision, dtype=config.dtype), config)
+
+    # -- whole calls -------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompts, sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete prompts and return them in input order.
+
+        Args:
+            prompts: a string, a chat (a list of messages with `role` and `content`) or token ids, or a list
+                of one of these.
+            sampling: one for all, or one a prompt.
+
+        Raises:
+            RequestError: a prompt cannot run (then none has), naming it.
+        """
+        each = _as_list(prompts)
+        samplings = self._samplings(sampling, len(each))
+        ids: list[str] = []
+        try:
+            for prompt, params in zip(each, samplings, strict=True):
+                ids.append(self._add(prompt, params))
+        except RequestError as error:
+            for request_id in ids:
+                self.abort_request(request_id)
+            raise RequestError(error.reason, f"prompt {len(ids)}: {error}") from error
+        wanted = set(ids)
+        done: dict[str, RequestOutput] = {}
+        try:
+            while len(done) < len(ids):
+                for output in self.step():
+                    if output.request_id in wanted:
+                        done[output.request_id] = output
+                    else:
+                        self._ready.append(output)
+        finally:  # an interrupted call leaves nothing running behind it
+            for request_id in wanted - done.keys():
+                self.abort_request(request_id)
+        return [done[request_id] for request_id in ids]
+
+    def stream(
+        self, prompt: str | TokenIds | Chat, sampling: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt and yield an output whenever its text grows.
+
+        `delta_text` never splits a character nor shows a part of a stop string; joined, the deltas are the
+        final text. Closing the iterator aborts the request.
+        """
+        params = sampling or SamplingParams()
+        if params.n != 1:
+            raise RequestError("bad_sampling", f"sampling.n is {params.n}: a stream has one completion")
+        request_id = self._add(_as_list(prompt)[0], params, stream=True)
+        try:
+            finished = False
+            while not finished:
+                elsewhere = []
+                for output in self.step():
+                    if output.request_id != request_id:
+                        elsewhere.append(output)
+                        continue
+                    finished = output.finished
+                    yield output
+                self._ready += elsewhere
+        finally:
+            self.abort_request(request_id)
+
+    # -- a request at a time -----------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: TokenIds | None = None,
+        prompt: str | Chat | None = None,
+        sampling: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        identity: str | None = None,
+        cache_salt: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        """Queue a prompt, as token ids or as text or a chat.
+
+        Args:
+            request_id: unique among the unfinished.
+            priority: lower runs sooner, under the priority policy.
+            identity: what the random draws descend from, with the run's seed (default: `request_id`).
+            cache_salt: share cached pages only with prompts of the same salt.
+            stream: `step` gives an output whenever the text grows, not only the last one.
+
+        Raises:
+            RequestError: it cannot run; nothing was queued.
+        """
+        params = sampling or SamplingParams()
+        if request_id in self._groups:
+            raise RequestError("duplicate_request_id", f"request {request_id!r} is unfinished already")
+        if (prompt is None) == (prompt_token_ids is None):
+            raise RequestError("bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them")
+        params.check_vocab(self.loaded.config.vocab_size)
+        token_ids = tuple(prompt_token_ids) if prompt_token_ids is not None else self._tokenize(prompt)
+        self._check_token_ids(request_id, token_ids)
+        bad_words = bad_word_token_ids(self.tokenizer, params.bad_words)
+        # The samples share their prompt; its log-probabilities are computed once, with the first.
+        others = params if params.prompt_logprobs is None else params.replace(prompt_logprobs=None)
+        requests = [
+            Request(
+                request_id=request_id,
+                prompt_token_ids=token_ids,
+                sampling=others if index else params,
+                key=request_key(self.config.seed, identity or request_id, index, params.seed),
+                max_total_len=max(len(token_ids) + 1, min(len(token_ids) + params.max_tokens, self.max_model_len)),
+                sample_index=index,
+                priority=priority,
+                eos_token_ids=frozenset(self.loaded.config.eos_token_ids),
+                bad_words_token_ids=bad_words,
+                cache_salt=cache_salt,
+            )
+            for index in range(params.n)
+        ]
+        text = prompt if isinstance(prompt, str) else None
+        now = time.monotonic()
+        for request in requests:  # the first is refused if any is: they differ in their index alone
+            self._scheduler.add(request, now)
+        self._groups[request_id] = RequestGroup(requests, text, self.tokenizer, stream)
+        self._num_prompt_tokens += len(token_ids) * params.n
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return the requests that finished (and the streamed ones that grew)."""
+        outputs, self._ready = self._ready, []
+        started = time.monotonic()
+        plan = self._scheduler.schedule(started)
+        if not plan.rows:
+            return outputs
+        results = self._runner.run(plan)
+        now = time.monotonic()
+        self._scheduler.update(plan, results, now)
+        self._num_steps += 1
+        self._step_seconds.append(now - started)
+        self._occupancy.append(len(plan.rows))
+        for row in plan.rows:
+            if row.samples:
+                self._num_generated_tokens += 1
+                output = self._advance(row.request, now)
+                if output is not None:
+                    outputs.append(output)
+        return outputs
+
+    def abort_request(self, request_id: str) -> bool:
+        """Drop a request and free its pages; no output comes of it. False when it is not unfinished."""
+        if self._groups.pop(request_id, None) is None:
+            return False
+        self._scheduler.abort(request_id, time.monotonic())
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._groups or self._ready)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._groups)
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages the engine has."""
+        return self._runner.num_pages
+
+    def stats(self) -> EngineStats:
+        """Totals, and each step's seconds and sequences since the last call."""
+        scheduler, runner = self._scheduler.stats(), self._runner
+        steps, self._step_seconds = tuple(self._step_seconds), []
+        occupancy, self._occupancy = tuple(self._occupancy), []
+        return EngineStats(
+            num_steps=self._num_steps,
+            step_seconds=steps,
+            batch_occupancy=occupancy,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=scheduler.num_prefix_hits,
+            num_computed_tokens=runner.num_computed_tokens,
+            num_padded_tokens=runner.num_padded_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_free=scheduler.num_free_pages,
+            pages_cached=scheduler.num_cached_pages,
+            pages_held=scheduler.num_held_pages,
+            preemptions=scheduler.num_preemptions,
+            evictions=scheduler.num_evictions,
+            compile_seconds=runner.compile_seconds,
+            num_compiled=runner.num_compiled,
+            device=runner.device_name,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when pages or requests do not add up."""
+        self._scheduler.check_integrity()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _advance(self, request: Request, now: float) -> RequestOutput | None:
+        """Take a sample's new token into its group's text; an output if the group has one to give."""
+        group = self._groups.get(request.request_id)
+        if group is None:
+            raise AssertionError(f"a step was run for request {request.request_id!r}, which nobody asked for")
+        delta = group.push(request)
+        stopped_by = group.stopped_by(request)
+        if stopped_by is not None and not request.is_finished:
+            self._scheduler.finish(request, "stop", stopped_by, now)
+        if request.is_finished:
+            delta += group.close(request)
+        if group.is_finished:
+            del self._groups[request.request_id]
+            return group.output(delta)
+        return group.output(delta) if group.stream and delta else None
+
+    def _add(self, prompt: str | TokenIds | Chat, params: SamplingParams, stream: bool = False) -> str:
+        """Queue a prompt of `generate` or `stream` under an id of the engine's own."""
+        request_id = f"request-{self._num_ids}"
+        self._num_ids += 1
+        if _is_token_ids(prompt):
+            self.add_request(request_id, prompt, sampling=params, stream=stream)
+        else:
+            self.add_request(request_id, prompt=prompt, sampling=params, stream=stream)
+        return request_id
+
+    def _tokenize(self, prompt: str | Chat | None) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer(prompt)["input_ids"])
+        return tuple(render_chat(self.tokenizer, prompt))
+
+    def _check_token_ids(self, request_id: str, token_ids: tuple[int, ...]) -> None:
+        vocab_size = self.loaded.config.vocab_size
+        for position, token in enumerate(token_ids):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise RequestError(
+                    "bad_token_id",
+                    f"request {request_id!r}: prompt token {position} is {token!r}; token ids are whole numbers "
+                    f"from 0 to {vocab_size - 1}",
+                )
+
+    def _samplings(
+        self, sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        if sampling is None or isinstance(sampling, SamplingParams):
+            return [sampling or SamplingParams()] * num_prompts
+        if len(sampling) != num_prompts:
+            raise ConfigError(f"{num_prompts} prompts were given {len(sampling)} SamplingParams: one, or one each")
+        return list(sampling)
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (str, Mapping, Sequence))
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or several -> several."""
+    if isinstance(prompts, str) or _is_token_ids(prompts) or (prompts and isinstance(prompts[0], Mapping)):
+        return [prompts]
+    return list(prompts)

@@ -1,0 +1,69 @@
+"""How many KV pages fit: what the device has, less weights and the compiled steps' temporaries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.config import CPU_KV_CACHE_BYTES, EngineConfig
+from engine.errors import ConfigError
+
+
+def num_pages_that_fit(
+    config: EngineConfig, *, device: Any, page_bytes: int, used_bytes: int, max_model_len: int
+) -> int:
+    """Pages of `page_bytes` (all layers together) that the device can hold.
+
+    Args:
+        config: `kv_cache_bytes` if set, else `hbm_utilization` of what the device reports (a CPU reports
+            nothing: there it is 2 GiB).
+        device: a jax device.
+        page_bytes: of one page over all layers.
+        used_bytes: taken already, or to be: weights, and the largest temporaries of a step.
+        max_model_len: not more pages are made than `max_num_seqs` sequences of this length fill, twice over:
+            what is beyond the running ones serves the prefix cache.
+
+    Raises:
+        ConfigError: not one sequence of `max_model_len` fits; with the numbers.
+    """
+    budget = config.kv_cache_bytes
+    if budget is None:
+        if device.platform == "cpu":
+            budget = min(CPU_KV_CACHE_BYTES, int(host_memory_bytes() * config.hbm_utilization) - used_bytes)
+        else:
+            limit = device_memory_bytes(device)
+            budget = int(limit * config.hbm_utilization) - used_bytes
+    pages_each = -(-max_model_len // config.page_size)
+    num_pages = min(max(0, budget) // page_bytes, 2 * config.max_num_seqs * pages_each)
+    if num_pages < pages_each:
+        raise ConfigError(
+            f"the KV cache has room for {num_pages} pages of {config.page_size} tokens ({max(0, budget):,} bytes, "
+            f"{page_bytes:,} a page) and one sequence of engine.max_model_len={max_model_len} needs {pages_each}: "
+            "raise engine.kv_cache_bytes or engine.hbm_utilization, or lower engine.max_model_len"
+        )
+    return num_pages
+
+
+def device_memory_bytes(device: Any) -> int:
+    """The memory an accelerator lets this process use. Raises ConfigError when it does not say."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ConfigError(
+            f"device {device.device_kind!r} does not report its memory: set engine.kv_cache_bytes"
+        )
+    return int(stats["bytes_limit"])
+
+
+def host_memory_bytes() -> int:
+    """Memory this process could still take: the machine's available memory, or the container's if less."""
+    available = None
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, current = group / "memory.max", group / "memory.current"
+    if limit.exists() and current.exists() and (text := limit.read_text().strip()) != "max":
+        free = int(text) - int(current.read_text())
+        available = free if available is None else min(available, free)
+    # Where neither tells (not Linux), the default budget stands alone.
+    return CPU_KV_CACHE_BYTES * 2 if available is None else available

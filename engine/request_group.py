@@ -1,0 +1,129 @@
+"""The samples of one prompt together: their text as it grows, and the output made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.detokenizer import IncrementalDetokenizer
+from engine.errors import RequestError
+from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from engine.request import Request, TopLogprobs
+
+
+class RequestGroup:
+    """What the engine keeps of a request besides the scheduler's state of its samples."""
+
+    def __init__(self, requests: list[Request], prompt: str | None, tokenizer: Any, stream: bool):
+        sampling = requests[0].sampling
+        self._requests = requests
+        self._prompt = prompt
+        self.stream = stream
+        self._texts = [
+            IncrementalDetokenizer(
+                tokenizer,
+                skip_special_tokens=sampling.skip_special_tokens,
+                stop=sampling.stop,
+                include_stop_str_in_output=sampling.include_stop_str_in_output,
+                min_tokens=sampling.min_tokens,
+            )
+            for _ in requests
+        ]
+        self._num_open = len(requests)
+
+    def push(self, request: Request) -> str:
+        """Take in the token drawn last; the text that became certain with it.
+
+        A token that stopped the sample is no part of its text unless asked for.
+        """
+        sampling = request.sampling
+        stopped_by_token = request.is_finished and request.finish_reason == "stop"
+        if stopped_by_token and not sampling.include_stop_str_in_output:
+            return ""
+        return self._texts[request.sample_index].push(request.output_token_ids[-1:])
+
+    def stopped_by(self, request: Request) -> str | None:
+        """The stop string found in the sample's text."""
+        return self._texts[request.sample_index].stopped_by
+
+    def close(self, request: Request) -> str:
+        """The sample is finished: what its text held back."""
+        self._num_open -= 1
+        delta = self._texts[request.sample_index].finish()
+        stop = self.stopped_by(request)
+        if stop is not None:  # found in the very token, or the very end, that length ended it with
+            request.finish_reason, request.stop_reason = "stop", stop
+        return delta
+
+    @property
+    def is_finished(self) -> bool:
+        return self._num_open == 0
+
+    def output(self, delta_text: str) -> RequestOutput:
+        first = self._requests[0]
+        return RequestOutput(
+            request_id=first.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=tuple(self._completion(request) for request in self._requests),
+            finished=self.is_finished,
+            metrics=self._metrics(),
+            prompt_logprobs=_prompt_logprobs(first),
+            delta_text=delta_text if self.stream else "",
+            num_cached_tokens=first.num_cached_tokens,
+        )
+
+    def _completion(self, request: Request) -> CompletionOutput:
+        logprobs = None
+        if request.sampling.logprobs is not None:
+            logprobs = tuple(
+                TokenLogprob(*entry)
+                for entry in zip(
+                    request.output_token_ids, request.output_logprobs, request.output_top_logprobs, strict=True
+                )
+            )
+        return CompletionOutput(
+            index=request.sample_index,
+            text=self._texts[request.sample_index].text,
+            token_ids=tuple(request.output_token_ids),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
+            logprobs=logprobs,
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        requests = self._requests
+        ends = [request.finished_time for request in requests if request.finished_time is not None]
+        return RequestMetrics(
+            arrival_time=requests[0].arrival_time or 0.0,
+            first_scheduled_time=requests[0].first_scheduled_time,
+            first_token_time=requests[0].first_token_time,
+            finished_time=max(ends) if self.is_finished and ends else None,
+            num_preemptions=sum(request.num_preemptions for request in requests),
+        )
+
+
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprob | None, ...] | None:
+    if request.sampling.prompt_logprobs is None:
+        return None
+    known: Sequence[tuple[int, float, TopLogprobs]] = list(
+        zip(request.prompt_token_ids[1:], request.prompt_logprobs, request.prompt_top_logprobs, strict=False)
+    )
+    return (None, *(TokenLogprob(*entry) for entry in known))
+
+
+def bad_word_token_ids(tokenizer: Any, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each bad word, as it begins a text and as it follows a space.
+
+    Raises RequestError for a word that has no tokens.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        spellings = {word, " " + word.lstrip()}
+        for spelling in sorted(spellings):
+            ids = tuple(tokenizer(spelling, add_special_tokens=False)["input_ids"])
+            if not ids:
+                raise RequestError("bad_sampling", f"sampling.bad_words: {word!r} has no tokens in this tokenizer")
+            found[ids] = None
+    return tuple(found)

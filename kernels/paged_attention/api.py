@@ -1,0 +1,66 @@
+"""The one entry to paged attention; a backend asked for by name is used or refused, never replaced."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from kernels.paged_attention import xla
+from kernels.paged_attention.layout import AttentionOptions, PageLayout, Pages, Rows
+
+_BACKENDS = {"xla": xla.attend}
+
+# The widest page that a step's page table still addresses with little waste; the narrowest that fills a vector.
+MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 512
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that `page_layout` accepts on this machine."""
+    return tuple(_BACKENDS)
+
+
+def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, dtype: str) -> PageLayout:
+    """The layout `backend` wants for its pages; the layout then names its backend.
+
+    Raises ValueError for an unknown backend, or a page size that is not a power of two from 8 to 512.
+    """
+    if backend not in _BACKENDS:
+        known = ", ".join(_BACKENDS)
+        raise ValueError(f"attention backend {backend!r} does not exist here; available: {known}")
+    if page_size & (page_size - 1) or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
+        raise ValueError(
+            f"page_size is {page_size}; give a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}"
+        )
+    return PageLayout(backend, num_kv_heads, head_dim, page_size, np.dtype(dtype))
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: Pages,
+    rows: Rows,
+    options: AttentionOptions,
+    layout: PageLayout,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, Pages]:
+    """Write `k` and `v` into their pages, then attend.
+
+    Args:
+        q: [T, N, H] queries; N is a multiple of K.
+        k, v: [T, K, H] keys and values of the same tokens.
+        pages: one layer's pages.
+        rows: which tokens belong to which sequence, and where its pages are.
+        options: static options.
+        layout: where the pages came from; names the backend.
+        sinks: f32[N], an extra logit a head that takes weight and gives no value (or None).
+
+    Returns:
+        out [T, N, H] in q's dtype (zero for padding tokens), and the pages with the new tokens written.
+
+    Source: PagedAttention (Kwon et al. 2023), online softmax (Milakov and Gimelshein 2018).
+    """
+    if q.shape[1] % layout.num_kv_heads:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {layout.num_kv_heads} KV heads")
+    pages = layout.write(pages, k, v, rows)
+    return _BACKENDS[layout.backend](q, pages, rows, options, layout, sinks), pages

@@ -1,0 +1,136 @@
+"""What paged attention is given: how a page lies in memory, the step's rows, and the static options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Pages(NamedTuple):
+    """One layer's keys and values; only the backend that made them knows their layout."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Rows(NamedTuple):
+    """The sequences of one step. Slot `s` is empty when `query_start[s] == query_start[s + 1]`.
+
+    The queries of slot `s` are the tokens `[query_start[s], query_start[s + 1])` of the step; they are
+    the last ones of the `kv_len[s]` tokens that the sequence holds once the step has written its own.
+    Token `t` of the sequence lies in page `page_table[s, t // page_size]` at `t % page_size`; entries
+    past the last page are never read.
+    """
+
+    query_start: jax.Array  # i32[S + 1], not decreasing
+    kv_len: jax.Array  # i32[S]
+    page_table: jax.Array  # i32[S, max pages of a sequence]
+
+    @property
+    def query_len(self) -> jax.Array:
+        return self.query_start[1:] - self.query_start[:-1]
+
+    def token_slot(self, num_tokens: int) -> jax.Array:
+        """i32[T]: the slot each token of the step belongs to; `S` for padding tokens."""
+        tokens = jnp.arange(num_tokens, dtype=jnp.int32)
+        return jnp.sum(tokens[:, None] >= self.query_start[None, 1:], axis=1, dtype=jnp.int32)
+
+    def token_position(self, num_tokens: int) -> jax.Array:
+        """i32[T]: each token's position in its sequence (unspecified for padding tokens)."""
+        slot = jnp.minimum(self.token_slot(num_tokens), self.kv_len.shape[0] - 1)
+        first = self.kv_len[slot] - self.query_len[slot]
+        return first + jnp.arange(num_tokens, dtype=jnp.int32) - self.query_start[slot]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """Static choices of one layer's attention.
+
+    A query at position `i` sees keys at `j <= i`, of these with `window` only `i - j < window`, with
+    `chunk` only `j // chunk == i // chunk`. Logits are `scale * q.k`, with `soft_cap` then
+    `soft_cap * tanh(logit / soft_cap)`.
+    """
+
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
+    soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "chunk", "soft_cap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"AttentionOptions.{name} is {value}; give a positive value or None")
+
+    def first_visible(self, position: jax.Array) -> jax.Array:
+        """The lowest key position that a query at `position` sees (same shape as `position`)."""
+        first = jnp.zeros_like(position)
+        if self.window is not None:
+            first = jnp.maximum(first, position - (self.window - 1))
+        if self.chunk is not None:
+            first = jnp.maximum(first, position // self.chunk * self.chunk)
+        return first
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """How a backend stores pages: keys [P, K, H, page], values [P, K, page, H].
+
+    With tokens last in the keys and first in the values, both products of attention read a page with
+    unit stride and need no transpose.
+    """
+
+    backend: str
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: np.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one layer, keys and values together."""
+        return 2 * self.num_kv_heads * self.head_dim * self.page_size * self.dtype.itemsize
+
+    def empty(self, num_pages: int) -> Pages:
+        """Zeroed pages for one layer."""
+        return Pages(
+            jnp.zeros((num_pages, self.num_kv_heads, self.head_dim, self.page_size), self.dtype),
+            jnp.zeros((num_pages, self.num_kv_heads, self.page_size, self.head_dim), self.dtype),
+        )
+
+    def write(self, pages: Pages, keys: jax.Array, values: jax.Array, rows: Rows) -> Pages:
+        """Store the step's new keys and values (each [T, K, H]) in their sequences' pages.
+
+        Padding tokens are given an index past the last page, which the scatter drops.
+        """
+        num_tokens, num_pages = keys.shape[0], pages.keys.shape[0]
+        slot = rows.token_slot(num_tokens)
+        position = rows.token_position(num_tokens)
+        inside = jnp.minimum(slot, rows.kv_len.shape[0] - 1)
+        page = rows.page_table[inside, position // self.page_size]
+        page = jnp.where(slot < rows.kv_len.shape[0], page, num_pages)
+        offset = position % self.page_size
+        return Pages(
+            pages.keys.at[page, :, :, offset].set(keys.astype(self.dtype), mode="drop"),
+            pages.values.at[page, :, offset, :].set(values.astype(self.dtype), mode="drop"),
+        )
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def copy(self, pages: Pages, source: jax.Array, target: jax.Array, num_tokens: jax.Array) -> Pages:
+        """Copy the first `num_tokens` tokens of page `source` into page `target` (scalars, i32)."""
+        kept = jnp.arange(self.page_size) < num_tokens
+        keys = jnp.where(kept[None, None], pages.keys[source], pages.keys[target])
+        values = jnp.where(kept[None, :, None], pages.values[source], pages.values[target])
+        return Pages(pages.keys.at[target].set(keys), pages.values.at[target].set(values))
+
+    def tokens(self, pages: Pages, page_ids: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """The keys and values, each [num_tokens, K, H], of a sequence that lies in `page_ids` (on the host)."""
+        keys = np.asarray(pages.keys)[page_ids].transpose(0, 3, 1, 2)
+        values = np.asarray(pages.values)[page_ids].transpose(0, 2, 1, 3)
+        shape = (-1, self.num_kv_heads, self.head_dim)
+        return keys.reshape(shape)[:num_tokens], values.reshape(shape)[:num_tokens]
