@@ -1,0 +1,338 @@
+"""Pages, prefix cache and scheduler under any order of operations, against a memory that remembers contents.
+
+The machine adds, steps, aborts and finishes requests at random over a pool far too small for them. Its
+device is a memory that stores what was written at each place of each page, and refuses to attend to
+anything but exactly the request's own tokens. Checked after every operation:
+
+- free + cached + held = total; a page's count is the number of its holders; no page is writable by two;
+  every known page can be found, every evicted one cannot (Scheduler.check_integrity)
+- no budget is exceeded; rows are in order; each row begins where its request stands
+- a row writes only to pages that it alone holds, and reads back its own tokens, whatever was cached,
+  evicted, shared, preempted or aborted before, even when all hashes collide
+- prompt log-probabilities and tokens are recorded once each, and equal those of an undisturbed run
+- each request has exactly one end; at idle nothing is held
+- the first request in order always advances, so every admitted request finishes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.errors import RequestError
+from engine.plan import PlannedRow, StepPlan
+from engine.prefix_cache import PrefixCache
+from engine.request import Request, RequestStatus
+from engine.scheduler import Scheduler, SchedulerSettings
+from tests.engine.host import logprob_at, make_request, next_token, pretend
+
+MAX_STEPS_TO_DRAIN = 4000
+
+Place = tuple[str | None, tuple[int, ...]]
+"""What a place in a page holds: the salt, and all tokens up to and with the one stored there."""
+
+
+def weak_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Collides half of the time."""
+    return bytes([sum(token_ids) % 2])
+
+
+class HostMachine(RuleBasedStateMachine):
+    hash_page = None
+
+    @initialize(
+        page_size=st.integers(1, 4),
+        num_pages=st.integers(2, 14),
+        max_num_seqs=st.integers(1, 5),
+        more_tokens=st.integers(0, 12),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        caching=st.sampled_from([True, True, False]),
+        threshold=st.none() | st.integers(1, 5),
+    )
+    def start(
+        self,
+        page_size: int,
+        num_pages: int,
+        max_num_seqs: int,
+        more_tokens: int,
+        policy: str,
+        caching: bool,
+        threshold: int | None,
+    ):
+        self.settings = SchedulerSettings(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + more_tokens,
+            max_model_len=24,
+            page_size=page_size,
+            num_pages=num_pages,
+            policy=policy,
+            enable_prefix_caching=caching,
+            long_prefill_token_threshold=threshold,
+        )
+        self.scheduler = Scheduler(self.settings)
+        if self.hash_page is not None and self.scheduler.cache is not None:
+            self.scheduler.cache = PrefixCache(page_size, self.scheduler.pool, self.hash_page)
+        self.memory: list[list[Place | None]] = [[None] * page_size for _ in range(num_pages)]
+        self.requests: list[Request] = []
+        self.ends: dict[int, list[str]] = {}
+        self.in_flight: StepPlan | None = None
+        self.num_named = 0
+
+    # -- operations --------------------------------------------------------------------------------
+
+    @rule(
+        # Few stems and few tokens, so that prompts share, branch, repeat and collide.
+        stem=st.sampled_from(
+            [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8), (1,) * 8, (1, 2, 3, 4, 1, 2, 3, 4)]
+        ),
+        tail=st.lists(st.integers(1, 3), max_size=6),
+        max_tokens=st.integers(1, 10),
+        min_tokens=st.integers(0, 3),
+        num_samples=st.sampled_from([1, 1, 1, 3]),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([None, None, "a"]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+        stop_token=st.sampled_from([None, 1005]),
+    )
+    def add(
+        self,
+        stem: tuple[int, ...],
+        tail: list[int],
+        max_tokens: int,
+        min_tokens: int,
+        num_samples: int,
+        priority: int,
+        salt: str | None,
+        prompt_logprobs: int | None,
+        stop_token: int | None,
+    ):
+        prompt = (*stem, *tail)
+        name, self.num_named = f"r{self.num_named}", self.num_named + 1
+        for index in range(num_samples):
+            request = make_request(
+                name,
+                prompt,
+                max_tokens,
+                sample_index=index,
+                max_total_len=min(len(prompt) + max_tokens, self.settings.max_model_len),
+                priority=priority,
+                cache_salt=salt,
+                sampling={
+                    "min_tokens": min(min_tokens, max_tokens),
+                    "prompt_logprobs": prompt_logprobs,
+                    "stop_token_ids": [] if stop_token is None else range(1000, stop_token),
+                },
+            )
+            fits = -(-request.max_total_len // self.settings.page_size) <= self.settings.num_pages
+            if prompt and fits:
+                self.scheduler.add(request)
+                self.requests.append(request)
+                self.ends[id(request)] = []
+            else:
+                num_waiting = self.scheduler.num_waiting
+                with pytest.raises(RequestError):
+                    self.scheduler.add(request)
+                assert self.scheduler.num_waiting == num_waiting
+
+    @rule()
+    def schedule(self):
+        self.plan()
+
+    @precondition(lambda self: self.in_flight is not None)
+    @rule()
+    def update(self):
+        self.finish_step()
+
+    @rule(num_steps=st.integers(1, 6))
+    def steps(self, num_steps: int):
+        for _ in range(num_steps):
+            self.plan()
+            self.finish_step()
+
+    @precondition(lambda self: self.unfinished)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject):
+        """At any moment: while waiting, running, between a plan and its update."""
+        name = data.draw(st.sampled_from(sorted({request.request_id for request in self.unfinished})))
+        expected = [request for request in self.unfinished if request.request_id == name]
+        aborted = self.scheduler.abort(name)
+        assert aborted == expected
+        self.end(aborted)
+
+    @precondition(lambda self: self.unfinished and self.in_flight is None)
+    @rule(data=st.data())
+    def stop(self, data: st.DataObject):
+        request = data.draw(st.sampled_from(self.unfinished))
+        self.scheduler.finish(request, "stop", "END")
+        assert request.stop_reason == "END"
+        self.end([request])
+
+    @rule()
+    def drain(self):
+        """Every admitted request finishes, and then nothing is held."""
+        for _ in range(MAX_STEPS_TO_DRAIN):
+            if not self.scheduler.has_unfinished:
+                break
+            self.plan()
+            self.finish_step()
+        assert not self.unfinished
+        assert self.scheduler.stats.num_held_pages == 0
+        assert (
+            self.scheduler.stats.num_free_pages + self.scheduler.stats.num_cached_pages
+            == self.settings.num_pages
+        )
+
+    def teardown(self):
+        if hasattr(self, "scheduler"):
+            self.drain()
+            self.everything_adds_up()
+        super().teardown()
+
+    # -- laws --------------------------------------------------------------------------------------
+
+    @property
+    def unfinished(self) -> list[Request]:
+        return [request for request in self.requests if not request.is_finished]
+
+    @invariant()
+    def everything_adds_up(self):
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_integrity()
+        stats = self.scheduler.stats
+        total = stats.num_free_pages + stats.num_cached_pages + stats.num_held_pages
+        assert total == self.settings.num_pages
+        assert stats.num_running <= self.settings.max_num_seqs
+        assert stats.num_running + stats.num_waiting == len(self.unfinished)
+        assert 0 <= stats.num_prefix_hits <= stats.num_prefix_queries
+        for request in self.requests:
+            assert self.ends[id(request)] == ([request.finish_reason] if request.is_finished else [])
+            if request.status is not RequestStatus.RUNNING:
+                assert request.page_ids == []
+
+    def plan(self):
+        first = min(self.unfinished, key=self.order, default=None)
+        before = first.num_computed if first is not None else 0
+        plan = self.scheduler.schedule()
+        self.in_flight = plan
+        assert plan.num_tokens <= self.settings.max_num_batched_tokens
+        assert plan.num_logits <= self.settings.max_num_seqs
+        assert len({id(row.request) for row in plan.rows}) == len(plan.rows) <= self.settings.max_num_seqs
+        assert all(request not in [row.request for row in plan.rows] for request in plan.preempted)
+        lengths = [row.num_tokens for row in plan.rows]
+        assert lengths == [*(n for n in lengths if n == 1), *(n for n in lengths if n != 1)]
+        for row in plan.rows:
+            self.check_row(row)
+        if first is not None and first.status is RequestStatus.RUNNING:
+            # No livelock: whatever happens to others, the first in order keeps its pages.
+            assert first not in plan.preempted
+            assert first.num_computed >= before
+        if self.unfinished:
+            assert plan.rows
+
+    def check_row(self, row: PlannedRow):
+        request = row.request
+        assert request.status is RequestStatus.RUNNING
+        assert row.start == request.num_computed
+        assert 1 <= row.num_tokens <= request.remain_len
+        assert row.samples == (row.stop == request.num_tokens)
+        assert len(row.page_ids) == -(-row.stop // self.settings.page_size)
+        due = request.num_prompt_logprobs_due
+        recorded = request.prompt_len - 1 - due
+        wanted = set(range(recorded, recorded + due)) if due else set()
+        if row.samples:
+            wanted.add(row.stop - 1)
+        assert set(range(row.stop - row.num_logits, row.stop)) == wanted & set(range(row.start, row.stop))
+
+    def finish_step(self):
+        assert self.in_flight is not None
+        plan, self.in_flight = self.in_flight, None
+        rows = [row for row in plan.rows if not row.request.is_finished]
+        for row in rows:
+            self.write(row)
+        for row in rows:
+            self.attend(row)
+        finished = self.scheduler.update(plan, pretend(plan))
+        assert set(finished) <= {row.request for row in rows}
+        self.end(finished)
+
+    def write(self, row: PlannedRow):
+        """Store the row's tokens as its keys would be; only into pages that nobody else reads."""
+        size = self.settings.page_size
+        for position in range(row.start, row.stop):
+            page = row.page_ids[position // size]
+            assert self.scheduler.pool.num_holders(page) == 1
+            assert self.scheduler.cache is None or not self.scheduler.cache.knows(page)
+            self.memory[page][position % size] = self.content(row.request, position)
+
+    def attend(self, row: PlannedRow):
+        size = self.settings.page_size
+        for position in range(row.stop):
+            found = self.memory[row.page_ids[position // size]][position % size]
+            assert found == self.content(row.request, position)
+
+    @staticmethod
+    def content(request: Request, position: int) -> Place:
+        return request.cache_salt, tuple(request.token_ids(0, position + 1))
+
+    def end(self, requests: list[Request]):
+        for request in requests:
+            assert request.is_finished
+            assert request.finish_reason is not None
+            self.ends[id(request)].append(request.finish_reason)
+            self.check_output(request)
+
+    def check_output(self, request: Request):
+        """Whatever it went through, the output is the beginning of the undisturbed one."""
+        tokens = list(request.prompt_token_ids)
+        for token in request.output_token_ids:
+            assert token == next_token(tokens)
+            tokens.append(token)
+        num_output, sampling = request.num_output_tokens, request.sampling
+        assert num_output <= sampling.max_tokens
+        assert request.num_tokens <= request.max_total_len
+        assert len(request.output_logprobs) == len(request.output_top_logprobs) == num_output
+        stops = [
+            index
+            for index, token in enumerate(request.output_token_ids)
+            if token in sampling.stop_token_ids and index + 1 >= sampling.min_tokens
+        ]
+        if request.finish_reason == "length":
+            assert not stops
+            assert num_output == sampling.max_tokens or request.num_tokens == request.max_total_len
+        elif request.finish_reason == "stop" and request.stop_reason != "END":
+            assert stops == [num_output - 1]
+            assert request.stop_reason == request.output_token_ids[-1]
+        else:
+            assert not stops
+        if sampling.prompt_logprobs is None:
+            assert request.prompt_logprobs == []
+        else:
+            expected = [logprob_at(request, position) for position in range(1, request.prompt_len)]
+            assert request.prompt_logprobs == expected[: len(request.prompt_logprobs)]
+            if num_output:
+                assert request.prompt_logprobs == expected
+
+    def order(self, request: Request) -> tuple[int, int]:
+        return (request.priority if self.settings.policy == "priority" else 0, request.arrival)
+
+
+class CollidingHostMachine(HostMachine):
+    """The same laws when hashes tell next to nothing: only the verification of a hit is left."""
+
+    hash_page = staticmethod(weak_hash)
+
+
+TestHost = HostMachine.TestCase
+TestHost.settings = settings(
+    max_examples=120,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestHostWithCollidingHashes = CollidingHostMachine.TestCase
+TestHostWithCollidingHashes.settings = settings(TestHost.settings, max_examples=60)
