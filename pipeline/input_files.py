@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
@@ -118,6 +118,10 @@ def url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
     return path if is_local(fs) else fs.unstrip_protocol(path)
 
 
+def open_file(fs: fsspec.AbstractFileSystem, path: str) -> BinaryIO:
+    return cast(BinaryIO, fs.open(path, "rb"))
+
+
 @contextmanager
 def errors_named(url: str, what: str = "read") -> Iterator[None]:
     """Turns storage and decoding errors inside it into InputError, or RetryLater where the fault may pass.
@@ -182,7 +186,7 @@ def file_version(
 
 def _hash_of_ends(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:
     digest = hashlib.sha256()
-    with fs.open(path, "rb") as file:
+    with open_file(fs, path) as file:
         digest.update(file.read(END_BYTES))
         if size > END_BYTES:
             file.seek(max(END_BYTES, size - END_BYTES))

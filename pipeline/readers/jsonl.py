@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from engine.errors import InputError
-from pipeline.input_files import damaged, errors_named, filesystem
+from pipeline.input_files import damaged, errors_named, filesystem, open_file
 from pipeline.rows import Reject, SourceRow, excerpt
 from pipeline.strict_json import BadJson, loads, lone_surrogate_in, may_hold_surrogates
 
@@ -55,10 +55,10 @@ def read_rows(
 def _open(url: str) -> Iterator[Callable[[int], bytes]]:
     """A function that reads up to so many decompressed bytes; b"" only at the true end."""
     fs, path = filesystem(url)
-    codec = next((codec for suffix, codec in _CODECS.items() if path.endswith(suffix)), None)
-    with fs.open(path, "rb") as file:
+    codec = next((codec for suffix, codec in _CODECS.items() if path.lower().endswith(suffix)), None)
+    with open_file(fs, path) as file:
         if codec is None:
-            yield file.read  # type: ignore[misc]  # opened as binary
+            yield file.read
             return
         if not file.read(1):
             raise InputError(damaged(url, EOFError(f"an empty file is not {codec}")))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from engine.errors import InputError
-from pipeline.input_files import damaged, errors_named, filesystem
+from pipeline.input_files import damaged, errors_named, filesystem, open_file
 from pipeline.readers.arrow_rows import BATCH_ROWS, rows_of
 from pipeline.rows import Reject, SourceRow
 
@@ -86,7 +86,7 @@ def _open(shard: Shard) -> Iterator[pq.ParquetFile]:
     fs, path = filesystem(shard.url)
     with (
         errors_named(shard.url),
-        fs.open(path, "rb") as file,
+        open_file(fs, path) as file,
         pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet,
     ):
         names = list(parquet.schema_arrow.names)
