@@ -1,8 +1,9 @@
-"""The header of a GGUF file, read without trusting it (format: ggml-org/ggml, docs/gguf.md, versions 2 and 3).
+"""The header of a GGUF file, read without trusting it (format: ggml-org/ggml, docs/gguf.md, versions 2 and
+3).
 
-Nothing is allocated on the word of the file: every count, length and offset is compared with the bytes that are
-there first. The types of the format and the dequantisation of tensors are the `gguf` package's; its own reader is
-not used because it trusts the header.
+Nothing is allocated on the word of the file: every count, length and offset is compared with the bytes that
+are there first. The types of the format and the dequantisation of tensors are the `gguf` package's; its own
+reader is not used because it trusts the header.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value of `key`, which must be a `kind` (a bool is not a number), or `default` where it is absent."""
+        """The value of `key`, which must be a `kind` (a bool is no number); `default` where it is absent."""
         value = self.metadata.get(key)
         if value is None:
             return default
@@ -117,7 +118,7 @@ class _Header:
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
 
     def count(self, item_bytes: int, what: str) -> int:
-        """A u64 count of items of at least `item_bytes` each, which the rest of the file must be able to hold."""
+        """A u64 count of items of at least `item_bytes` each; the rest of the file must have room for them."""
         count = self.scalar("<Q", f"the number of {what}")
         if count * item_bytes > self.size - self.position:
             raise self.damaged(f"{count} {what} cannot fit")
@@ -139,7 +140,9 @@ class _Header:
         if version not in (2, 3):
             swapped = struct.unpack(">I", struct.pack("<I", version))[0]
             kind = f"big-endian version {swapped}" if swapped in (2, 3) else f"version {version}"
-            raise ModelError(f"{self.path}: GGUF {kind} is not supported; convert it to little-endian version 3")
+            raise ModelError(
+                f"{self.path}: GGUF {kind} is not supported; convert it to little-endian version 3"
+            )
         num_tensors = self.count(_MIN_TENSOR_BYTES, "tensors")
         num_entries = self.count(_MIN_ENTRY_BYTES, "metadata entries")
         metadata: dict[str, Any] = {}
@@ -211,5 +214,7 @@ class _Header:
             raise self.damaged(f"tensor {name} has the unknown type {number}") from None
         if kind not in SUPPORTED_TYPES:
             have = ", ".join(supported.name for supported in SUPPORTED_TYPES)
-            raise ModelError(f"{self.path}: tensor {name} is {kind.name}, which is not implemented: we have {have}")
+            raise ModelError(
+                f"{self.path}: tensor {name} is {kind.name}, which is not implemented: we have {have}"
+            )
         return kind

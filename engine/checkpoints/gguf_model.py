@@ -1,4 +1,4 @@
-"""A GGUF file as a model: its config, and its tensors by their Hugging Face names, dequantised a slice at a time."""
+"""A GGUF file as a model: its config, and its tensors by their Hugging Face names, dequantised in slices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     if architecture != "llama":
         raise ModelError(f"{file.path}: {unknown_architecture(architecture)}")
     if file.get("split.count", int, 1) > 1:
-        raise ModelError(f"{file.path}: one part of a split GGUF; merge the parts with llama-gguf-split --merge")
+        raise ModelError(
+            f"{file.path}: one part of a split GGUF; merge the parts with llama-gguf-split --merge"
+        )
     if file.get("llama.expert_count", int, 0) > 0:
         raise ModelError(f"{file.path}: a mixture of experts is not implemented: we have dense llama")
     for key in ("llama.attention.sliding_window", "llama.attention.scale", "llama.logit_scale"):
@@ -57,10 +59,14 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     head_dim = file.get("llama.attention.key_length", int, d_model // num_heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if file.get(key, int, head_dim) != head_dim:
-            raise ModelError(f"{file.path}: {key} is {file.metadata[key]}, and only the head size {head_dim} can run")
+            raise ModelError(
+                f"{file.path}: {key} is {file.metadata[key]}, and only the head size {head_dim} can run"
+            )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        raise ModelError(f"{file.path}: the tensor token_embd.weight is missing; the file is not a complete model")
+        raise ModelError(
+            f"{file.path}: the tensor token_embd.weight is missing; the file is not a complete model"
+        )
     names = file.tensors.keys()
     return ModelConfig(
         vocab_size=embedding.shape[0],
@@ -179,7 +185,9 @@ def _read_rows(file: GgufFile, tensor: GgufTensor, start: int, stop: int) -> np.
     except OSError as error:
         raise ModelError(f"{file.path}: cannot be read ({error.strerror})") from error
     if raw.size != count:
-        raise ModelError(f"{file.path}: the tensor {tensor.name} ends early; the file changed while it was read")
+        raise ModelError(
+            f"{file.path}: the tensor {tensor.name} ends early; the file changed while it was read"
+        )
     # Scales may be infinite or NaN in a damaged file: that is data, not a reason for a warning.
     with np.errstate(all="ignore"):
         values = dequantize(raw.reshape(stop - start, row_bytes), tensor.kind)

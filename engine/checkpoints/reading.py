@@ -22,7 +22,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. ModelError where it is absent, too large, or anything else."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, so not the JSON file it should be")
+            raise ModelError(
+                f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, so not the JSON file it should be"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -42,8 +42,8 @@ def check_dtype(dtype: str) -> np.dtype:
 def load_weights(config: ModelConfig, source: WeightSource, dtype: str = "float32") -> Llama:
     """Build the model of `config` with the weights of `source`.
 
-    Names and shapes are checked before anything is allocated: a missing tensor, one of another shape, or one the
-    architecture has no place for is a ModelError. Norm weights stay float32.
+    Names and shapes are checked before anything is allocated: a missing tensor, one of another shape, or one
+    the architecture has no place for is a ModelError. Norm weights stay float32.
     """
     host_dtype = check_dtype(dtype)
     _check_tensors(config, source)
@@ -69,11 +69,12 @@ def _check_tensors(config: ModelConfig, source: WeightSource) -> None:
             found = shapes.get(part.name)
             if found is None and not part.optional:
                 raise ModelError(
-                    f"{source.where}: the tensor {part.name} is missing, so the checkpoint is incomplete; fetch it again"
+                    f"{source.where}: the tensor {part.name} is missing, "
+                    "so the checkpoint is incomplete; fetch it again"
                 )
             if found is not None and found != part.shape:
                 raise ModelError(
-                    f"{source.where}: the tensor {part.name} is {found} where the config asks for {part.shape}"
+                    f"{source.where}: the tensor {part.name} is {found} where the config says {part.shape}"
                 )
     for name in shapes:
         if name not in expected:

@@ -33,7 +33,9 @@ class RopeScaling:
             raise ModelError(f"rope scaling {self.kind!r} is not implemented: we have linear, llama3")
         values = (self.factor, self.low_freq_factor, self.high_freq_factor, *self.factors)
         if not all(math.isfinite(value) and value > 0 for value in values):
-            raise ModelError(f"rope scaling {self.kind}: every factor must be a positive number, got {values}")
+            raise ModelError(
+                f"rope scaling {self.kind}: every factor must be a positive number, got {values}"
+            )
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ModelError(
                 f"rope scaling llama3: high_freq_factor ({self.high_freq_factor}) must be above "
@@ -87,7 +89,9 @@ class ModelConfig:
                 f"num_kv_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
-            raise ModelError(f"model config: head_dim must be even for rotary embeddings, got {self.head_dim}")
+            raise ModelError(
+                f"model config: head_dim must be even for rotary embeddings, got {self.head_dim}"
+            )
         if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
             raise ModelError(f"model config: rope_theta must be a positive number, got {self.rope_theta}")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
@@ -101,7 +105,7 @@ class ModelConfig:
         for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if not 0 <= token_id < self.vocab_size:
                 raise ModelError(
-                    f"model config: special token id {token_id} is outside the vocabulary of {self.vocab_size}"
+                    f"model config: special token id {token_id} is not below vocab_size {self.vocab_size}"
                 )
 
 

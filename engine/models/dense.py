@@ -1,4 +1,7 @@
-"""The model without pages: plain causal attention over whole sequences. The oracle of the tests, not a fast path."""
+"""The model without pages: plain causal attention over whole sequences.
+
+The oracle of the tests, not a fast path.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from engine.models.llama import Llama
 def dense_forward(model: Llama, token_ids: Any) -> jax.Array:
     """Logits at every position: token_ids i32[T] or i32[B, T] -> f32[T, V] or f32[B, T, V].
 
-    Position t sees tokens 0..t of its own sequence, so padding on the right changes nothing before it. Compiled
-    once a shape.
+    Position t sees tokens 0..t of its own sequence, so padding on the right changes nothing before it.
+    Compiled once a shape.
     """
     graph, weights = nnx.split(model)
     token_ids = jnp.asarray(token_ids, jnp.int32)

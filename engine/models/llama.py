@@ -1,11 +1,11 @@
 """The Llama architecture (Touvron et al. 2023, arXiv:2302.13971; grouped queries: arXiv:2305.13245).
 
-The model knows nothing of pages: attention is the `attend` it is called with, which writes this step's keys and
-values and attends over everything the sequence holds. Layers are unrolled, so each layer's pages are an entry of
-their own and can be donated and updated in place.
+The model knows nothing of pages: attention is the `attend` it is called with, which writes this step's keys
+and values and attends over everything the sequence holds. Layers are unrolled, so each layer's pages are an
+entry of their own and can be donated and updated in place.
 
-A model is built abstractly (`abstract_llama`, no memory) and filled tensor by tensor by the loader, which follows
-`weight_plan`.
+A model is built abstractly (`abstract_llama`, no memory) and filled tensor by tensor by the loader, which
+follows `weight_plan`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202); one product makes gate and up (rows of `gate_up` in that order)."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202); one product makes gate and up (`gate_up`'s rows, so ordered)."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         inner, bias = config.intermediate_size, config.mlp_bias
@@ -110,7 +110,7 @@ class Llama(nnx.Module):
     def __call__(
         self, token_ids: jax.Array, positions: jax.Array, kv_pages: tuple[Any, ...], attend: Attend
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """token_ids, positions i32[T], one entry of `kv_pages` a layer -> (hidden [T, D] after the last norm, pages)."""
+        """Tokens and positions i32[T], pages by layer -> (hidden [T, D] after the last norm, the pages written)."""
         x = self.embed[...].at[token_ids].get(mode="clip")
         rope = rope_tables(self.config, positions)
         written = []
