@@ -6,6 +6,7 @@ no folders, no logs and no tracebacks of its own.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,20 @@ def compose(arguments: Sequence[str], known: Sequence[str]) -> dict[str, Any] | 
 
     `known` are the dotted keys there are, for naming the nearest one. Raises ConfigError.
     """
-    _refuse_unsupported(arguments)
+    options = _parse(arguments)
+    try:
+        if any(value for name, value in vars(options).items() if name != "overrides"):
+            return _answer(arguments)
+        with hydra.initialize_config_module(CONFIG_PACKAGE, version_base="1.3"):
+            return _plain(hydra.compose("config", options.overrides))
+    except MissingConfigException as error:
+        _explain_missing(error, arguments)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        _explain(error, arguments, known)
+
+
+def _answer(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """A command line with Hydra's own flags (`--help`, `--cfg`, `--config-dir`, ...): Hydra's to answer."""
     composed: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_PACKAGE}", config_name="config")
@@ -42,10 +56,6 @@ def compose(arguments: Sequence[str], known: Sequence[str]) -> dict[str, Any] | 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let its exceptions through instead of printing them and exiting
     try:
         take()
-    except MissingConfigException as error:
-        _explain_missing(error, arguments)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        _explain(error, arguments, known)
     finally:
         sys.argv = argv
         if full_error is None:
@@ -67,7 +77,7 @@ def groups() -> dict[str, list[str]]:
     }
 
 
-def _refuse_unsupported(arguments: Sequence[str]) -> None:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = _bad_option  # type: ignore[method-assign]
     options = parser.parse_args(list(arguments))
@@ -76,6 +86,7 @@ def _refuse_unsupported(arguments: Sequence[str]) -> None:
     for override in options.overrides:
         if "=" not in override and not override.startswith("~"):
             raise ConfigError(f"{override!r} is not an override: write key=value, or group=option")
+    return options
 
 
 def _bad_option(message: str) -> NoReturn:

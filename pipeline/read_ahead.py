@@ -150,7 +150,7 @@ class ReadAhead:
         columns = self._builder.columns_needed
         rows = read_rows(assignment.shard, self._settings, first, last, columns)
         wanted = (row for row in rows if any(a <= row.position < b for a, b in assignment.ranges))
-        for batch in _batches(wanted, BATCH_ROWS):
+        for batch in batches(wanted, BATCH_ROWS):
             yield self._builder.build_many(batch)
 
     def _put(self, items: Iterable[Item]) -> bool:
@@ -175,6 +175,7 @@ def _num_tokens(item: Item) -> int:
     return len(item.token_ids) if isinstance(item, Prompt) else 0
 
 
-def _batches(rows: Iterator[SourceRow | Reject], size: int) -> Iterator[list[SourceRow | Reject]]:
+def batches(rows: Iterator[SourceRow | Reject], size: int) -> Iterator[list[SourceRow | Reject]]:
+    """Lists of up to `size` rows."""
     while batch := list(islice(rows, size)):
         yield batch

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,11 +44,27 @@ MakeEngine = Callable[[Any, Settings], Any]
 _VERSIONED_PACKAGES = ("tidemill", "jax", "jaxlib", "flax", "transformers", "numpy", "pyarrow")
 
 
+@dataclass(frozen=True, slots=True)
+class TextSide:
+    """The part of a loaded model that prompts are made with."""
+
+    tokenizer: Any
+    config: Any
+
+
 def load_model(settings: Settings) -> Any:
     """The model that the settings name: weights, configuration, tokenizer, fingerprint."""
     from engine.checkpoints import load
 
     return load(settings.model.source, revision=settings.model.revision, dtype=settings.engine.dtype)
+
+
+def load_text_side(settings: Settings) -> Any:
+    """The model's tokenizer and configuration, without its weights."""
+    from engine.checkpoints import load_config, load_tokenizer
+
+    source, revision = settings.model.source, settings.model.revision
+    return TextSide(load_tokenizer(source, revision=revision), load_config(source, revision=revision))
 
 
 def make_engine(loaded: Any, settings: Settings) -> Any:
@@ -73,6 +90,7 @@ def run_job(
     with ExitStack() as stack:
         stop = stack.enter_context(HandleSignals(stop or StopRequest(settings.drain_seconds)))
         platform = select_platform(settings.engine.platform)
+        assert settings.output.path is not None, "Settings of a run always name an output"
         storage = open_storage(settings.output.path)
         storage.check()
         shards = list_shards(settings.input)
@@ -228,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.mode == "plan":
             from pipeline.plan_mode import plan_job
 
-            return plan_job(settings, load_model=load_model, make_engine=make_engine)
+            return plan_job(
+                settings, load_model=load_model, load_text_side=load_text_side, make_engine=make_engine
+            )
         return run_job(settings)
     except RetryLater as error:
         return _fail(error, ExitCode.RETRY_LATER)

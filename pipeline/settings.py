@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.config import EngineConfig
-
 from engine.errors import ConfigError, RequestError
 from engine.sampling_params import SamplingParams
 from pipeline.progress import ProgressStyle
@@ -44,12 +43,12 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings:
-    """path: where the results go. format: of data/ alone. chunk_rows: rows committed together.
-    include_token_ids: keep the generated token ids. spool_dir: a local folder for what is not published yet;
-    None is the system's temporary folder.
+    """path: where the results go; only mode=plan can do without. format: of data/ alone.
+    chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
+    spool_dir: a local folder for what is not published yet; None is the system's temporary folder.
     """
 
-    path: str
+    path: str | None = None
     format: Literal["parquet", "jsonl"] = "parquet"
     chunk_rows: int = 64
     include_token_ids: bool = False
@@ -57,7 +56,7 @@ class OutputSettings:
 
     def __post_init__(self) -> None:
         _in_range("output.chunk_rows", self.chunk_rows, 1, 1_000_000)
-        if not self.path:
+        if self.path == "":
             raise ConfigError("output.path is empty: name the folder for the results")
 
 
@@ -84,7 +83,7 @@ class Settings:
 
     model: ModelSettings
     input: InputSettings
-    output: OutputSettings
+    output: OutputSettings = field(default_factory=OutputSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -100,6 +99,8 @@ class Settings:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
         _in_range("drain_seconds", self.drain_seconds, 0.0, 86_400.0)
         _in_range("progress_line_seconds", self.progress_line_seconds, 0.1, 86_400.0)
+        if self.output.path is None and self.mode != "plan":
+            raise ConfigError("output.path is missing: name the folder for the results, output.path=…")
         if self.engine.max_model_len is not None and self.sampling.max_tokens >= self.engine.max_model_len:
             raise ConfigError(
                 f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
