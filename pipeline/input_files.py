@@ -42,22 +42,10 @@ ALLOWED_SCHEMES = tuple(sorted(_DRIVERS))
 END_BYTES = 64 * 1024
 """How much of each end of a file its version covers."""
 
-# Remote stores name what changes with the content differently; any of these pins it.
-_VERSION_KEYS = (
-    "etag",
-    "generation",
-    "versionid",
-    "version_aware",
-    "crc32c",
-    "md5hash",
-    "content_md5",
-    "blob_id",
-    "lastmodified",
-    "last_modified",
-    "updated",
-    "mtime",
-    "created",
-)
+# What pins a remote file, the best first. Only one is used: a listing and a single look-up agree on it, but they do
+# not name the same set, nor write times the same way.
+_PINS = ("etag", "generation", "crc32c", "md5hash", "content_md5", "blob_id", "versionid")
+_TIMES = ("lastmodified", "last_modified", "updated", "mtime", "created")
 _PASSING = {
     errno.EIO,
     errno.EBUSY,
@@ -166,22 +154,22 @@ def file_version(
 ) -> dict[str, Any]:
     """What changes when the file's content does, as JSON values, without reading the whole file.
 
-    Local: size, mtime, inode and a hash of both ends. Remote: size and the store's own version; where it has
-    none, a hash of both ends.
+    Local: size, mtime, inode and a hash of both ends. Remote: size and the store's own version, or its time of
+    change; where it has neither, a hash of both ends. `info` is what a listing said of the file, if there was one.
     """
     if is_local(fs):
         stat = os.stat(path)
         version: dict[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
         return version | {"ends_sha256": _hash_of_ends(fs, path, stat.st_size)}
-    info = info if info is not None else fs.info(path)
-    size = info.get("size")
-    version = {"size": size}
-    for key, value in sorted(info.items()):
-        if key.lower() in _VERSION_KEYS and value is not None:
-            version[key.lower()] = value if isinstance(value, int | str) else str(value)
-    if len(version) == 1 and isinstance(size, int):
-        version["ends_sha256"] = _hash_of_ends(fs, path, size)
-    return version
+    for names in (_PINS, _TIMES):
+        if info is None or names is _TIMES:
+            info = fs.info(path)
+        found = {key.lower(): value for key, value in info.items() if value is not None}
+        for name in names:
+            if name in found:
+                return {"size": found.get("size"), name: str(found[name])}
+    size = fs.size(path)
+    return {"size": size, "ends_sha256": _hash_of_ends(fs, path, size or 0)}
 
 
 def _hash_of_ends(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:

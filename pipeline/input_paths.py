@@ -76,8 +76,10 @@ def _match(named: str, format: str) -> _Match:
         path = path.rstrip("/") or "/"
         if _MAGIC & set(path) and not fs.exists(path):  # a name may hold a bracket
             root = _fixed_folder(path)
-            listed = fs.glob(path, detail=True)
-            return _Match(scheme, fs, root, *_chosen(named, _files_only(listed), format, is_folder=False))
+            listed = _files_only(fs.glob(path, detail=True))
+            visible = {file: info for file, info in listed.items() if not _is_hidden(file, root)}
+            # As in a shell, hidden files are meant only where the pattern itself is of hidden ones.
+            return _Match(scheme, fs, root, *_chosen(named, visible or listed, format, is_folder=False))
         if fs.isdir(path):
             listed = fs.find(path, detail=True)
             visible = {file: info for file, info in _files_only(listed).items() if not _is_hidden(file, path)}

@@ -47,4 +47,4 @@ def content_id(source: str, row: int, content: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """Values that Parquet has and JSON has not: dates, decimals, bytes."""
-    return value.hex() if isinstance(value, bytes) else f"{type(value).__name__}:{value}"
+    return f"{type(value).__name__}:{value.hex() if isinstance(value, bytes) else value}"

@@ -16,7 +16,7 @@ import jinja2.sandbox
 import jinja2.visitor
 
 from engine.errors import ConfigError
-from pipeline.input_files import errors_named, filesystem
+from pipeline.input_files import errors_named, filesystem, open_file
 
 MAX_TEMPLATE_BYTES = 1024 * 1024
 MAX_LOOP_TURNS = 1_000_000
@@ -52,7 +52,7 @@ RENDER_ERRORS = (
 
 
 class RowTemplate:
-    """One compiled template. `columns` are the names it uses, None when it uses `row`, which is all of them."""
+    """One compiled template. `columns` are the names it uses, None when it uses `row`, which is all."""
 
     def __init__(self, source: str, where: str, max_chars: int):
         self.source = source
@@ -89,8 +89,8 @@ def read_template(text: str | None, file: str | None, name: str) -> tuple[str, s
     if file is None:
         return None if text is None else (text, f"prompt.{name}")
     fs, path = filesystem(file)
-    with errors_named(file), fs.open(path, "rb") as stream:
-        source: bytes = stream.read(MAX_TEMPLATE_BYTES + 1)  # type: ignore[assignment]  # opened as binary
+    with errors_named(file), open_file(fs, path) as stream:
+        source = stream.read(MAX_TEMPLATE_BYTES + 1)
     if len(source) > MAX_TEMPLATE_BYTES:
         raise ConfigError(
             f"{file}: a template of more than {MAX_TEMPLATE_BYTES} bytes; is it the right file?"

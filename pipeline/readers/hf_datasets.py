@@ -120,7 +120,7 @@ def open_dataset(url: str, split: str | None, revision: str | None) -> Dataset:
             found = datasets.load_from_disk(url)
     except ConnectionError as error:
         raise RetryLater(f"{url}: cannot be fetched now: {one_line(error)}; start again later") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         message = (
             f"{url}: not a dataset that can be read: {one_line(error)}; check input.path and input.revision"
         )

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -219,13 +220,14 @@ def test_passing_faults_ask_for_another_try_and_the_rest_do_not(fault, kind):
         ({"path": "x", "carry_columns": ("a", "b", "a")}, "'a' twice"),
     ],
 )
-def test_impossible_settings_are_refused_by_name(options, says):
+def test_impossible_settings_are_refused_by_name(options: dict[str, Any], says):
     with pytest.raises(ConfigError, match=says):
         InputSettings(**options)
 
 
 def test_settings_of_datasets_are_not_ignored_for_files(folder):
-    for option in ({"split": "train"}, {"revision": "abc"}):
+    options: list[dict[str, Any]] = [{"split": "train"}, {"revision": "abc"}]
+    for option in options:
         with pytest.raises(ConfigError, match=f"input.{next(iter(option))}="):
             list_shards(InputSettings(path=str(folder), **option))
 
