@@ -47,11 +47,17 @@ class LocalStorage(Storage):
             raise OutputError(
                 f"output.path {self._root}: {place} is not a folder; choose another output.path"
             )
-        if not os.access(place, os.W_OK | os.X_OK | os.R_OK):
-            raise OutputError(
-                f"output.path {self._root}: {place} cannot be written (permission denied or read-only); "
-                "fix its permissions or choose another output.path"
-            )
+        # By trying, not by asking: permissions say little to root, and nothing of hard links.
+        probe = place / f"{TEMPORARY_PREFIX}{self._tag}-{uuid.uuid4().hex}"
+        try:
+            probe.write_bytes(b"probe")
+            self._link(probe, probe.with_name(probe.name + "-linked"))
+        except OSError as error:
+            raise explain(error, self._root) from error
+        finally:
+            for path in (probe, probe.with_name(probe.name + "-linked")):
+                with suppress(OSError):
+                    os.unlink(path)
 
     def create(self, path: str, data: bytes) -> Outcome:
         if not data:

@@ -7,6 +7,7 @@ piece, so that a file made from any arrangement of chunks is the same file.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -61,9 +62,13 @@ class GroupedWriter:
 
     def close(self) -> None:
         """Finish the file; without this call it is no Parquet file."""
-        self._flush()
-        self._writer.close()
-        self._file.close()
+        try:
+            self._flush()
+            self._writer.close()
+            self._file.close()
+        except BaseException:
+            self._give_up()
+            raise
 
     def __enter__(self) -> GroupedWriter:
         return self
@@ -72,6 +77,14 @@ class GroupedWriter:
         if kind is None:
             self.close()
         else:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # The file is no use any more, and closing it may meet the very fault that ended it.
+        with suppress(OSError, ValueError, pa.ArrowException):
+            self._writer.close()
+        self._writer.is_open = False  # or its finaliser tries again
+        with suppress(OSError):
             self._file.close()
 
 

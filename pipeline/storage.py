@@ -40,7 +40,7 @@ class Storage(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise OutputError unless the folder can be written; creates nothing."""
+        """Raise OutputError unless objects can be created there; leaves nothing behind."""
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> Outcome:
@@ -104,6 +104,7 @@ def open_storage(url: str) -> Storage:
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NEVER = {
+    errno.ENOENT: "its folder does not exist and cannot be made",
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
     errno.EROFS: "the file system is read-only",

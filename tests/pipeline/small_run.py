@@ -173,8 +173,11 @@ class FaultyStorage(Storage):
         self.fail_at = fail_at
         self.mode = mode
         self.num_operations = 0
+        self.writes: list[int] = []  # numbers of the operations that create something
 
     def _do(self, action: Callable[[], Any], unsure: Callable[[], Any] | None = None) -> Any:
+        if unsure is not None:
+            self.writes.append(self.num_operations)
         self.num_operations += 1
         if self.num_operations - 1 != self.fail_at:
             return action()
