@@ -42,8 +42,8 @@ ALLOWED_SCHEMES = tuple(sorted(_DRIVERS))
 END_BYTES = 64 * 1024
 """How much of each end of a file its version covers."""
 
-# What pins a remote file, the best first. Only one is used: a listing and a single look-up agree on it, but they do
-# not name the same set, nor write times the same way.
+# What pins a remote file, the best first. Only one is used: a listing and a single look-up agree on it, but
+# they do not name the same set, nor write times the same way.
 _PINS = ("etag", "generation", "crc32c", "md5hash", "content_md5", "blob_id", "versionid")
 _TIMES = ("lastmodified", "last_modified", "updated", "mtime", "created")
 _PASSING = {
@@ -154,8 +154,8 @@ def file_version(
 ) -> dict[str, Any]:
     """What changes when the file's content does, as JSON values, without reading the whole file.
 
-    Local: size, mtime, inode and a hash of both ends. Remote: size and the store's own version, or its time of
-    change; where it has neither, a hash of both ends. `info` is what a listing said of the file, if there was one.
+    Local: size, mtime, inode and a hash of both ends. Remote: size and the store's own version, or its time
+    of change; where it has neither, a hash of both ends. `info` is what a listing said of the file.
     """
     if is_local(fs):
         stat = os.stat(path)

@@ -82,8 +82,15 @@ def excerpt(value: object) -> str:
     if isinstance(value, bytes):
         value = value[: 4 * MAX_EXCERPT_CHARS].decode("utf-8", errors="backslashreplace")
     text = value[: MAX_EXCERPT_CHARS + 1] if isinstance(value, str) else repr(value)[: MAX_EXCERPT_CHARS + 1]
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    text = printable(text)
     return text if len(text) <= MAX_EXCERPT_CHARS else text[: MAX_EXCERPT_CHARS - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with what a terminal or a file could trip over escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def reject_row(row: SourceRow, row_id: str | None, reason: str, message: str, value: object = "") -> Reject:
@@ -93,7 +100,7 @@ def reject_row(row: SourceRow, row_id: str | None, reason: str, message: str, va
         position=row.position,
         row_id=row_id,
         reason=reason,
-        message=f"{row.place}: {message}",
+        message=printable(f"{row.place}: {message}"),
         source=row.source,
         excerpt=excerpt(value),
         line=row.line,

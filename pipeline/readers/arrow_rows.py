@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.rows import Reject, SourceRow, excerpt, place
+from pipeline.rows import Reject, SourceRow, excerpt, place, printable
 
 if TYPE_CHECKING:
     from pipeline.shards import InputSettings, Shard
@@ -26,7 +26,9 @@ def rows_of(
 
         def reject(reason: str, message: str, at: int = position + i) -> Reject:
             where = place(shard.source, shard.first_row + at, None)
-            return Reject(shard.index, at, None, reason, f"{where}: {message}", shard.source, excerpt(""))
+            return Reject(
+                shard.index, at, None, reason, printable(f"{where}: {message}"), shard.source, excerpt("")
+            )
 
         if not is_small and (num_bytes := batch.slice(i, 1).nbytes) > settings.max_decoded_bytes:
             limit = f"{settings.max_decoded_bytes} (input.max_decoded_bytes)"

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from engine.errors import InputError
 from pipeline.input_files import damaged, errors_named, filesystem, open_file
-from pipeline.rows import Reject, SourceRow, excerpt
+from pipeline.rows import Reject, SourceRow, excerpt, printable
 from pipeline.strict_json import BadJson, loads, lone_surrogate_in, may_hold_surrogates
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _row(
             position=position,
             row_id=None,
             reason=reason,
-            message=f"{shard.name} line {line.number}: {message}",
+            message=printable(f"{shard.name} line {line.number}: {message}"),
             source=shard.name,
             excerpt=excerpt(line.head),
             line=line.number,

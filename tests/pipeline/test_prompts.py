@@ -123,8 +123,8 @@ def test_token_ids_are_taken_as_they_are():
 def test_a_template_over_columns(tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text("{{ a }} and {{ b['c'] }}\n")
-    for settings in ({"template": "{{ a }} and {{ b['c'] }}"}, {"template_file": str(path)}):
-        assert ok(build({"a": "x", "b": {"c": 3}, "prompt": "unused"}, settings)).text == "x and 3"
+    for given_as in ({"template": "{{ a }} and {{ b['c'] }}"}, {"template_file": str(path)}):
+        assert ok(build({"a": "x", "b": {"c": 3}, "prompt": "unused"}, given_as)).text == "x and 3"
 
 
 def test_there_is_never_a_second_bos():
@@ -497,7 +497,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     columns=st.dictionaries(
         st.sampled_from(["prompt", "messages", "prompt_token_ids", "s", "id"]),

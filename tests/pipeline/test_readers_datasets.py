@@ -110,7 +110,7 @@ def test_what_is_not_a_saved_dataset_is_refused(saved, tmp_path):
         list_shards(InputSettings(path=saved, revision="abc"))
     empty = str(tmp_path / "none")
     datasets.Dataset.from_list(ROWS).select([]).save_to_disk(empty)
-    with pytest.raises(InputError, match="has no rows|not a dataset"):
+    with pytest.raises(InputError, match=r"has no rows|not a dataset"):
         list_shards(InputSettings(path=empty))
 
 
