@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -49,10 +48,11 @@ def _real(name: str, value: object, low: float, high: float, expected: str | Non
     expected = expected or f"a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         _refuse(name, value, expected)
-    number = float(value)
-    if not (math.isfinite(number) and low <= number <= high):
+    # Compared before it is made a float, because an integer may be too large for one. NaN fails any comparison.
+    number = int(value) if isinstance(value, Integral) else float(value)
+    if not low <= number <= high:
         _refuse(name, value, expected)
-    return number
+    return float(number)
 
 
 def _flag(name: str, value: object) -> bool:
