@@ -59,6 +59,7 @@ class Finaliser:
             path = part_name(kind, shard, self._plan.num_shards, self._plan.output_format)
             spool = self._spool_dir / f"final-{path.replace('/', '-')}"
             try:
+                self._spool_dir.mkdir(parents=True, exist_ok=True)
                 num_items = write(spool, records)
                 expected = {"data": "samples", "trace": "samples", "rejects": "rejected"}.get(kind)
                 if expected and num_items != counts[expected]:

@@ -113,13 +113,12 @@ def _value_sizes(array: pa.Array) -> np.ndarray:
     kind = array.type
     if isinstance(array, pa.StructArray):
         return sum((_value_sizes(field) for field in array.flatten()), np.zeros(len(array), dtype=np.int64))
-    if pa.types.is_nested(kind):
-        nominal = _NESTED_VALUE_BYTES if _varies(kind) else 8
-        lengths = pc.call_function("list_value_length", [array])
-        return _filled(lengths) * nominal
-    if _varies(kind):
+    if _is_list(kind):
+        each = _NESTED_VALUE_BYTES if pa.types.is_nested(kind.value_type) or _is_text(kind.value_type) else 8
+        return _filled(pc.call_function("list_value_length", [array])) * each
+    if _is_text(kind):
         return _filled(pc.call_function("binary_length", [array]))
-    return np.full(len(array), 8, dtype=np.int64)
+    return np.full(len(array), _NESTED_VALUE_BYTES if pa.types.is_nested(kind) else 8, dtype=np.int64)
 
 
 def _filled(lengths: pa.Array) -> np.ndarray:
@@ -127,15 +126,11 @@ def _filled(lengths: pa.Array) -> np.ndarray:
     return pc.fill_null(lengths.cast(pa.int64()), 0).to_numpy(zero_copy_only=False)
 
 
-def _varies(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.types.is_nested(kind.value_type) or _varies(kind.value_type)
-    return pa.types.is_map(kind) or any(
-        test(kind)
-        for test in (
-            pa.types.is_string,
-            pa.types.is_binary,
-            pa.types.is_large_string,
-            pa.types.is_large_binary,
-        )
-    )
+def _is_list(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in tests)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+    return any(test(kind) for test in tests)

@@ -17,23 +17,29 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 CARRIED_PREFIX = "input_"
 
-_TOP = pa.list_(pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())])))
+
+def _list_of(kind: pa.DataType) -> pa.ListType:
+    # By Parquet's own name for a list's values, so that a file's schema is read back as it was written.
+    return pa.list_(pa.field("element", kind))
+
+
+_TOP = _list_of(_list_of(pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())])))
 
 _DATA_FIELDS = [
     pa.field("row_id", pa.string(), nullable=False),
     pa.field("sample_index", pa.int32(), nullable=False),
     pa.field("status", pa.string(), nullable=False),
     pa.field("text", pa.string()),
-    pa.field("token_ids", pa.list_(pa.int32())),
+    pa.field("token_ids", _list_of(pa.int32())),
     pa.field("finish_reason", pa.string()),
     pa.field("stop_reason", pa.string()),
     pa.field("num_prompt_tokens", pa.int32()),
     pa.field("num_generated_tokens", pa.int32()),
     pa.field("prompt_truncated", pa.bool_()),
     pa.field("cumulative_logprob", pa.float64()),
-    pa.field("logprobs", pa.list_(pa.float32())),
+    pa.field("logprobs", _list_of(pa.float32())),
     pa.field("top_logprobs", _TOP),
-    pa.field("prompt_logprobs", pa.list_(pa.float32())),
+    pa.field("prompt_logprobs", _list_of(pa.float32())),
     pa.field("prompt_top_logprobs", _TOP),
     pa.field("seed", pa.int64()),
     pa.field("error", pa.string()),

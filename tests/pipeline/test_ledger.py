@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError, OutputError
-from pipeline.lease import Suspects
+from pipeline.lease import Lease, Suspects
 from pipeline.ledger import InputChanged, Ledger
 from pipeline.local_storage import LocalStorage
 from tests.pipeline.fake_engine import FakeEngine
@@ -45,9 +45,14 @@ def spool_of(tmp_path: Path) -> Path:
     return tmp_path / "spool"
 
 
-def commit_one(ledger: Ledger, shard: int, chunk: int) -> bool:
+def must_claim(ledger: Ledger, shard: int) -> Lease:
     lease = ledger.claim(shard)
     assert lease is not None
+    return lease
+
+
+def commit_one(ledger: Ledger, shard: int, chunk: int) -> bool:
+    lease = must_claim(ledger, shard)
     files = fill(ledger, lease, chunk, FakeEngine(), NO_SUSPECTS)
     won = ledger.commit_chunk(lease, files, input_version=ledger.plan.shards[shard].version)
     lease.release()
@@ -122,7 +127,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path):
 def test_of_workers_racing_for_one_chunk_one_wins_and_the_rest_leave_nothing(tmp_path: Path):
     expected = undisturbed(tmp_path)
     ledgers = [open_ledger(LocalStorage(tmp_path / "out"), tmp_path / f"spool-{i}") for i in range(8)]
-    leases = [ledger.claim(0) for ledger in ledgers]  # each takes over from a process that does not exist
+    leases = [
+        must_claim(ledger, 0) for ledger in ledgers
+    ]  # each takes over from a process that does not exist
     files = [
         [fill(ledger, lease, chunk, FakeEngine(), NO_SUSPECTS) for chunk in range(3)]
         for ledger, lease in zip(ledgers, leases, strict=True)
@@ -264,8 +271,7 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path):
 def test_a_changed_input_ends_its_shard_and_is_never_mixed(tmp_path: Path):
     with open_ledger(LocalStorage(tmp_path / "out"), spool_of(tmp_path)) as ledger:
         commit_one(ledger, 1, 0)
-        lease = ledger.claim(1)
-        assert lease is not None
+        lease = must_claim(ledger, 1)
         files = fill(ledger, lease, 1, FakeEngine(), NO_SUSPECTS)
         with pytest.raises(InputChanged, match="/in-1 changed while it was being read"):
             ledger.commit_chunk(lease, files, input_version={"size": 1, "etag": "new"})

@@ -89,7 +89,7 @@ def test_of_threads_racing_for_a_name_one_wins(tmp_path: Path):
         start = threading.Barrier(NUM_RACERS)
         outcomes: list[tuple[Outcome, bytes]] = []
 
-        def race(number: int, start: threading.Barrier = start, name: str = f"r/{round_number}") -> None:
+        def race(number: int, start=start, outcomes=outcomes, name: str = f"r/{round_number}") -> None:
             racer = LocalStorage(tmp_path / "out")
             mine = f"racer {number}".encode() * 100
             start.wait()
@@ -104,7 +104,6 @@ def test_of_threads_racing_for_a_name_one_wins(tmp_path: Path):
         assert len(outcomes) == NUM_RACERS
         assert len(winners) == 1
         assert LocalStorage(tmp_path / "out").read(f"r/{round_number}") == winners[0]
-        outcomes.clear()
 
 
 RACER = """
@@ -154,7 +153,8 @@ def test_leftovers_are_ignored_and_those_of_the_dead_removed(tmp_path: Path):
     old = folder / f"{TEMPORARY_PREFIX}otherboot.1.2.3-2"
     for path in (dead, alive, foreign, old):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - 100_000,) * 2)
+    long_ago = time.time() - 100_000
+    os.utime(old, (long_ago, long_ago))
     storage = LocalStorage(tmp_path / "out")
     assert storage.list("a") == []
     storage.create("a/b", b"whole")
