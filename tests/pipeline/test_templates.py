@@ -72,7 +72,7 @@ def test_a_null_is_never_printed():
         "{% for i in range(99999) %}xxxxxxxxxx{% endfor %}",
         "{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
         "{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = (n.s ~ n.s)|upper %}{% endfor %}",
+        "{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = (n.s~n.s)|upper %}{% endfor %}",
         "{% set n = namespace(s=['x']) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
         "{{ [1] | tojson(indent=1000000000) }}",
     ],
