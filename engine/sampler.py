@@ -95,7 +95,7 @@ def _penalise(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     # Exactly the logit where there is no penalty: a greedy row in the same step must not move.
     logits = jnp.where(seen & (penalty != 1.0), repeated, logits)
     logits = logits - inputs.frequency_penalty[:, None] * counts
-    return logits - inputs.presence_penalty[:, None] * (counts > 0)
+    return logits - inputs.presence_penalty[:, None] * (counts > 0).astype(logits.dtype)
 
 
 def _mask(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
