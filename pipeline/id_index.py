@@ -29,7 +29,8 @@ class IdIndex:
 
     def __init__(self, path: str | Path):
         # Read by whichever thread builds prompts, one at a time.
-        self._db = sqlite3.connect(f"file:{Path(path).resolve()}?mode=ro", uri=True, check_same_thread=False)
+        uri = f"{Path(path).resolve().as_uri()}?mode=ro"
+        self._db = sqlite3.connect(uri, uri=True, check_same_thread=False)
 
     @classmethod
     def build(cls, path: str | Path, shards: Sequence[Shard], settings: InputSettings) -> IdIndex:
@@ -45,7 +46,9 @@ class IdIndex:
             with closing(sqlite3.connect(unfinished)) as db:
                 _fill(db, _ids(shards, settings))
         except sqlite3.OperationalError as error:
-            raise RetryLater(f"{unfinished}: cannot index the ids: {error}; free some space there") from error
+            raise RetryLater(
+                f"{unfinished}: cannot index the ids: {error}; make room on that disk"
+            ) from error
         os.replace(unfinished, path)
         return cls(path)
 

@@ -17,7 +17,7 @@ from pipeline.id_index import IdIndex
 from pipeline.row_ids import BadId, content_id, named_id
 from pipeline.rows import Prompt, Reject, SourceRow, reject_row
 from pipeline.shards import InputSettings
-from pipeline.strict_json import BadJson, loads
+from pipeline.strict_json import BadJson, has_lone_surrogate, loads
 from pipeline.templates import RENDER_ERRORS, MissingColumn, NullPrinted, RowTemplate, read_template
 
 PromptForm = Literal["auto", "prompt", "messages", "prompt_token_ids", "template"]
@@ -403,7 +403,7 @@ class PromptBuilder:
         if len(text) > self._settings.max_prompt_chars:
             limit = f"{self._settings.max_prompt_chars} (prompt.max_prompt_chars)"
             raise _Refused("prompt_too_long", f"a text of {len(text)} characters, more than {limit}", text)
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        if has_lone_surrogate(text):
             raise _Refused("lone_surrogate", "the prompt holds half of a surrogate pair; mend the text", text)
         return text
 

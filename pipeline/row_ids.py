@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.strict_json import has_lone_surrogate
+
 MAX_ID_CHARS = 512
 
 
@@ -30,7 +32,7 @@ def named_id(value: Any, column: str) -> str:
     text = str(value)
     if not 1 <= len(text) <= MAX_ID_CHARS:
         raise BadId("bad_id", f"id column {column!r} has {len(text)} characters; use 1 to {MAX_ID_CHARS}")
-    if any("\ud800" <= char <= "\udfff" for char in text):
+    if has_lone_surrogate(text):
         raise BadId("lone_surrogate", f"id column {column!r} holds half of a surrogate pair; mend the id")
     return text
 

@@ -15,6 +15,30 @@ from engine.sampling_params import SamplingParams
 
 MAX_EXCERPT_CHARS = 200
 
+REASONS = {
+    "not_json": "the line is not JSON",
+    "not_utf8": "the line or a text column is not UTF-8",
+    "line_too_long": "the line is longer than input.max_line_bytes",
+    "row_too_large": "the row decodes to more than input.max_decoded_bytes",
+    "too_deep": "the line nests deeper than input.max_json_depth",
+    "bad_number": "NaN, Infinity, or a number too long to read",
+    "duplicate_key": "an object of the line has a key twice",
+    "lone_surrogate": "a text holds half of a surrogate pair",
+    "wrong_type": "a value has another type than its place needs",
+    "missing_column": "a column, or a key of a message, is not there",
+    "null_value": "a value that is needed is null",
+    "empty_prompt": "the prompt is empty",
+    "ambiguous_prompt": "columns of several prompt forms have values",
+    "bad_role": "a message's role is not known",
+    "bad_token_id": "a token id is outside the vocabulary",
+    "bad_id": "the id is empty or too long",
+    "duplicate_id": "an earlier row has the same id",
+    "bad_sampling": "sampling values are out of range or unknown",
+    "template_error": "a template fails on the row",
+    "prompt_too_long": "the prompt and max_tokens do not fit the model",
+}
+"""What a row can be rejected for before it reaches the engine."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:

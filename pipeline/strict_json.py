@@ -15,7 +15,8 @@ from typing import Any
 # The lowest value of Python's own limit (PYTHONINTMAXSTRDIGITS), so that no environment changes the answer.
 MAX_NUMBER_CHARS = 640
 
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Possessive, and with an unfinished string taken to the end, so that no text makes it go back: linear time.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _BRACKET = re.compile(r"[\[\]{}]")
 _HIGH_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -35,7 +36,9 @@ def loads(text: str, max_depth: int) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise BadJson("not_json", f"not JSON at column {error.pos + 1}: {error.msg}") from error
+        raise BadJson(
+            "not_json", f"not JSON at character {error.pos + 1}: {error.msg}; mend it or take it out"
+        ) from error
 
 
 def may_hold_surrogates(text: str) -> bool:
@@ -43,10 +46,19 @@ def may_hold_surrogates(text: str) -> bool:
     return _HIGH_ESCAPE.search(text) is not None
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether `text` holds half of a surrogate pair, which no encoding can write."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def lone_surrogate_in(value: Any) -> bool:
     """Whether any string of a JSON value holds a surrogate that is no part of a pair."""
     if isinstance(value, str):
-        return any("\ud800" <= char <= "\udfff" for char in value) if not value.isascii() else False
+        return has_lone_surrogate(value)
     if isinstance(value, dict):
         return any(lone_surrogate_in(key) or lone_surrogate_in(item) for key, item in value.items())
     return isinstance(value, list | tuple) and any(lone_surrogate_in(item) for item in value)

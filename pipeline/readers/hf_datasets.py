@@ -58,6 +58,7 @@ def locate(path: str, revision: str | None) -> str:
 
 def describe(url: str, split: str | None, revision: str | None) -> tuple[str, int, int, dict[str, Any]]:
     """(split name, number of rows, bytes on disk, version) of the dataset at `url`."""
+    open_dataset.cache_clear()  # the folder may have been written again since
     dataset = open_dataset(url, split, revision)
     name = str(dataset.split) if dataset.split is not None else split or "data"
     version: dict[str, Any] = {"split": split, "revision": revision}
@@ -115,7 +116,7 @@ def open_dataset(url: str, split: str | None, revision: str | None) -> Dataset:
 
     try:
         if url.startswith(HUB):
-            found = datasets.load_dataset(url.removeprefix(HUB), revision=revision)
+            found = datasets.load_dataset(url.removeprefix(HUB), split=split, revision=revision)
         else:
             found = datasets.load_from_disk(url)
     except ConnectionError as error:

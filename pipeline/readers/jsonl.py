@@ -131,7 +131,10 @@ def _row(
         )
 
     if line.content is None:
-        return reject("line_too_long", f"longer than {settings.max_line_bytes} bytes (input.max_line_bytes)")
+        return reject(
+            "line_too_long",
+            f"longer than input.max_line_bytes={settings.max_line_bytes}; shorten it or raise that",
+        )
     try:
         text = line.content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from pipeline.readers import jsonl
-from pipeline.rows import Reject, SourceRow
+from pipeline.rows import REASONS, Reject, SourceRow
 from pipeline.shards import InputSettings, Shard, count_rows, read_rows
 from tests.pipeline.input_helpers import lines, one_shard, read_all, write_jsonl
 
@@ -60,7 +61,7 @@ def test_every_split_point_reads_the_same_rows(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("line", "reason", "says"),
     [
-        (b"{", "not_json", "not JSON at column"),
+        (b"{", "not_json", "not JSON at character"),
         (b"{'a': 1}", "not_json", "not JSON"),
         (b'{"prompt": "a"} {"prompt": "b"}', "not_json", "Extra data"),
         (b'{"prompt": "a\x01"}', "not_json", "control character"),
@@ -82,7 +83,7 @@ def test_every_split_point_reads_the_same_rows(tmp_path, suffix):
         (b'{"x": {"y": 1, "y": 1}}', "duplicate_key", "'y'"),
         (b"[" * 100_000, "too_deep", "64"),
         (b'{"a":' * 65 + b"1" + b"}" * 65, "too_deep", "max_json_depth"),
-        (b'\xef\xbb\xbf{"prompt": "a"}', "not_json", "column 1"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "not_json", "character 1"),
     ],
 )
 def test_a_bad_line_is_one_reject_and_the_rest_is_read(tmp_path, line, reason, says):
@@ -113,6 +114,27 @@ def test_what_looks_bad_and_is_not_is_read(tmp_path, line):
     [row] = read_all(write_jsonl(tmp_path / "a.jsonl", line))
     assert isinstance(row, SourceRow)
     assert row.columns == json.loads(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100 + b'"' + b'\\"' * 4_000_000,
+        b"[" * 100 + b'"' + b"a\\\\" * 2_000_000 + b"\\",
+        b'["' * 4_000_000,
+        b'{"a":' * 1_600_000,
+        b"[" * 100 + b'"\\ud800"' * 800_000,
+        b'{"prompt": "' + b"\\ud800" * 1_300_000 + b'"}',
+        b'{"prompt": ' + b"9" * 8_000_000 + b"}",
+    ],
+)
+def test_no_line_takes_more_than_linear_time(tmp_path, line):
+    """Each would take hours if the work were quadratic."""
+    path = write_jsonl(tmp_path / "a.jsonl", line)
+    start = time.process_time()
+    [row] = read_all(path)
+    assert isinstance(row, Reject)
+    assert time.process_time() - start < 10
 
 
 def test_only_the_columns_asked_for_are_kept_and_checked(tmp_path):
@@ -327,3 +349,4 @@ def test_any_bytes_give_one_result_a_row(scratch, content, max_line_bytes, read_
             json.dumps(row.columns, ensure_ascii=False).encode()  # no lone surrogate comes through
         else:
             assert row.message.isprintable()
+            assert row.reason in REASONS
