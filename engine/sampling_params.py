@@ -48,7 +48,7 @@ def _real(name: str, value: object, low: float, high: float, expected: str | Non
     expected = expected or f"a number from {low:g} to {high:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         _refuse(name, value, expected)
-    # Compared before it is made a float, because an integer may be too large for one. NaN fails any comparison.
+    # Compared before it is made a float: an integer may be too large for one. NaN fails every comparison.
     number = int(value) if isinstance(value, Integral) else float(value)
     if not low <= number <= high:
         _refuse(name, value, expected)
