@@ -349,7 +349,6 @@ class Scheduler:
     def _free(self, request: Request) -> None:
         # A new list: the plan in flight may still be looking at the old one.
         pages, request.page_ids = request.page_ids, []
-        request.num_shared_pages = 0
         self.pool.release(pages)
 
     def _end(self, request: Request, reason: str, stop_reason: int | str | None, now: float | None) -> None:

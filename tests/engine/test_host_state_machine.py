@@ -46,17 +46,17 @@ class HostMachine(RuleBasedStateMachine):
 
     @initialize(
         page_size=st.integers(1, 4),
-        num_pages=st.integers(2, 14),
-        max_num_seqs=st.integers(1, 5),
+        num_places=st.integers(8, 32),
+        max_num_seqs=st.integers(1, 6),
         more_tokens=st.integers(0, 12),
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.sampled_from([True, True, False]),
-        threshold=st.none() | st.integers(1, 5),
+        threshold=st.sampled_from([None, 1, 2, 3]),
     )
     def start(
         self,
         page_size: int,
-        num_pages: int,
+        num_places: int,
         max_num_seqs: int,
         more_tokens: int,
         policy: str,
@@ -66,9 +66,10 @@ class HostMachine(RuleBasedStateMachine):
         self.settings = SchedulerSettings(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + more_tokens,
-            max_model_len=24,
+            # One request may fill the pool, so that a few are far too many for it.
+            max_model_len=num_places,
             page_size=page_size,
-            num_pages=num_pages,
+            num_pages=-(-num_places // page_size),
             policy=policy,
             enable_prefix_caching=caching,
             long_prefill_token_threshold=threshold,
@@ -76,7 +77,7 @@ class HostMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.settings)
         if self.hash_page is not None and self.scheduler.cache is not None:
             self.scheduler.cache = PrefixCache(page_size, self.scheduler.pool, self.hash_page)
-        self.memory: list[list[Place | None]] = [[None] * page_size for _ in range(num_pages)]
+        self.memory: list[list[Place | None]] = [[None] * page_size for _ in range(self.settings.num_pages)]
         self.requests: list[Request] = []
         self.ends: dict[int, list[str]] = {}
         self.in_flight: StepPlan | None = None
@@ -90,13 +91,13 @@ class HostMachine(RuleBasedStateMachine):
             [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8), (1,) * 8, (1, 2, 3, 4, 1, 2, 3, 4)]
         ),
         tail=st.lists(st.integers(1, 3), max_size=6),
-        max_tokens=st.integers(1, 10),
+        max_tokens=st.sampled_from([1, 2, 5, 10, 24, 24, 24]),
         min_tokens=st.integers(0, 3),
-        num_samples=st.sampled_from([1, 1, 1, 3]),
+        num_samples=st.integers(1, 3),
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, "a"]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
-        stop_token=st.sampled_from([None, 1005]),
+        stop_token=st.sampled_from([None, None, 1005]),
     )
     def add(
         self,
@@ -110,7 +111,31 @@ class HostMachine(RuleBasedStateMachine):
         prompt_logprobs: int | None,
         stop_token: int | None,
     ):
-        prompt = (*stem, *tail)
+        self.add_samples(
+            (*stem, *tail), max_tokens, min_tokens, num_samples, priority, salt, prompt_logprobs, stop_token
+        )
+
+    @rule(
+        prompts=st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12), min_size=3, max_size=6),
+        priority=st.integers(0, 2),
+    )
+    def crowd(self, prompts: list[list[int]], priority: int):
+        """Requests that will grow until the pool cannot hold them all."""
+        for prompt in prompts:
+            self.add_samples(prompt, max(1, self.settings.max_model_len - len(prompt)), priority=priority)
+        self.steps(12)
+
+    def add_samples(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        min_tokens: int = 0,
+        num_samples: int = 1,
+        priority: int = 0,
+        salt: str | None = None,
+        prompt_logprobs: int | None = None,
+        stop_token: int | None = None,
+    ):
         name, self.num_named = f"r{self.num_named}", self.num_named + 1
         for index in range(num_samples):
             request = make_request(
@@ -127,8 +152,8 @@ class HostMachine(RuleBasedStateMachine):
                     "stop_token_ids": [] if stop_token is None else range(1000, stop_token),
                 },
             )
-            fits = -(-request.max_total_len // self.settings.page_size) <= self.settings.num_pages
-            if prompt and fits:
+            num_pages = -(-request.max_total_len // self.settings.page_size)
+            if 0 < len(prompt) < self.settings.max_model_len and num_pages <= self.settings.num_pages:
                 self.scheduler.add(request)
                 self.requests.append(request)
                 self.ends[id(request)] = []
@@ -147,7 +172,7 @@ class HostMachine(RuleBasedStateMachine):
     def update(self):
         self.finish_step()
 
-    @rule(num_steps=st.integers(1, 6))
+    @rule(num_steps=st.integers(1, 12))
     def steps(self, num_steps: int):
         for _ in range(num_steps):
             self.plan()
@@ -171,7 +196,6 @@ class HostMachine(RuleBasedStateMachine):
         assert request.stop_reason == "END"
         self.end([request])
 
-    @rule()
     def drain(self):
         """Every admitted request finishes, and then nothing is held."""
         for _ in range(MAX_STEPS_TO_DRAIN):
@@ -329,10 +353,10 @@ class CollidingHostMachine(HostMachine):
 
 TestHost = HostMachine.TestCase
 TestHost.settings = settings(
-    max_examples=120,
+    max_examples=60,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestHostWithCollidingHashes = CollidingHostMachine.TestCase
-TestHostWithCollidingHashes.settings = settings(TestHost.settings, max_examples=60)
+TestHostWithCollidingHashes.settings = settings(TestHost.settings, max_examples=40)

@@ -243,20 +243,28 @@ def test_the_least_urgent_gives_way_even_when_it_is_older():
 
 def test_a_row_already_planned_is_taken_back_when_its_request_gives_way():
     """The young one decodes, so it is planned before the old one's chunk, which then needs its pages."""
-    scheduler = make_scheduler(
-        num_pages=6, max_num_batched_tokens=8, enable_prefix_caching=False, policy="priority"
-    )
-    scheduler.add(make_request("young", range(5), max_tokens=6, priority=9))
-    step(scheduler)
-    big = make_request("old", range(23), max_tokens=1, priority=0)
-    scheduler.add(big)
-    plans = []
-    while scheduler.has_unfinished:
-        plans.append(step(scheduler)[0])
-        assert len({row.request.request_id for row in plans[-1].rows}) == len(plans[-1].rows)
-        for request in plans[-1].preempted:
-            assert request not in [row.request for row in plans[-1].rows]
-    assert big.num_preemptions == 0
+    scheduler = make_scheduler(num_pages=11, long_prefill_token_threshold=2, enable_prefix_caching=False)
+    old, young = make_request("old", range(31), max_tokens=2), make_request("young", [7], max_tokens=20)
+    scheduler.add(old)
+    scheduler.add(young)
+    for computed in range(0, 28, 2):
+        assert ("old", computed, 2) in shape(step(scheduler)[0])
+    plan, _ = step(scheduler)
+    assert plan.preempted == (young,)
+    assert shape(plan) == [("old", 28, 2)]
+    assert [request.num_output_tokens for request in run(scheduler)] == [2, 20]
+
+
+def test_a_running_request_takes_cached_pages_before_those_of_others():
+    scheduler = make_scheduler(num_pages=6)
+    scheduler.add(make_request("past", range(50, 58), max_tokens=1))
+    run(scheduler)
+    assert scheduler.stats.num_cached_pages == 2
+    for name in "ab":
+        scheduler.add(make_request(name, [ord(name)] * 3, max_tokens=9))
+    run(scheduler)
+    assert scheduler.stats.num_preemptions == 0
+    assert scheduler.stats.num_evictions == 2
 
 
 def test_a_request_is_admitted_only_into_room_that_running_ones_do_not_need():
