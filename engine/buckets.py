@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Fewer logits than tokens are worth a bucket of their own only in a step that is mostly prefill.
-_FEW_LOGITS = 16
-
 
 class Bucket(NamedTuple):
     """A declared step: at most `num_tokens` tokens, of which `num_logits` rows get logits."""
@@ -25,12 +22,12 @@ def declare_buckets(min_token_pad: int, max_num_batched_tokens: int, max_num_seq
     while sizes[-1] < max_num_batched_tokens:
         sizes.append(min(2 * sizes[-1], _round_up(max_num_batched_tokens, min_token_pad)))
     most_logits = _round_up(max_num_seqs, min_token_pad)
-    few = max(_FEW_LOGITS, min_token_pad)
-    buckets = []
-    for size in sizes:
-        if size >= 4 * few and most_logits > few:
-            buckets.append(Bucket(size, few))
-        buckets.append(Bucket(size, min(size, most_logits)))
+    buckets = [Bucket(size, min(size, most_logits)) for size in sizes]
+    # A step as large as this is mostly prefill, and often needs few logits: a head of a large vocabulary
+    # over rows that nobody asked for would be a good part of it.
+    few = _round_up(-(-most_logits // 4), min_token_pad)
+    if few < most_logits < sizes[-1]:
+        buckets.insert(-1, Bucket(sizes[-1], few))
     return tuple(buckets)
 
 

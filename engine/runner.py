@@ -17,23 +17,28 @@ from engine.config import EngineConfig
 from engine.errors import RetraceError
 from engine.memory import num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
+from engine.models.layer_loop import looped_forward
 from engine.plan import PlannedRow, RowResult, StepPlan
 from engine.sampler import StepOutputs, sample
 from kernels.paged_attention import AttentionOptions, PageLayout, Pages, attend, page_layout
 
-KVPages = tuple[Pages, ...]
-
 
 def make_step(graph: Any, options: AttentionOptions, layout: PageLayout) -> Any:
-    """The pure device step: (weights, kv_pages, inputs) -> (kv_pages, outputs)."""
+    """The pure device step: (weights, kv_pages, inputs) -> (kv_pages, outputs).
 
-    def step(weights: Any, kv_pages: KVPages, inputs: StepInputs) -> tuple[KVPages, StepOutputs]:
+    `kv_pages` are the pages of all layers in one pool, a layer's after the other's.
+    """
+
+    def step(weights: Any, kv_pages: Pages, inputs: StepInputs) -> tuple[Pages, StepOutputs]:
         model = nnx.merge(graph, weights)
+        num_pages = kv_pages.keys.shape[0] // model.config.num_layers
 
-        def attend_layer(q, k, v, pages):
-            return attend(q, k, v, pages, inputs.rows, options, layout)
+        def attend_layer(layer, q, k, v, pages):
+            # Page p of layer i is page i * num_pages + p of the pool.
+            rows = inputs.rows._replace(page_table=inputs.rows.page_table + layer * num_pages)
+            return attend(q, k, v, pages, rows, options, layout)
 
-        hidden, kv_pages = model(inputs.token_ids, inputs.positions, kv_pages, attend_layer)
+        hidden, kv_pages = looped_forward(model, inputs.token_ids, inputs.positions, kv_pages, attend_layer)
         logits = model.logits(hidden.at[inputs.logit_tokens].get(mode="clip"))
         return kv_pages, sample(logits, inputs.sampling)
 
@@ -76,7 +81,7 @@ class StepRunner:
             self.num_pages = fit(used_bytes=weight_bytes + self._temporary_bytes(config))
             self._compiled = {bucket: self._compile(bucket, self.num_pages) for bucket in self.buckets}
         self.num_compiled = count.num_compiled
-        self._kv_pages: KVPages = tuple(self._empty_pages() for _ in range(self._num_layers))
+        self._kv_pages = self._empty_pages()
         self.num_computed_tokens = 0
         self.num_padded_tokens = 0
         self.compile_seconds = time.monotonic() - started
@@ -95,7 +100,7 @@ class StepRunner:
         self.num_padded_tokens += bucket.num_tokens - num_tokens
         return _row_results(plan, jax.device_get(outputs))
 
-    def _call(self, bucket: Bucket, inputs: StepInputs) -> tuple[KVPages, StepOutputs]:
+    def _call(self, bucket: Bucket, inputs: StepInputs) -> tuple[Pages, StepOutputs]:
         try:
             return self._compiled[bucket](self._weights, self._kv_pages, inputs)
         except TypeError as error:
@@ -106,11 +111,10 @@ class StepRunner:
             ) from error
 
     def _empty_pages(self) -> Pages:
-        return jax.device_put(self._layout.empty(self.num_pages), self._device)
+        return jax.device_put(self._layout.empty(self._num_layers * self.num_pages), self._device)
 
     def _compile(self, bucket: Bucket, num_pages: int) -> Any:
-        pages = jax.eval_shape(lambda: self._layout.empty(num_pages))
-        kv_pages = (pages,) * self._num_layers
+        kv_pages = jax.eval_shape(lambda: self._layout.empty(self._num_layers * num_pages))
         inputs = self._batch.idle_inputs(bucket)
         return self._step.lower(self._weights, kv_pages, inputs).compile()
 

@@ -52,19 +52,16 @@ class Attention(nnx.Module):
         self.out = Linear(heads * head_dim, config.d_model, use_bias=bias, dtype=dtype)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer_pages: Any, attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def split(self, qkv: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The product [T, (N + 2 K) H] -> q [T, N, H] and k [T, K, H], rotated, and v [T, K, H]."""
         num_rotated = self.heads + self.kv_heads
-        qkv = self.qkv(x).reshape(x.shape[0], num_rotated + self.kv_heads, self.head_dim)
+        qkv = qkv.reshape(qkv.shape[0], num_rotated + self.kv_heads, self.head_dim)
         rotated = apply_rope(qkv[:, :num_rotated], *rope)
-        q, k, v = rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, num_rotated:]
-        attended, layer_pages = attend(q, k, v, layer_pages)
-        return self.out(attended.reshape(x.shape[0], self.heads * self.head_dim)), layer_pages
+        return rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, num_rotated:]
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202); one product makes gate and up (`gate_up`'s rows, so ordered)."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202); one product makes gate and up (its rows, so ordered)."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         inner, bias = config.intermediate_size, config.mlp_bias
@@ -85,12 +82,21 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.mlp = MLP(config, dtype)
 
+    def before_attention(self, x: jax.Array) -> jax.Array:
+        """The stream [T, D] -> queries, keys and values in one, for `Attention.split`."""
+        return self.attention.qkv(self.attention_norm(x))
+
+    def after_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The stream [T, D] and what attention gave [T, N, H] -> the stream after this layer."""
+        x = x + self.attention.out(attended.reshape(x.shape[0], -1))
+        return x + self.mlp(self.mlp_norm(x))
+
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer_pages: Any, attend: Attend
     ) -> tuple[jax.Array, Any]:
-        attended, layer_pages = self.attention(self.attention_norm(x), rope, layer_pages, attend)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), layer_pages
+        q, k, v = self.attention.split(self.before_attention(x), rope)
+        attended, layer_pages = attend(q, k, v, layer_pages)
+        return self.after_attention(x, attended), layer_pages
 
 
 class Llama(nnx.Module):
@@ -110,14 +116,18 @@ class Llama(nnx.Module):
     def __call__(
         self, token_ids: jax.Array, positions: jax.Array, kv_pages: tuple[Any, ...], attend: Attend
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """Tokens and positions i32[T], pages by layer -> (hidden [T, D] after the last norm, the pages written)."""
-        x = self.embed[...].at[token_ids].get(mode="clip")
+        """Tokens and positions i32[T], pages by layer -> (hidden [T, D] after the last norm, pages)."""
+        x = self.embedded(token_ids)
         rope = rope_tables(self.config, positions)
         written = []
         for layer, layer_pages in zip(self.layers, kv_pages, strict=True):
             x, layer_pages = layer(x, rope, layer_pages, attend)
             written.append(layer_pages)
         return self.norm(x), tuple(written)
+
+    def embedded(self, token_ids: jax.Array) -> jax.Array:
+        """i32[T] -> [T, D], what goes into the first layer."""
+        return self.embed[...].at[token_ids].get(mode="clip")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [S, D] (as `__call__` returns it) -> f32[S, V]."""
