@@ -79,6 +79,7 @@ def run_job(
     *,
     load_model: LoadModel = load_model,
     make_engine: MakeEngine = make_engine,
+    open_ledger: Callable[..., Ledger] = Ledger.open,
     stop: StopRequest | None = None,
 ) -> ExitCode:
     """Run the job that `settings` describe, or resume it; prints its summary.
@@ -98,7 +99,7 @@ def run_job(
         loaded = load_model(settings)
         builder = _prompt_builder(settings, loaded, shards, spool, stack)
         ledger = stack.enter_context(
-            Ledger.open(
+            open_ledger(
                 storage,
                 parts=fingerprint_parts(settings, loaded, builder, shards, platform),
                 config=as_config(settings),

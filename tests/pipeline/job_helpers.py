@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from pipeline.exit_codes import ExitCode
+from pipeline.ledger import Ledger
 from pipeline.run import run_job
 from pipeline.settings import Settings, from_config
 from pipeline.signals import StopRequest
 from tests.pipeline.fake_engine import FakeEngine
 from tests.pipeline.input_helpers import lines, make_chat_tokenizer, write_jsonl
+from tests.pipeline.small_run import gone_process
 
 
 def write_shards(folder: Path, num_shards: int = 3, rows_per_shard: int = 8) -> Path:
@@ -55,7 +58,12 @@ def run_fake(
     make_engine: Callable[[Any, Settings], Any] = fake_engine,
     stop: StopRequest | None = None,
 ) -> ExitCode:
-    return run_job(settings, load_model=fake_model, make_engine=make_engine, stop=stop)
+    """Leases are held in the name of a process that is gone: a run that crashes here leaves what a dead one
+    would."""
+    open_ledger = partial(Ledger.open, owner=gone_process())
+    return run_job(
+        settings, load_model=fake_model, make_engine=make_engine, open_ledger=open_ledger, stop=stop
+    )
 
 
 def final_bytes(output: Path) -> dict[str, bytes]:
