@@ -106,6 +106,7 @@ def _short(value: Any) -> str:
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
+_SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "stop", "special"}
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 _URL_SIGNED = re.compile(
     r"([?&][^=&\s]*(?:signature|credential|token|secret|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE
@@ -119,7 +120,8 @@ def is_secret_name(name: str) -> bool:
         follower = words[index + 1] if index + 1 < len(words) else ""
         if word in _ALWAYS or word in ("key", "keys"):
             return True
-        if word in ("token", "tokens") and follower not in ("id", "ids"):
+        before = words[index - 1] if index else ""
+        if word in ("token", "tokens") and follower not in ("id", "ids") and before not in _SPECIAL_TOKENS:
             return True
     return False
 

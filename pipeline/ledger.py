@@ -38,21 +38,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError, InputError, OutputError, TidemillError
+from engine.errors import InputError, OutputError, TidemillError
 from pipeline.commits import CommitRecord, FileRef, publish_file, publish_record, retrying
 from pipeline.finalise import Finaliser, MetricsMerge
-from pipeline.fingerprint import Fingerprint, canonical_json, readable_json, redact
+from pipeline.fingerprint import Fingerprint, canonical_json, readable_json
+from pipeline.job_file import begin_run
 from pipeline.lease import HEARTBEAT_S, TAKEOVER_S, Lease, LeaseBook, Suspects
 from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
 from pipeline.plan import RunPlan
 from pipeline.process_identity import ProcessIdentity
-from pipeline.run_state import JOB, JOB_VERSION, MANIFEST, RunState, read_job
-from pipeline.schema import SCHEMA_VERSION
+from pipeline.run_state import MANIFEST, RunState
 from pipeline.storage import Storage
 from pipeline.suspects import find_suspects
 from pipeline.writer import CHUNK_SUFFIXES, ChunkFiles, ChunkWriter
-
-_OURS = ("data", "rejects", "trace", "metrics", "_state")
 
 
 class InputChanged(InputError):
@@ -111,30 +109,11 @@ class Ledger:
         Raises OutputError saying which part differs when the output belongs to another configuration and
         `on_change` is "refuse".
         """
-        if on_change not in ("refuse", "fork"):
-            raise ConfigError(f"resume.on_change is {on_change!r}; it must be 'refuse' or 'fork'")
-        storage.check()
-        wanted = Fingerprint.of(parts)
-        is_fork = False
-        job = read_job(storage)
-        if job is not None and job["fingerprint"] != wanted.id:
-            if on_change == "refuse":
-                raise _belongs_to_another(storage, wanted, job)
-            storage, is_fork = storage.subfolder(_fork_name(wanted)), True
-            job = read_job(storage)
-        if job is None:
-            _refuse_foreign(storage)
-        state = RunState(storage, wanted.id)
-        plan = state.plan() or make_plan()
-        publish_record(storage, JOB, _job_bytes(wanted, config))
-        job = read_job(storage)
-        if job is None or job["fingerprint"] != wanted.id:
-            # Somebody began another run here a moment ago, or a fork's eight digits are taken.
-            raise _belongs_to_another(storage, wanted, job or {"fingerprint": "", "parts": {}})
-        publish_record(storage, state.path("plan.json"), canonical_json(plan.to_json()))
+        begun = begin_run(storage, Fingerprint.of(parts), config, make_plan, on_change)
+        storage = begun.state.storage
         leases = LeaseBook(
             storage,
-            state.folder,
+            begun.state.folder,
             owner=owner or ProcessIdentity.of_this_process(),
             heartbeat_s=heartbeat_s,
             takeover_s=takeover_s,
@@ -142,9 +121,9 @@ class Ledger:
         )
         return cls(
             storage,
-            wanted.id,
-            state.plan() or plan,
-            is_fork=is_fork,
+            begun.state.fingerprint,
+            begun.plan,
+            is_fork=begun.is_fork,
             spool_dir=spool_dir,
             merge_metrics=merge_metrics,
             leases=leases,
@@ -318,41 +297,3 @@ class Ledger:
 
 def _content(record: ShardRecord) -> dict[str, Any]:
     return {kind: ref for kind, ref in record.files.items() if kind != "metrics"} | dict(record.counts)
-
-
-def _fork_name(fingerprint: Fingerprint) -> str:
-    return f"fork-{fingerprint.id[:8]}"
-
-
-def _job_bytes(fingerprint: Fingerprint, config: Mapping[str, Any]) -> bytes:
-    return readable_json(
-        {
-            "job_version": JOB_VERSION,
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": fingerprint.id,
-            "parts": fingerprint.to_json(),
-            "config": redact(config),
-        }
-    )
-
-
-def _refuse_foreign(storage: Storage) -> None:
-    """A folder with our names in it and no job.json is not ours to write to."""
-    found = [name for name in _OURS if retrying(lambda name=name: storage.list(name))]
-    if found:
-        raise OutputError(
-            f"{storage.url} holds {found[0]}/ but no job.json, so it is not an output of this program; "
-            "choose an empty folder as output.path"
-        )
-
-
-def _belongs_to_another(storage: Storage, wanted: Fingerprint, job: Mapping[str, Any]) -> OutputError:
-    state = RunState(storage, job["fingerprint"])
-    plan = state.plan()
-    num_chunks = sum(state.num_committed(shard) for shard in range(plan.num_shards)) if plan else 0
-    return OutputError(
-        f"{storage.url} belongs to another configuration: {wanted.difference(job['parts'])}; going on would "
-        f"invalidate its {len(state.finished())} finished shards and {num_chunks} committed chunks: choose "
-        "another output.path, or keep them and set resume.on_change=fork to write to "
-        f"{_fork_name(wanted)}/ inside it"
-    )

@@ -153,13 +153,17 @@ class LocalStorage(Storage):
 
     def overwrite_heartbeat(self, path: str, data: bytes) -> None:
         target = self._root / path
-        temporary = self._temporary(target)
+        self._ensure_folder(target.parent)
         try:
-            temporary.write_bytes(data)
-            os.replace(temporary, target)
+            # In place and in one write: replacing the file would make some file systems write it to the disk,
+            # and this is done before most engine steps. What an older, longer one leaves is blank.
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                size = max(os.fstat(descriptor).st_size, len(data))
+                os.pwrite(descriptor, data.ljust(size), 0)
+            finally:
+                os.close(descriptor)
         except OSError as error:
-            with suppress(OSError):
-                os.unlink(temporary)
             raise explain(error, target, len(data)) from error
 
     def discard(self, path: str) -> None:

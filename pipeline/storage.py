@@ -71,7 +71,7 @@ class Storage(ABC):
 
     @abstractmethod
     def overwrite_heartbeat(self, path: str, data: bytes) -> None:
-        """Replace a heartbeat; not durable, never half visible."""
+        """Replace a heartbeat: cheap, and not durable. The object may keep blanks at its end."""
 
     @abstractmethod
     def discard(self, path: str) -> None:

@@ -123,6 +123,17 @@ def test_row_groups_are_cut_by_the_rows_and_not_by_the_tables_they_came_in(
         start += length
 
 
+def test_a_group_of_many_pieces_is_written_in_one(tmp_path: Path):
+    """More rows than a page holds: where the pieces met must not show in the pages."""
+    table = pa.table({"text": ["x" * (i % 300) + str(i) for i in range(12_000)]})
+    write_table(tmp_path / "whole", table)
+    with GroupedWriter(tmp_path / "cut", table.schema) as writer:
+        for start in range(0, table.num_rows, 347):
+            writer.write(table.slice(start, 347))
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "cut").read_bytes()
+    assert pq.ParquetFile(tmp_path / "cut").metadata.num_row_groups == 2
+
+
 def test_row_sizes_follow_the_values():
     columns = {
         "s": pa.array(["", None, "abc"]),

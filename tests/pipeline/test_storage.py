@@ -79,8 +79,10 @@ def test_an_empty_object_is_never_written(storage: LocalStorage):
 
 def test_heartbeats_are_replaced(storage: LocalStorage, tmp_path: Path):
     storage.overwrite_heartbeat("beats/1", b"one")
-    storage.overwrite_heartbeat("beats/1", b"two")
-    assert storage.read("beats/1") == b"two"
+    storage.overwrite_heartbeat("beats/1", b"second")
+    assert storage.read("beats/1") == b"second"
+    storage.overwrite_heartbeat("beats/1", b"3")
+    assert storage.read("beats/1") == b"3     "
     assert not leftovers(tmp_path)
 
 
