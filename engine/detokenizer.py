@@ -101,6 +101,9 @@ class IncrementalDetokenizer:
         if not self._stop:
             self._release(piece)
             return piece
+        if not self._held and self._first_characters.isdisjoint(piece):
+            self._release(piece)  # the usual case: no stop string begins here
+            return piece
         num_old = len(self._held)
         text = self._held + piece
         found = self._find_stop(text, num_old) if may_stop else None

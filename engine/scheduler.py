@@ -193,7 +193,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         return self._num_unfinished - len(self._running)
 
-    @property
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             num_waiting=self.num_waiting,

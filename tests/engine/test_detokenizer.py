@@ -306,6 +306,19 @@ def test_the_vocabulary_is_walked_once_per_tokenizer():
     assert first._token_bytes is second._token_bytes  # type: ignore[attr-defined]
 
 
+def test_the_real_tokenizer_streams_what_it_decodes():
+    from engine.checkpoints import load_tokenizer
+
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
+    chooser = random.Random(0)
+    token_lists = [encode(tokenizer, text) for text in SAMPLES]
+    token_lists += [chooser.choices(range(len(tokenizer)), k=60) for _ in range(50)]
+    for token_ids in token_lists:
+        for skip in (True, False):
+            deltas, _ = stream(tokenizer, token_ids, skip_special_tokens=skip)
+            assert "".join(deltas) == tokenizer.decode(token_ids, skip_special_tokens=skip)
+
+
 def test_python_and_rust_replace_the_same_invalid_bytes():
     """Every byte sequence class: overlong forms, surrogates, beyond U+10FFFF, truncated, stray."""
     tokenizer = byte_level()

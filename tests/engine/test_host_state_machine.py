@@ -204,9 +204,9 @@ class HostMachine(RuleBasedStateMachine):
             self.plan()
             self.finish_step()
         assert not self.unfinished
-        assert self.scheduler.stats.num_held_pages == 0
+        assert self.scheduler.stats().num_held_pages == 0
         assert (
-            self.scheduler.stats.num_free_pages + self.scheduler.stats.num_cached_pages
+            self.scheduler.stats().num_free_pages + self.scheduler.stats().num_cached_pages
             == self.settings.num_pages
         )
 
@@ -227,7 +227,7 @@ class HostMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check_integrity()
-        stats = self.scheduler.stats
+        stats = self.scheduler.stats()
         total = stats.num_free_pages + stats.num_cached_pages + stats.num_held_pages
         assert total == self.settings.num_pages
         assert stats.num_running <= self.settings.max_num_seqs

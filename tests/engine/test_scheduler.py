@@ -115,7 +115,7 @@ def test_a_shared_prefix_is_computed_once_and_found_by_those_that_waited():
     assert shape(plan) == [("a", 10, 1), ("x", 5, 1), ("b", 8, 2), ("c", 8, 2)]
     assert [list(row.page_ids) for row in plan.rows] == [[0, 1, 2], [3, 4], [0, 1, 5], [0, 1, 6]]
     assert [request.num_cached_tokens for request in (*requests, other)] == [0, 8, 8, 0]
-    assert (scheduler.stats.num_prefix_queries, scheduler.stats.num_prefix_hits) == (35, 16)
+    assert (scheduler.stats().num_prefix_queries, scheduler.stats().num_prefix_hits) == (35, 16)
 
 
 def test_those_who_wait_for_a_prefix_wait_through_all_its_chunks():
@@ -147,7 +147,7 @@ def test_a_full_hit_still_computes_the_last_token_in_a_page_of_its_own():
     assert list(plan.rows[0].page_ids) == [0, 2]
     # Once computed, page 2 holds what page 1 does: the cached one stays, the copy is free again.
     scheduler.update(plan, pretend(plan))
-    assert (scheduler.stats.num_free_pages, scheduler.stats.num_cached_pages) == (30, 2)
+    assert (scheduler.stats().num_free_pages, scheduler.stats().num_cached_pages) == (30, 2)
 
 
 def test_generated_pages_are_shared_too():
@@ -178,8 +178,8 @@ def test_without_a_cache_nothing_is_shared_and_nobody_waits():
         scheduler.add(make_request(name, range(8)))
     assert shape(step(scheduler)[0]) == [("a", 0, 8), ("b", 0, 8)]
     run(scheduler)
-    assert scheduler.stats.num_cached_pages == 0
-    assert scheduler.stats.num_prefix_queries == 0
+    assert scheduler.stats().num_cached_pages == 0
+    assert scheduler.stats().num_prefix_queries == 0
 
 
 def test_salted_requests_share_only_among_themselves():
@@ -212,7 +212,7 @@ def test_out_of_pages_the_youngest_gives_way_and_its_output_is_kept():
             expected.append(next_token([*range(7), *expected]))
         assert request.output_token_ids == expected
         assert len(request.output_logprobs) == len(expected)
-    assert scheduler.stats.num_held_pages == 0
+    assert scheduler.stats().num_held_pages == 0
 
 
 def test_a_preempted_request_finds_its_own_pages_again():
@@ -223,7 +223,7 @@ def test_a_preempted_request_finds_its_own_pages_again():
     for _ in range(30):
         plan, _ = step(scheduler)
         starts += [row.start for row in plan.rows if row.request.num_preemptions and row.num_tokens > 1]
-    assert scheduler.stats.num_preemptions >= 1
+    assert scheduler.stats().num_preemptions >= 1
     assert starts
     assert max(starts) >= 4
     assert not scheduler.has_unfinished
@@ -259,12 +259,12 @@ def test_a_running_request_takes_cached_pages_before_those_of_others():
     scheduler = make_scheduler(num_pages=6)
     scheduler.add(make_request("past", range(50, 58), max_tokens=1))
     run(scheduler)
-    assert scheduler.stats.num_cached_pages == 2
+    assert scheduler.stats().num_cached_pages == 2
     for name in "ab":
         scheduler.add(make_request(name, [ord(name)] * 3, max_tokens=9))
     run(scheduler)
-    assert scheduler.stats.num_preemptions == 0
-    assert scheduler.stats.num_evictions == 2
+    assert scheduler.stats().num_preemptions == 0
+    assert scheduler.stats().num_evictions == 2
 
 
 def test_a_request_is_admitted_only_into_room_that_running_ones_do_not_need():
@@ -276,7 +276,7 @@ def test_a_request_is_admitted_only_into_room_that_running_ones_do_not_need():
     assert shape(step(scheduler)[0]) == [("long", 8, 8)]
     assert shape(step(scheduler)[0]) == [("long", 16, 1)]
     run(scheduler)
-    assert scheduler.stats.num_preemptions == 0
+    assert scheduler.stats().num_preemptions == 0
 
 
 # -- ends ------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_why_a_request_ends(
     assert request.output_token_ids == tokens
     assert (request.finish_reason, request.stop_reason) == (reason, stop_reason)
     assert request.page_ids == []
-    assert scheduler.stats.num_held_pages == 0
+    assert scheduler.stats().num_held_pages == 0
 
 
 def test_a_stop_found_in_the_text_ends_a_request_once():
@@ -343,7 +343,7 @@ def test_abort_ends_all_samples_wherever_they_are_and_frees_their_pages():
     assert {request.status for request in aborted} == {RequestStatus.FINISHED}
     assert scheduler.update(plan, pretend(plan)) == []
     assert not scheduler.has_unfinished
-    assert (scheduler.num_waiting, scheduler.num_running, scheduler.stats.num_held_pages) == (0, 0, 0)
+    assert (scheduler.num_waiting, scheduler.num_running, scheduler.stats().num_held_pages) == (0, 0, 0)
     assert scheduler.schedule().rows == ()
     assert scheduler.abort("a") == scheduler.abort("never seen") == []
 
