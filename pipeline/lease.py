@@ -208,7 +208,7 @@ class LeaseBook:
             return None
         lease = Lease(self._storage, self._state, shard, latest + 1, attempt)
         lease.beat()
-        self._held.append(lease)
+        self._held = [*(held for held in self._held if held.is_held), lease]
         self._start_thread()
         return lease
 

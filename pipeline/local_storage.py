@@ -48,14 +48,15 @@ class LocalStorage(Storage):
                 f"output.path {self._root}: {place} is not a folder; choose another output.path"
             )
         # By trying, not by asking: permissions say little to root, and nothing of hard links.
-        probe = place / f"{TEMPORARY_PREFIX}{self._tag}-{uuid.uuid4().hex}"
+        probe, linked = self._temporary_name(place), self._temporary_name(place)
         try:
+            _remove_leftovers(place)
             probe.write_bytes(b"probe")
-            self._link(probe, probe.with_name(probe.name + "-linked"))
+            self._link(probe, linked)
         except OSError as error:
             raise explain(error, self._root) from error
         finally:
-            for path in (probe, probe.with_name(probe.name + "-linked")):
+            for path in (probe, linked):
                 with suppress(OSError):
                     os.unlink(path)
 
@@ -176,7 +177,10 @@ class LocalStorage(Storage):
 
     def _temporary(self, target: Path) -> Path:
         self._ensure_folder(target.parent)
-        return target.parent / f"{TEMPORARY_PREFIX}{self._tag}-{uuid.uuid4().hex}"
+        return self._temporary_name(target.parent)
+
+    def _temporary_name(self, folder: Path) -> Path:
+        return folder / f"{TEMPORARY_PREFIX}{self._tag}-{uuid.uuid4().hex}"
 
     def _ensure_folder(self, folder: Path) -> None:
         if folder in self._known_folders:
