@@ -64,15 +64,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     names = list(WORKLOADS) if options.workload == "all" else [options.workload]
     repeats: list[Repeat] = []
     with ExitStack() as stack:
-        ours = stack.enter_context(
-            closing(
-                TidemillRunner(
-                    options.model,
-                    max_model_len=MAX_MODEL_LEN,
-                    max_num_seqs=options.max_num_seqs,
-                    max_num_batched_tokens=options.max_num_batched_tokens,
-                )
-            )
+        ours = TidemillRunner(
+            options.model,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
         )
         print(
             f"tidemill started in {ours.start_seconds:.1f} s, compiling {ours.compile_seconds:.1f} s of it",

@@ -53,6 +53,3 @@ class TidemillRunner:
                 "preemptions": after.preemptions - before.preemptions,
             },
         )
-
-    def close(self) -> None:
-        self._engine.close()
