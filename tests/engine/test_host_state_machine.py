@@ -32,9 +32,6 @@ from tests.engine.host import logprob_at, make_request, next_token, pretend
 
 MAX_STEPS_TO_DRAIN = 4000
 
-Place = tuple[str | None, tuple[int, ...]]
-"""What a place in a page holds: the salt, and all tokens up to and with the one stored there."""
-
 
 def weak_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Collides half of the time."""
@@ -77,8 +74,12 @@ class HostMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.settings)
         if self.hash_page is not None and self.scheduler.cache is not None:
             self.scheduler.cache = PrefixCache(page_size, self.scheduler.pool, self.hash_page)
-        self.memory: list[list[Place | None]] = [[None] * page_size for _ in range(self.settings.num_pages)]
+        self.memory: list[list[int | None]] = [[None] * page_size for _ in range(self.settings.num_pages)]
+        # A number for each (number of what comes before, token): equal numbers mean equal beginnings.
+        self.numbers: dict[tuple[object, int], int] = {}
+        self.contents: dict[int, list[int]] = {}
         self.requests: list[Request] = []
+        self.unfinished: list[Request] = []  # as this machine sees it
         self.ends: dict[int, list[str]] = {}
         self.in_flight: StepPlan | None = None
         self.num_named = 0
@@ -156,6 +157,7 @@ class HostMachine(RuleBasedStateMachine):
             if 0 < len(prompt) < self.settings.max_model_len and num_pages <= self.settings.num_pages:
                 self.scheduler.add(request)
                 self.requests.append(request)
+                self.unfinished.append(request)
                 self.ends[id(request)] = []
             else:
                 num_waiting = self.scheduler.num_waiting
@@ -178,7 +180,7 @@ class HostMachine(RuleBasedStateMachine):
             self.plan()
             self.finish_step()
 
-    @precondition(lambda self: self.unfinished)
+    @precondition(lambda self: len(self.unfinished) > 0)
     @rule(data=st.data())
     def abort(self, data: st.DataObject):
         """At any moment: while waiting, running, between a plan and its update."""
@@ -217,10 +219,6 @@ class HostMachine(RuleBasedStateMachine):
         super().teardown()
 
     # -- laws --------------------------------------------------------------------------------------
-
-    @property
-    def unfinished(self) -> list[Request]:
-        return [request for request in self.requests if not request.is_finished]
 
     @invariant()
     def everything_adds_up(self):
@@ -299,15 +297,22 @@ class HostMachine(RuleBasedStateMachine):
             found = self.memory[row.page_ids[position // size]][position % size]
             assert found == self.content(row.request, position)
 
-    @staticmethod
-    def content(request: Request, position: int) -> Place:
-        return request.cache_salt, tuple(request.token_ids(0, position + 1))
+    def content(self, request: Request, position: int) -> int:
+        """What a place with this token has to hold: the salt and all tokens up to this one, as a number."""
+        contents = self.contents.setdefault(id(request), [])
+        if position < len(contents):
+            return contents[position]
+        for token in request.token_ids(len(contents), position + 1):
+            before = (request.cache_salt,) if not contents else contents[-1]
+            contents.append(self.numbers.setdefault((before, token), len(self.numbers)))
+        return contents[position]
 
     def end(self, requests: list[Request]):
         for request in requests:
             assert request.is_finished
             assert request.finish_reason is not None
             self.ends[id(request)].append(request.finish_reason)
+            self.unfinished.remove(request)
             self.check_output(request)
 
     def check_output(self, request: Request):
