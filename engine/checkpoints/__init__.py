@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "load_config",
     "load_tokenizer",
+    "model_fingerprint",
     "render_chat",
     "render_chat_text",
     "template_fingerprint",
@@ -89,7 +90,7 @@ def load_config(source: str, *, revision: str | None = None) -> ModelConfig:
     return gguf_config(read_gguf_header(files.path)) if files.is_gguf else hugging_face_config(files.path)
 
 
-def fingerprint(source: str, *, revision: str | None = None) -> str:
+def model_fingerprint(source: str, *, revision: str | None = None) -> str:
     """What `load` would give as the model's fingerprint, without loading it."""
     files = find_model(source, revision)
     if files.is_gguf:

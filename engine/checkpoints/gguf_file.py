@@ -118,7 +118,7 @@ class _Header:
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
 
     def count(self, item_bytes: int, what: str) -> int:
-        """A u64 count of items of at least `item_bytes` each; the rest of the file must have room for them."""
+        """A u64 count of items of at least `item_bytes` each, if the rest of the file has room for them."""
         count = self.scalar("<Q", f"the number of {what}")
         if count * item_bytes > self.size - self.position:
             raise self.damaged(f"{count} {what} cannot fit")

@@ -72,7 +72,7 @@ def download(url: str, wanted: Sequence[str]) -> Path:
         raise
     except Exception as error:  # Each fsspec implementation raises its own library's errors.
         raise ModelError(
-            f"{shown}: the model cannot be fetched ({type(error).__name__}: {one_line(error, 200)}); "
+            f"{shown}: the model cannot be fetched ({type(error).__name__}: {_said(error, url)}); "
             "check the address, the credentials and the network"
         ) from error
     return target / listing[0][0] if remote.endswith(".gguf") else target
@@ -92,7 +92,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
             ) from error
         raise MissingExtraError(package, extra, f"reading a model from {scheme}://") from error
     except ValueError as error:
-        raise ModelError(f"{_without_secrets(url)}: {one_line(error)}") from error
+        raise ModelError(f"{_without_secrets(url)}: {_said(error, url)}") from error
 
 
 def _list(
@@ -143,3 +143,13 @@ def _without_secrets(url: str) -> str:
     """The URL as it may be shown: no user, password or query (which may carry a signature)."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _said(error: Exception, url: str) -> str:
+    """A library's message, which may quote the URL, without what must not be shown."""
+    parts = urlsplit(url)
+    text = one_line(error, 1000)
+    for secret in (parts.netloc.rpartition("@")[0], parts.query):
+        if secret:
+            text = text.replace(secret, "***")
+    return one_line(text, 200)

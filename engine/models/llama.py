@@ -52,7 +52,9 @@ class Attention(nnx.Module):
         self.out = Linear(heads * head_dim, config.d_model, use_bias=bias, dtype=dtype)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
-    def split(self, qkv: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def split(
+        self, qkv: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The product [T, (N + 2 K) H] -> q [T, N, H] and k [T, K, H], rotated, and v [T, K, H]."""
         num_rotated = self.heads + self.kv_heads
         qkv = qkv.reshape(qkv.shape[0], num_rotated + self.kv_heads, self.head_dim)
