@@ -30,7 +30,7 @@ def select_platform(name: str) -> str:
 
     if name == "auto":
         return _default_platform(jax)
-    if jax.config.jax_platforms in (None, ""):
+    if not _asked_for(jax):
         jax.config.update("jax_platforms", _JAX_NAMES[name])
     found = _platform_or_none(jax)
     if found != name:
@@ -41,7 +41,12 @@ def select_platform(name: str) -> str:
             f"engine.platform={name} was asked for and this machine has no {name.upper()} for JAX ({seen}): "
             f"{_REMEDY[name]}"
         )
-    return found
+    return name
+
+
+def _asked_for(jax: Any) -> str | None:
+    """The platforms that JAX was already told to use, by JAX_PLATFORMS or by code."""
+    return jax.config.jax_platforms
 
 
 def _forget(jax: Any) -> None:
@@ -56,7 +61,7 @@ def _default_platform(jax: Any) -> str:
     found = _platform_or_none(jax)
     if found is None:
         raise ConfigError(
-            f"JAX could not start on platform {jax.config.jax_platforms!r}: unset JAX_PLATFORMS or install "
+            f"JAX could not start on platform {_asked_for(jax)!r}: unset JAX_PLATFORMS or install "
             "tidemill[tpu] or tidemill[gpu]"
         )
     return found

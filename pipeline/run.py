@@ -7,7 +7,6 @@ Whatever can be refused is refused before anything slow is loaded and before any
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import uuid
@@ -237,8 +236,6 @@ def package_versions() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compose, run, and turn every expected error into one line and an exit code."""
-    # transformers would otherwise tell every user that PyTorch, which is not needed, was not found.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         config = compose(sys.argv[1:] if arguments is None else arguments, KNOWN_KEYS)
         if config is None:

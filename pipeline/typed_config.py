@@ -70,7 +70,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value in arguments:
             return value
         raise ConfigError(f"{where}={_shown(value)}: {did_you_mean(str(value), [str(a) for a in arguments])}")
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # built by a caller in Python
             return value
         return build(hint, _only(isinstance(value, Mapping), value), where)  # type: ignore[type-var]

@@ -263,7 +263,7 @@ def test_what_may_change_results_changes_the_fingerprint(
 
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        settings_of().mode = "plan"
+        settings_of().mode = "plan"  # type: ignore[misc]
 
 
 def test_the_command_answers_from_any_folder_without_making_any(repository: Path, tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""A plan counts exactly what a run would do, writes it as JSON, and generates nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import OutputError
+from pipeline.exit_codes import ExitCode
+from pipeline.plan_mode import plan_job
+from pipeline.settings import Settings
+from pipeline.shared_prefixes import SharedPrefixes
+from tests.pipeline.fake_engine import FakeEngine
+from tests.pipeline.input_helpers import lines, write_jsonl
+from tests.pipeline.job_helpers import fake_engine, fake_model, job_settings
+
+PROMPTS = [{"id": str(i), "prompt": f"the same beginning of every prompt, then {i}"} for i in range(20)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    bad = lines([{"id": "0", "prompt": "twice"}, {"id": "b"}, {"id": "c", "prompt": "x" * 1000}])
+    write_jsonl(tmp_path / "in" / "a.jsonl", lines(PROMPTS[:12]) + b"{\n" + bad)
+    write_jsonl(tmp_path / "in" / "b.jsonl", lines(PROMPTS[12:]))
+    return tmp_path / "in"
+
+
+def plan(settings: Settings, make_engine: Any = fake_engine) -> dict[str, Any]:
+    code = plan_job(settings, load_model=fake_model, load_text_side=fake_model, make_engine=make_engine)
+    assert code == ExitCode.DONE
+    assert settings.plan.json is not None
+    return json.loads(Path(settings.plan.json).read_bytes())
+
+
+def test_a_plan_counts_what_a_run_would_meet(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = job_settings(
+        folder, tmp_path / "out", mode="plan", plan__json=str(tmp_path / "plan.json"), engine__page_size=8
+    )
+    found = plan(settings)
+    assert found["shards"] == [
+        {"name": "a.jsonl", "rows": 16, "rejected": 4},
+        {"name": "b.jsonl", "rows": 8, "rejected": 0},
+    ]
+    assert (found["rows"], found["prompts"], found["over_long_rows"]) == (24, 20, 1)
+    assert found["rejected_by_reason"] == {
+        "duplicate_id": 1,
+        "missing_column": 1,
+        "not_json": 1,
+        "prompt_too_long": 1,
+    }
+    assert sum(each["rows"] for each in found["prompt_length_histogram"]) == 20
+    assert found["max_generated_tokens"] == 20 * 6
+    tokenizer = fake_model(settings).tokenizer
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in PROMPTS]
+    assert found["prompt_tokens"] == sum(map(len, prompts))
+    assert found["shared_prefix_tokens"] == shared_by_search(prompts, 8) > 0
+    assert found["measured"]["num_pages"] == 1024
+    assert found["estimate"]["steps"] > 0
+    assert not (tmp_path / "out").exists()
+    shown = capsys.readouterr().out
+    assert "Plan: 2 shards, 24 rows. Nothing was generated." in shown
+    assert "20 can run" in shown
+    assert "at most about" in shown
+
+
+def test_a_plan_for_an_absent_accelerator_has_no_estimate(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    def no_engine(loaded: Any, settings: Settings) -> FakeEngine:
+        raise AssertionError("there is nothing to run it on")
+
+    path = str(tmp_path / "plan.json")
+    found = plan(
+        job_settings(folder, tmp_path, mode="plan", plan__json=path, engine__platform="tpu"), no_engine
+    )
+    assert (found["measured"], found["estimate"], found["prompts"]) == (None, None, 20)
+    assert "not estimated: engine.platform=tpu" in capsys.readouterr().out
+
+
+def test_a_plan_file_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
+    settings = job_settings(folder, tmp_path, mode="plan", plan__json=str(tmp_path / "no" / "plan.json"))
+    with pytest.raises(OutputError, match=r"plan\.json=.*cannot be written"):
+        plan(settings)
+
+
+def shared_by_search(prompts: list[list[int]], page_size: int) -> int:
+    """The same count by comparing every prompt with all before it."""
+    shared = 0
+    for i, prompt in enumerate(prompts):
+        num_pages = (len(prompt) - 1) // page_size
+        while num_pages and not any(
+            len(other) > num_pages * page_size
+            and other[: num_pages * page_size] == prompt[: num_pages * page_size]
+            for other in prompts[:i]
+        ):
+            num_pages -= 1
+        shared += num_pages * page_size
+    return shared
+
+
+prompt_lists = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=20), max_size=12)
+
+
+@given(prompt_lists, st.integers(1, 5))
+def test_shared_prefixes_are_what_a_search_finds(prompts: list[list[int]], page_size: int) -> None:
+    shared = SharedPrefixes(page_size)
+    for prompt in prompts:
+        shared.add(prompt)
+    assert shared.num_tokens == sum(map(len, prompts))
+    assert shared.num_shared == shared_by_search(prompts, page_size)
+    assert shared.is_exact
+
+
+@given(prompt_lists)
+def test_a_full_memory_gives_a_lower_bound_and_says_so(prompts: list[list[int]]) -> None:
+    exact, bounded = SharedPrefixes(2), SharedPrefixes(2, max_pages=3)
+    for prompt in prompts:
+        exact.add(prompt)
+        bounded.add(prompt)
+    assert bounded.num_shared <= exact.num_shared
+    assert bounded.is_exact == (len(exact._seen) <= 3)
