@@ -236,9 +236,12 @@ class Scheduler:
     def _plan(self, request: Request, num_tokens: int, step: _Step) -> None:
         start = request.num_computed
         stop = start + num_tokens
-        missing = self.settings.num_pages_for(stop) - len(request.page_ids)
-        if missing > 0:
-            request.page_ids += self.pool.allocate(missing)
+        num_pages = self.settings.num_pages_for(stop)
+        if num_pages > len(request.page_ids):
+            request.page_ids += self.pool.allocate(num_pages - len(request.page_ids))
+        elif num_pages < len(request.page_ids):  # a plan that was given up had asked for more
+            self.pool.release(request.page_ids[num_pages:])
+            del request.page_ids[num_pages:]
         samples = stop == request.num_tokens
         if due := request.num_prompt_logprobs_due:
             num_logits = max(0, stop - max(start, request.prompt_len - 1 - due))

@@ -99,6 +99,18 @@ def test_planning_again_without_an_update_plans_the_same():
     scheduler.check_integrity()
 
 
+def test_planning_again_gives_back_the_pages_of_a_longer_chunk():
+    scheduler = make_scheduler(max_num_batched_tokens=12, policy="priority")
+    scheduler.add(make_request("late", range(20, 40), priority=1, max_tokens=1))
+    step(scheduler)
+    scheduler.add(make_request("urgent", range(9), priority=0))
+    assert shape(scheduler.schedule()) == [("late", 12, 8), ("urgent", 0, 4)]
+    plan = scheduler.schedule()
+    assert shape(plan) == [("urgent", 0, 9), ("late", 12, 3)]
+    assert [len(row.page_ids) for row in plan.rows] == [3, 4]
+    scheduler.check_integrity()
+
+
 # -- shared prefixes -------------------------------------------------------------------------------
 
 
