@@ -20,8 +20,8 @@ from tests.tiny_model import make_tiny_checkpoint, make_tokenizer, tiny_config
 
 MARK = "\u2581"
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-KNOWN_TEXT = st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x1FFFF), max_size=60)
-"""SmolLM2's vocabulary lacks some of the 256 bytes, such as those that begin a character past U+3FFFF."""
+KNOWN_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"], max_codepoint=0x1FFFF), max_size=60)
+"""SmolLM2's vocabulary has no token for some bytes: a few control characters, the start of a rare plane."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_ids_decode_to_the_text(smollm2: Any) -> None:
 
 @given(text=KNOWN_TEXT)
 @settings(max_examples=100, deadline=None)
-def test_any_text_round_trips(smollm2: Any, text: str) -> None:
+def test_any_text_the_vocabulary_can_hold_round_trips(smollm2: Any, text: str) -> None:
     assert smollm2.decode(encode_text(smollm2, text), skip_special_tokens=False) == text
 
 
@@ -163,7 +163,7 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
         ("gpt-2", "in 12345", ["in", "Ġ", "1", "2", "3", "4", "5"]),
         ("smollm", "in 12345", ["in", "Ġ", "1", "2", "3", "4", "5"]),
         ("llama-bpe", "the\n\n and", ["the", "Ċ", "Ċ", "Ġand"]),
-        ("qwen2", "THE'LL in", ["T", "H", "E", "'", "L", "L", "Ġin"]),
+        ("qwen2", "THE'LL in", ["T", "H", "E", "'", "L", "L", "Ġ", "in"]),
     ],
 )
 def test_pre_tokenizers_split_before_merging(pre: str, text: str, pieces: list[str], tmp_path: Path) -> None:
