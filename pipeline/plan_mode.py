@@ -65,9 +65,7 @@ def plan_job(
         rows, sample = read_all(settings, shards, builder, shared, settings.engine.max_num_seqs)
         measured = None
         if measures and sample:
-            engine = make_engine(loaded, settings)
-            stack.callback(engine.close)
-            measured = measure(engine, sample)
+            measured = measure(make_engine(loaded, settings), sample)
     estimate = None if measured is None else estimate_run(settings, rows, shared, measured)
     report = as_json(settings, rows, shared, measured, estimate)
     if settings.plan.json is not None:

@@ -151,22 +151,19 @@ def _work(
         versions=package_versions(),
         fingerprint=ledger.fingerprint,
     )
-    try:
-        with ReadAhead(builder, settings.input) as reader:
-            worker = Worker(
-                ledger,
-                shards,
-                engine,
-                reader,
-                stop,
-                partial(Progress, settings.progress, line_seconds=settings.progress_line_seconds),
-                facts,
-                max_num_seqs=settings.engine.max_num_seqs,
-                max_reject_fraction=settings.max_reject_fraction,
-            )
-            return worker.run()
-    finally:
-        engine.close()
+    with ReadAhead(builder, settings.input) as reader:
+        worker = Worker(
+            ledger,
+            shards,
+            engine,
+            reader,
+            stop,
+            partial(Progress, settings.progress, line_seconds=settings.progress_line_seconds),
+            facts,
+            max_num_seqs=settings.engine.max_num_seqs,
+            max_reject_fraction=settings.max_reject_fraction,
+        )
+        return worker.run()
 
 
 def _conclude(

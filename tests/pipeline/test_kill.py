@@ -1,0 +1,115 @@
+"""The real job, killed at random moments: the same command brings it to the same bytes.
+
+TIDEMILL_KILLS sets how many times it is killed (3), TIDEMILL_KILL_SEED at which moments (0).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.input_helpers import lines, write_jsonl, write_parquet
+from tests.pipeline.job_helpers import commits, final_bytes
+
+KILLS = int(os.environ.get("TIDEMILL_KILLS", "3"))
+SEED = int(os.environ.get("TIDEMILL_KILL_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def command(tiny_checkpoint: str, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A job of 3 shards and 15 chunks, with sampling and bad rows, small enough to be killed often."""
+    folder = tmp_path_factory.mktemp("input")
+    for shard in range(2):
+        rows = [{"id": f"{shard}-{i}", "prompt": f"{shard} said {i} and then"} for i in range(9)]
+        write_jsonl(folder / f"{shard}.jsonl.gz", lines(rows) + b"not json\n")
+    write_parquet(folder / "2.parquet", [{"id": f"2-{i}", "prompt": f"in the end {i}"} for i in range(10)])
+    return [
+        *(sys.executable, "-m", "pipeline.run"),
+        f"model.source={tiny_checkpoint}",
+        f"input.path={folder}",
+        "input.id_column=id",
+        "output.chunk_rows=2",
+        "sampling.max_tokens=40",
+        "sampling.temperature=1.0",
+        "sampling.ignore_eos=true",
+        "engine.max_num_seqs=4",
+        "engine.max_num_batched_tokens=16",
+        "engine.page_size=16",
+        "engine.max_model_len=96",
+        "engine.kv_cache_bytes=1000000",
+        f"engine.compilation_cache_dir={repository}/.cache/jax",
+        "progress=off",
+    ]
+
+
+def start(command: list[str], output: Path, repository: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*command, f"output.path={output}"],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_job_killed_at_random_moments_resumes_to_the_same_bytes(
+    command: list[str], repository: Path, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    undisturbed = start(command, tmp_path / "undisturbed", repository)
+    _, errors = undisturbed.communicate(timeout=300)
+    seconds = time.monotonic() - started
+    assert undisturbed.returncode == 0, errors
+    wanted = final_bytes(tmp_path / "undisturbed")
+    assert len(wanted) == 3 + 2
+
+    chance, output, kept = random.Random(SEED), tmp_path / "killed", {}
+    for number in range(KILLS):
+        process = start(command, output, repository)
+        # The first at any moment, the start included; the others while there is work to lose.
+        if number == 0:
+            wait_for(process, after(chance.uniform(0, seconds)))
+        else:
+            wait_for(process, num_commits(output, len(kept) + chance.randint(1, 3)))
+            wait_for(process, after(chance.uniform(0, 0.2)))
+        process.kill()
+        process.communicate(timeout=30)
+        now = commits(output)
+        assert kept.items() <= now.items(), "a committed chunk was changed or lost"
+        kept = now
+
+    process = start(command, output, repository)
+    wait_for(process, num_commits(output, len(kept) + 1))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (0 if (output / "manifest.json").exists() else 143), errors
+
+    process = start(command, output, repository)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert kept.items() <= commits(output).items()
+    assert final_bytes(output) == wanted
+
+
+def wait_for(process: subprocess.Popen[str], has_come: Callable[[], bool]) -> None:
+    """Until the moment has come or the process has ended."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not has_come() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    moment = time.monotonic() + seconds
+    return lambda: time.monotonic() >= moment
+
+
+def num_commits(output: Path, number: int) -> Callable[[], bool]:
+    return lambda: len(commits(output)) >= number
