@@ -56,7 +56,7 @@ def test_exactly_the_announced_rows_are_rejected(which: str, made: Path, reposit
     from engine.checkpoints import load_tokenizer
 
     folder = made if which == "made" else repository / "jobs/demo/prompts"
-    input_settings = InputSettings(path=str(folder), id_column="id", carry_columns=["module", "docstring"])
+    input_settings = InputSettings(path=str(folder), id_column="id", carry_columns=("module", "docstring"))
     settings = PromptSettings(template_file=str(repository / "jobs/demo/template.jinja"), chat=True)
     shards = list_shards(input_settings)
     tokenizer = load_tokenizer("smollm2-135m-instruct")

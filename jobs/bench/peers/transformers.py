@@ -52,7 +52,7 @@ class Transformers:
     """The model in float32, and greedy generation that does not stop at end-of-sequence."""
 
     def __init__(self, folder: str, gguf_file: str | None, num_threads: int):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(num_threads)
