@@ -9,19 +9,12 @@ from typing import Any
 
 import jinja2
 
+from pipeline.rows import Refused
 from pipeline.templates import RENDER_ERRORS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Chat = list[dict[str, Any]]
-
-
-class BadChat(Exception):
-    """Messages that are no chat; `reason` is a reject code."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 def checked_chat(value: Any, column: str) -> Chat:
@@ -30,34 +23,34 @@ def checked_chat(value: Any, column: str) -> Chat:
     Other keys are kept for the template, but for nulls, which Parquet puts wherever another row has a value.
     """
     if not isinstance(value, list):
-        raise BadChat("wrong_type", f"column {column!r} is a {_kind(value)}; a chat is a list of messages")
+        raise Refused("wrong_type", f"column {column!r} is a {_kind(value)}; a chat is a list of messages")
     if not value:
-        raise BadChat("empty_prompt", f"column {column!r} is an empty list; give at least one message")
+        raise Refused("empty_prompt", f"column {column!r} is an empty list; give at least one message")
     chat = [_checked_message(message, f"{column}[{i}]") for i, message in enumerate(value)]
     if not any(message["content"].strip() for message in chat):
-        raise BadChat("empty_prompt", f"column {column!r} has no message with any text")
+        raise Refused("empty_prompt", f"column {column!r} has no message with any text")
     return chat
 
 
 def _checked_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise BadChat("wrong_type", f"{where} is a {_kind(message)}; a message is {{role, content}}")
+        raise Refused("wrong_type", f"{where} is a {_kind(message)}; a message is {{role, content}}")
     kept = {key: value for key, value in message.items() if value is not None}
     for key in ("role", "content"):
         if key not in message:
             have = ", ".join(sorted(map(str, message))[:8]) or "nothing"
-            raise BadChat("missing_column", f"{where} has no {key!r} (it has {have}); add it")
+            raise Refused("missing_column", f"{where} has no {key!r} (it has {have}); add it")
         if key not in kept:
-            raise BadChat("null_value", f"{where}.{key} is null; give text")
+            raise Refused("null_value", f"{where}.{key} is null; give text")
         if not isinstance(kept[key], str):
-            raise BadChat("wrong_type", f"{where}.{key} is a {_kind(kept[key])}; give text")
+            raise Refused("wrong_type", f"{where}.{key} is a {_kind(kept[key])}; give text")
     if kept["role"] not in ROLES:
-        raise BadChat("bad_role", f"{where}.role is {kept['role'][:40]!r}; use one of {', '.join(ROLES)}")
+        raise Refused("bad_role", f"{where}.role is {kept['role'][:40]!r}; use one of {', '.join(ROLES)}")
     return kept
 
 
 def render_chat(tokenizer: Any, chat: Chat, add_generation_prompt: bool) -> str:
-    """The chat as the model's text. Raises BadChat (`template_error`) when the template refuses it."""
+    """The chat as the model's text. Raises Refused (`template_error`) when the template refuses it."""
     try:
         text = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -65,7 +58,7 @@ def render_chat(tokenizer: Any, chat: Chat, add_generation_prompt: bool) -> str:
     except RENDER_ERRORS as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
         kind = "refuses this chat" if isinstance(error, jinja2.TemplateError) else "fails on this chat"
-        raise BadChat("template_error", f"the model's chat template {kind}: {said}") from error
+        raise Refused("template_error", f"the model's chat template {kind}: {said}") from error
     return text
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import RetryLater
-from pipeline.row_ids import BadId, named_id
-from pipeline.rows import Reject
+from pipeline.row_ids import named_id
+from pipeline.rows import Refused, Reject
 
 if TYPE_CHECKING:
     from pipeline.shards import InputSettings, Shard
@@ -85,7 +85,7 @@ def _ids(shards: Iterable[Shard], settings: InputSettings) -> Iterator[tuple[byt
                 continue
             try:
                 row_id = named_id(row.columns[column], column)
-            except BadId:
+            except Refused:
                 continue  # rejected where prompts are built, with its reason
             yield _hash(row_id), row.shard_index, row.position
 

@@ -7,33 +7,28 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.rows import Refused
 from pipeline.strict_json import has_lone_surrogate
 
 MAX_ID_CHARS = 512
 
 
-class BadId(Exception):
-    """A value that cannot be a row's id; `reason` is a reject code."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
 def named_id(value: Any, column: str) -> str:
     """The id that a column's value gives: text as it is, an integer in decimal (so 7 and "7" are one id).
 
-    Raises BadId with `null_value`, `wrong_type` or `bad_id`.
+    Raises Refused with `null_value`, `wrong_type` or `bad_id`.
     """
     if value is None:
-        raise BadId("null_value", f"id column {column!r} is null; give every row an id")
+        raise Refused("null_value", f"id column {column!r} is null; give every row an id")
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadId("wrong_type", f"id column {column!r} is a {type(value).__name__}; use text or an integer")
+        raise Refused(
+            "wrong_type", f"id column {column!r} is a {type(value).__name__}; use text or an integer"
+        )
     text = str(value)
     if not 1 <= len(text) <= MAX_ID_CHARS:
-        raise BadId("bad_id", f"id column {column!r} has {len(text)} characters; use 1 to {MAX_ID_CHARS}")
+        raise Refused("bad_id", f"id column {column!r} has {len(text)} characters; use 1 to {MAX_ID_CHARS}")
     if has_lone_surrogate(text):
-        raise BadId("lone_surrogate", f"id column {column!r} holds half of a surrogate pair; mend the id")
+        raise Refused("lone_surrogate", f"id column {column!r} holds half of a surrogate pair; mend the id")
     return text
 
 

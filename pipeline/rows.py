@@ -96,6 +96,18 @@ class Prompt:
     was_truncated: bool
 
 
+class Refused(Exception):
+    """Raised while a row is understood, caught where rows are: it becomes the row's reject.
+
+    `reason` is one of REASONS, the message says what to do, `value` is shown in the excerpt.
+    """
+
+    def __init__(self, reason: str, message: str, value: object = ""):
+        super().__init__(message)
+        self.reason = reason
+        self.value = value
+
+
 def place(source: str, row: int, line: int | None) -> str:
     """`row` counts from 0 in its source, `line` from 1."""
     return f"{source} row {row}" if line is None else f"{source} line {line}"

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.row_ids import BadId, content_id, named_id
+from pipeline.row_ids import content_id, named_id
+from pipeline.rows import Refused
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_text_and_integers_are_ids(value, expected):
     ],
 )
 def test_what_is_no_id_has_a_reason_and_names_the_column(value, reason):
-    with pytest.raises(BadId, match="'key'") as caught:
+    with pytest.raises(Refused, match="'key'") as caught:
         named_id(value, "key")
     assert caught.value.reason == reason
 
