@@ -235,6 +235,8 @@ class HostMachine(RuleBasedStateMachine):
             assert self.ends[id(request)] == ([request.finish_reason] if request.is_finished else [])
             if request.status is not RequestStatus.RUNNING:
                 assert request.page_ids == []
+            if request.status is RequestStatus.WAITING:
+                assert request.num_computed == 0
 
     def plan(self):
         first = min(self.unfinished, key=self.order, default=None)

@@ -139,6 +139,15 @@ def test_those_who_wait_for_a_prefix_wait_through_all_its_chunks():
     ]  # fmt: skip
 
 
+def test_a_page_is_waited_for_even_when_a_chunk_ends_inside_it():
+    scheduler = make_scheduler(long_prefill_token_threshold=2)
+    for name in "ab":
+        scheduler.add(make_request(name, [*range(4), ord(name)]))
+    assert [shape(step(scheduler)[0]) for _ in range(3)] == [
+        [("a", 0, 2)], [("a", 2, 2)], [("a", 4, 1), ("b", 4, 1)]
+    ]  # fmt: skip
+
+
 def test_samples_of_one_prompt_share_its_pages():
     scheduler = make_scheduler()
     for index in range(3):
@@ -280,13 +289,13 @@ def test_a_running_request_takes_cached_pages_before_those_of_others():
 
 
 def test_a_request_is_admitted_only_into_room_that_running_ones_do_not_need():
-    scheduler = make_scheduler(num_pages=6, max_num_batched_tokens=8, enable_prefix_caching=False)
+    scheduler = make_scheduler(num_pages=6, long_prefill_token_threshold=8, enable_prefix_caching=False)
     scheduler.add(make_request("long", range(16), max_tokens=4))
     scheduler.add(make_request("b", range(4), max_tokens=4))
-    # After two chunks "long" will have four pages and need a fifth; b needs two: it waits.
+    # Four pages are free, but "long" will need three more and b needs two: it waits.
     assert shape(step(scheduler)[0]) == [("long", 0, 8)]
+    assert scheduler.stats().num_free_pages == 4
     assert shape(step(scheduler)[0]) == [("long", 8, 8)]
-    assert shape(step(scheduler)[0]) == [("long", 16, 1)]
     run(scheduler)
     assert scheduler.stats().num_preemptions == 0
 
@@ -432,6 +441,19 @@ def test_prompt_logprobs_are_recorded_once_though_the_prompt_is_computed_again()
     assert 0 < num_recorded[0] < 14  # it lost its pages in the middle of its prompt
     assert request.prompt_logprobs == expected_prompt_logprobs(15, request)
     assert len(request.output_logprobs) == 8
+
+
+def test_prompt_logprobs_known_before_a_preemption_need_no_logits_again():
+    scheduler = make_scheduler(max_num_seqs=4, enable_prefix_caching=False)
+    request = make_request("a", range(20), sampling={"prompt_logprobs": 0})
+    for position in range(8):
+        request.prompt_logprobs.append(logprob_at(request, position + 1))
+    scheduler.add(request)
+    plan, _ = step(scheduler)
+    assert shape(plan) == [("a", 0, 12)]
+    assert plan.num_logits == 4
+    run(scheduler)
+    assert request.prompt_logprobs == expected_prompt_logprobs(20, request)
 
 
 # -- refusals --------------------------------------------------------------------------------------
