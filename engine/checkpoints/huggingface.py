@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,22 +191,17 @@ class SafetensorsWeights:
                 target[start:stop] = view[start:stop].astype(target.dtype)
 
 
-class _named:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
     """Turns what safetensors and the system say of a file into a ModelError that names it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SafetensorError):
-            raise ModelError(
-                f"{self.path}: damaged or truncated safetensors ({one_line(error)}); fetch it again"
-            ) from error
-        if isinstance(error, OSError):
-            raise ModelError(f"{self.path}: cannot be read ({one_line(error)})") from error
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path}: damaged or truncated safetensors ({one_line(error)}); fetch it again"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -263,6 +259,9 @@ def hugging_face_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder}: the tokenizer has no fast version; add its tokenizer.json")
     if (folder / "tokenizer.json").is_file():
         _restore_pipeline(tokenizer, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    # A tokenizer.json may carry the truncation and padding of someone's training run: here a prompt is whole.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

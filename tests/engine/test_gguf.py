@@ -288,7 +288,7 @@ def test_reading_in_slices_changes_nothing(
 
 def test_a_whole_model_of_mixed_quantisations_runs(tmp_path: Path) -> None:
     """As llama.cpp's mixes are: another type for each tensor, float32 norms."""
-    config = tiny_config(298) | {
+    config: dict[str, Any] = tiny_config(298) | {
         "hidden_size": 256,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
@@ -313,7 +313,7 @@ def test_a_whole_model_of_mixed_quantisations_runs(tmp_path: Path) -> None:
 
 def test_loading_holds_a_few_tensors_at_a_time_and_never_a_second_model(tmp_path: Path) -> None:
     """Host memory beyond the model: the tensor being read and its slices."""
-    overrides = {
+    overrides: dict[str, Any] = {
         "hidden_size": 256,
         "num_hidden_layers": 8,
         "intermediate_size": 1024,

@@ -68,8 +68,9 @@ def test_every_config_switch_computes_what_transformers_does(case: str, tmp_path
 
 def test_the_switches_change_the_result(tmp_path: Path) -> None:
     """Otherwise the cases above would prove nothing: scaling must differ from none, with the same weights."""
-    base = cases.TINY_CASES["rope_llama3"]
-    for name, overrides in (("with", base), ("without", base | {"rope_scaling": None})):
+    scaling: dict[str, Any] = cases.TINY_CASES["rope_llama3"]
+    nothing: dict[str, Any] = scaling | {"rope_scaling": None}
+    for name, overrides in (("with", scaling), ("without", nothing)):
         cases.make_tiny_checkpoint(tmp_path / name, **overrides)
     ids = cases.tiny_token_ids()
     scaled, plain = (
