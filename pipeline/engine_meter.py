@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -27,15 +28,23 @@ class EngineMeter:
         self._evictions = 0
         self._preemptions = 0
         self._compile_seconds = 0.0
+        self._recent: deque[float] = deque(maxlen=8)
 
     def step(self) -> list[Any]:
         """One engine step, counted."""
+        started = self._clock()
         outputs = self._engine.step()
+        self._recent.append(self._clock() - started)
         stats = self._look()
         num_pages = stats.pages_free + stats.pages_cached + stats.pages_held
         if num_pages:
             self._pending.page_use.add(stats.pages_held / num_pages)
         return outputs
+
+    @property
+    def step_seconds(self) -> float:
+        """What the next step may take: the longest of the last few."""
+        return max(self._recent, default=0.0)
 
     def waited(self, seconds: float) -> None:
         """The engine was idle for want of rows."""

@@ -28,7 +28,9 @@ from pipeline.shards import Shard, list_shards, read_rows
 from pipeline.shared_prefixes import SharedPrefixes
 from pipeline.spool import open_spool
 
-WARM_UP_TOKENS = 9  # per sequence: one from the prefill step, eight decode steps to time
+# The warm-up: prompts for this many full steps of prefill (one prompt at least), then so many decode steps.
+PREFILL_STEPS = 4
+DECODE_STEPS = 8
 
 
 def plan_job(
@@ -62,10 +64,10 @@ def plan_job(
         )
         make_plan(settings, shards)  # refuses what a run would refuse
         shared = SharedPrefixes(settings.engine.page_size)
-        rows, sample = read_all(settings, shards, builder, shared, settings.engine.max_num_seqs)
+        rows, sample = read_all(settings, shards, builder, shared)
         measured = None
         if measures and sample:
-            measured = measure(make_engine(loaded, settings), sample)
+            measured = measure(make_engine(loaded, settings), sample, settings.engine.max_num_seqs)
     estimate = None if measured is None else estimate_run(settings, rows, shared, measured)
     report = as_json(settings, rows, shared, measured, estimate)
     if settings.plan.json is not None:
@@ -88,10 +90,10 @@ def read_all(
     shards: Sequence[Shard],
     builder: PromptBuilder,
     shared: SharedPrefixes,
-    num_samples: int,
 ) -> tuple[RowsPlan, list[Prompt]]:
     """Every row, once; and the first prompts, for the warm-up."""
-    plan, sample = RowsPlan(), []
+    plan, sample, num_sampled = RowsPlan(), [], 0
+    most = PREFILL_STEPS * settings.engine.max_num_batched_tokens
     for shard in shards:
         num_rows = num_rejected = 0
         rows = read_rows(shard, settings.input, columns=builder.columns_needed)
@@ -104,38 +106,41 @@ def read_all(
                     continue
                 plan.add(item)
                 shared.add(item.token_ids)
-                if len(sample) < num_samples:
+                if num_sampled < most and len(sample) < settings.engine.max_num_seqs:
                     sample.append(item)
+                    num_sampled += len(item.token_ids)
         plan.shards.append(ShardPlan(shard.name, num_rows, num_rejected))
     return plan, sample
 
 
-def measure(
-    engine: Any, sample: Sequence[Prompt], clock: Callable[[], float] = time.perf_counter
-) -> Measured:
-    """Prefill these prompts once, then decode a few tokens for all of them together."""
+def measure(engine: Any, sample: Sequence[Prompt], max_num_seqs: int) -> Measured:
+    """Prefill these prompts once, then decode a few tokens of as many sequences as run together.
+
+    The sequences are samples of the same prompts, which share the prompts' pages: only decoding is added.
+    """
     before = engine.stats()
-    started = clock()
-    _run(engine, sample, max_tokens=1)
-    seconds = clock() - started
+    started = time.perf_counter()
+    _run(engine, sample, max_tokens=1, num_samples=1)
+    seconds = time.perf_counter() - started
     prefilled = engine.stats().num_computed_tokens - before.num_computed_tokens
-    _run(engine, sample, max_tokens=WARM_UP_TOKENS)
+    num_samples = max(1, max_num_seqs // len(sample))
+    _run(engine, sample, max_tokens=DECODE_STEPS + 1, num_samples=num_samples)
     stats = engine.stats()
     # The last steps decode all sequences together; the first still fill in what was not cached.
-    steps = stats.step_seconds[-(WARM_UP_TOKENS - 1) :]
+    steps = stats.step_seconds[-DECODE_STEPS:]
     return Measured(
         device=stats.device,
         num_pages=engine.num_pages,
         prefill_tokens_per_second=prefilled / max(seconds, 1e-9),
         decode_step_seconds=statistics.median(steps) if steps else seconds,
-        num_sequences=len(sample),
+        num_sequences=len(sample) * num_samples,
     )
 
 
-def _run(engine: Any, sample: Sequence[Prompt], max_tokens: int) -> None:
+def _run(engine: Any, sample: Sequence[Prompt], max_tokens: int, num_samples: int) -> None:
     for number, prompt in enumerate(sample):
         sampling = prompt.sampling.replace(
-            n=1, max_tokens=max_tokens, min_tokens=0, ignore_eos=True, stop=(), stop_token_ids=()
+            n=num_samples, max_tokens=max_tokens, min_tokens=0, ignore_eos=True, stop=(), stop_token_ids=()
         )
         engine.add_request(
             f"plan:{max_tokens}:{number}", prompt_token_ids=prompt.token_ids, sampling=sampling
@@ -147,7 +152,7 @@ def _run(engine: Any, sample: Sequence[Prompt], max_tokens: int) -> None:
 def estimate_run(settings: Settings, rows: RowsPlan, shared: SharedPrefixes, measured: Measured) -> Estimate:
     """Prefill of what is not shared at the measured rate, then decoding in full batches.
 
-    Prefill chunks ride in decode steps, so steps are counted by whichever of the two needs more.
+    An upper bound: prefill chunks ride in decode steps, and are counted here as if they had their own.
     """
     to_prefill = shared.num_tokens - shared.num_shared
     width = max(1, min(settings.engine.max_num_seqs, rows.num_sequences))
@@ -155,7 +160,7 @@ def estimate_run(settings: Settings, rows: RowsPlan, shared: SharedPrefixes, mea
     prefill_steps = -(-to_prefill // settings.engine.max_num_batched_tokens)
     seconds = to_prefill / max(measured.prefill_tokens_per_second, 1e-9)
     seconds += decode_steps * measured.decode_step_seconds
-    return Estimate(steps=max(decode_steps, 1 if rows.num_prompts else 0) + prefill_steps, seconds=seconds)
+    return Estimate(steps=decode_steps + prefill_steps, seconds=seconds)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

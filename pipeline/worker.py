@@ -323,7 +323,7 @@ class Worker:
             if chunk.num_seen < chunk.num_rows or chunk.num_alone:
                 self._abandon(key)
         reserve = min(2.0, 0.2 * max(self._stop.seconds_left, 0.0))  # for the last commits
-        while self._engine.has_unfinished and self._stop.seconds_left > reserve:
+        while self._engine.has_unfinished and self._stop.seconds_left > reserve + self._meter.step_seconds:
             self._step()
         for key in list(self._open_chunks):
             self._abandon(key)
