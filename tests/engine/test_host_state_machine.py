@@ -190,6 +190,15 @@ class HostMachine(RuleBasedStateMachine):
         assert aborted == expected
         self.end(aborted)
 
+    @precondition(lambda self: len(self.unfinished) > 0)
+    @rule(data=st.data())
+    def abort_while_computing(self, data: st.DataObject):
+        plan = self.plan()
+        request = data.draw(st.sampled_from([row.request for row in plan.rows]))
+        self.end(self.scheduler.abort(request.request_id))
+        self.everything_adds_up()
+        self.finish_step()
+
     @precondition(lambda self: self.unfinished and self.in_flight is None)
     @rule(data=st.data())
     def stop(self, data: st.DataObject):
@@ -238,7 +247,7 @@ class HostMachine(RuleBasedStateMachine):
             if request.status is RequestStatus.WAITING:
                 assert request.num_computed == 0
 
-    def plan(self):
+    def plan(self) -> StepPlan:
         first = min(self.unfinished, key=self.order, default=None)
         was_running = first is not None and first.status is RequestStatus.RUNNING
         plan = self.scheduler.schedule()
@@ -257,6 +266,7 @@ class HostMachine(RuleBasedStateMachine):
             assert first in [row.request for row in plan.rows]
         if self.unfinished:
             assert plan.rows
+        return plan
 
     def check_row(self, row: PlannedRow):
         request = row.request

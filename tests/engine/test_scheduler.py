@@ -300,6 +300,16 @@ def test_a_request_is_admitted_only_into_room_that_running_ones_do_not_need():
     assert scheduler.stats().num_preemptions == 0
 
 
+def test_requests_admitted_in_one_step_leave_one_another_room():
+    scheduler = make_scheduler(num_pages=5, enable_prefix_caching=False)
+    for name in "ab":
+        scheduler.add(make_request(name, range(8)))
+    # Three pages are left, enough for b's two and one more, but a will need one of them.
+    assert shape(step(scheduler)[0]) == [("a", 0, 8)]
+    run(scheduler)
+    assert scheduler.stats().num_preemptions == 0
+
+
 # -- ends ------------------------------------------------------------------------------------------
 
 
