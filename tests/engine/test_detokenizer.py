@@ -227,6 +227,10 @@ def test_stop_strings_within_min_tokens_do_not_count(min_tokens: int, expected: 
     assert "".join(deltas) == expected
 
 
+def test_an_ignored_stop_is_given_out_at_once():
+    assert stream(byte_level(), bytewise("a.b"), stop=["."], min_tokens=3)[0] == ["a", ".", "b", ""]
+
+
 def test_an_ignored_stop_is_not_found_later_inside_what_is_held():
     """ "b" is complete too early; while "abc" is still possible it lies in the held text."""
     deltas, stopped_by = stream(byte_level(), bytewise("abx"), stop=["b", "abc"], min_tokens=3)

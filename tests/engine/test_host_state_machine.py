@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -368,12 +368,8 @@ class CollidingHostMachine(HostMachine):
     hash_page = staticmethod(weak_hash)
 
 
+# A part of the profile's number of examples: one of these is worth hundreds of steps.
 TestHost = HostMachine.TestCase
-TestHost.settings = settings(
-    max_examples=60,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+TestHost.settings = settings(max_examples=settings().max_examples // 2, stateful_step_count=30)
 TestHostWithCollidingHashes = CollidingHostMachine.TestCase
-TestHostWithCollidingHashes.settings = settings(TestHost.settings, max_examples=40)
+TestHostWithCollidingHashes.settings = settings(TestHost.settings, max_examples=settings().max_examples // 3)
