@@ -66,7 +66,8 @@ def report(machine: Machine, setup: dict[str, Any], repeats: Sequence[Repeat]) -
         ratios = [entry["ratio"] for entry in values if "ratio" in entry]
         if ratios:
             workloads[name]["ratio"] = ratio_summary(ratios)
-    return {"machine": asdict(machine), "setup": setup, "workloads": workloads}
+    measured = asdict(machine) | {"busy_processes": list(machine.busy_processes)}
+    return {"machine": measured, "setup": setup, "workloads": workloads}
 
 
 def machine_lines(machine: Machine) -> list[str]:

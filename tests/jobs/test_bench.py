@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -122,8 +121,7 @@ def test_the_whole_of_it_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureF
         assert f"\n{name}  " in printed
 
 
-def test_a_wrong_option_value_is_refused():
-    command = [sys.executable, "-m", "jobs.bench", "--repeats", "0"]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 2
-    assert "0 is not 1 or more" in finished.stderr
+def test_a_wrong_option_value_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(["--repeats", "0"])
+    assert "0 is not 1 or more" in capsys.readouterr().err

@@ -33,7 +33,12 @@ def outputs(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def printed(notebook: NotebookNode) -> str:
-    return "".join(output.text for output in outputs(notebook) if output.output_type == "stream")
+    return "".join(output.text for output in outputs(notebook) if output.get("name") == "stdout")
+
+
+def complaints(notebook: NotebookNode) -> str:
+    """What a user would see in red."""
+    return "".join(output.text for output in outputs(notebook) if output.get("name") == "stderr")
 
 
 def num_plots(notebook: NotebookNode) -> int:
@@ -79,7 +84,8 @@ def test_they_hold_no_output_and_define_nothing(name: str):
 @pytest.mark.usefixtures("jupyter_home")
 def test_the_quickstart_runs_on_the_embedded_model():
     notebook = executed("01_quickstart")
-    assert "Rome" in printed(notebook)
+    assert "Paris" in printed(notebook)
+    assert not complaints(notebook)
     assert num_plots(notebook) == 1
 
 
@@ -88,6 +94,7 @@ def test_a_run_opens(small_run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TIDEMILL_RUN", str(small_run))
     notebook = executed("02_a_run")
     assert f"{small_run} is finished" in printed(notebook)
+    assert not complaints(notebook)
     assert num_plots(notebook) == 3
     tables = [output.data["text/plain"] for output in outputs(notebook) if "data" in output]
     assert any("not_json" in table for table in tables), "the rejected row is shown"
