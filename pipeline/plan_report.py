@@ -12,6 +12,10 @@ from pipeline.settings import Settings
 from pipeline.shared_prefixes import SharedPrefixes
 from pipeline.summary import by_count
 
+# Prompt lengths are counted in bins of so many tokens, and shown in no more bins than that.
+BIN_TOKENS = 16
+MAX_BINS = 12
+
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
@@ -29,7 +33,7 @@ class RowsPlan:
     num_prompts: int = 0
     num_truncated: int = 0
     prompt_lengths: Histogram = field(default_factory=Histogram)
-    length_counts: dict[int, int] = field(default_factory=dict)  # by the least power of two above the length
+    length_counts: dict[int, int] = field(default_factory=dict)  # by length // BIN_TOKENS
     max_generated_tokens: int = 0  # if no row stops early
     num_sequences: int = 0  # samples counted
     longest_request: int = 0  # prompt and output, in tokens
@@ -42,13 +46,26 @@ class RowsPlan:
     def num_over_long(self) -> int:
         return self.num_truncated + self.rejected_by_reason.get("prompt_too_long", 0)
 
+    def length_histogram(self) -> list[tuple[int, int, int]]:
+        """(least length, length past the greatest, prompts) in bins of equal width, `MAX_BINS` at most."""
+        if not self.length_counts:
+            return []
+        first, last = min(self.length_counts), max(self.length_counts)
+        width = 1
+        while last // width - first // width >= MAX_BINS:
+            width *= 2
+        counts = dict.fromkeys(range(first // width, last // width + 1), 0)
+        for number, count in self.length_counts.items():
+            counts[number // width] += count
+        size = width * BIN_TOKENS
+        return [(number * size, (number + 1) * size, count) for number, count in counts.items()]
+
     def add(self, prompt: Prompt) -> None:
         length, sampling = len(prompt.token_ids), prompt.sampling
         self.num_prompts += 1
         self.num_truncated += prompt.was_truncated
         self.prompt_lengths.add(length)
-        bound = 1 << length.bit_length()
-        self.length_counts[bound] = self.length_counts.get(bound, 0) + 1
+        self.length_counts[length // BIN_TOKENS] = self.length_counts.get(length // BIN_TOKENS, 0) + 1
         self.max_generated_tokens += sampling.n * sampling.max_tokens
         self.num_sequences += sampling.n
         self.longest_request = max(self.longest_request, length + sampling.max_tokens)
@@ -93,8 +110,7 @@ def as_json(
         "prompt_tokens": shared.num_tokens,
         "prompt_lengths": rows.prompt_lengths.summary(),
         "prompt_length_histogram": [
-            {"from": bound // 2, "to": bound - 1, "rows": count}
-            for bound, count in sorted(rows.length_counts.items())
+            {"from": start, "below": stop, "rows": count} for start, stop, count in rows.length_histogram()
         ],
         "max_generated_tokens": rows.max_generated_tokens,
         "shared_prefix_tokens": shared.num_shared,
@@ -152,10 +168,11 @@ def report_lines(
 
 
 def _length_lines(rows: RowsPlan) -> list[str]:
-    most = max(rows.length_counts.values(), default=0)
+    bins = rows.length_histogram()
+    most = max((count for _, _, count in bins), default=0)
     return [
-        f"            {f'{bound // 2:,}-{bound - 1:,}':>15}  {count:>9,}  {'#' * round(40 * count / most)}"
-        for bound, count in sorted(rows.length_counts.items())
+        f"            {f'{start:,}-{stop - 1:,}':>15}  {count:>9,}  {'#' * round(40 * count / most)}"
+        for start, stop, count in bins
     ]
 
 

@@ -40,10 +40,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     arguments = {key: convert(value, hints[key], dotted(where, key)) for key, value in values.items()}
     try:
         return cls(**arguments)
-    except RequestError as error:  # sampling values come from requests too: an error of their own
+    except (ConfigError, RequestError) as error:  # sampling values come from requests too
         raise ConfigError(prefixed(where, str(error))) from error
-    except ConfigError as error:
-        raise type(error)(prefixed(where, str(error))) from error
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import OutputError
+from engine.sampling_params import SamplingParams
 from pipeline.exit_codes import ExitCode
 from pipeline.plan_mode import plan_job
+from pipeline.plan_report import MAX_BINS, RowsPlan
+from pipeline.rows import Prompt
 from pipeline.settings import Settings
 from pipeline.shared_prefixes import SharedPrefixes
 from tests.pipeline.fake_engine import FakeEngine
@@ -122,3 +125,16 @@ def test_a_full_memory_gives_a_lower_bound_and_says_so(prompts: list[list[int]])
         bounded.add(prompt)
     assert bounded.num_shared <= exact.num_shared
     assert bounded.is_exact == (len(exact._seen) <= 3)
+
+
+@given(st.lists(st.integers(1, 5000), max_size=50))
+def test_the_length_histogram_holds_every_prompt_in_its_bin(lengths: list[int]) -> None:
+    rows = RowsPlan()
+    for length in lengths:
+        rows.add(Prompt("", 0, 0, (1,) * length, "", SamplingParams(), {}, False))
+    bins = rows.length_histogram()
+    assert len(bins) <= MAX_BINS
+    assert [count for _, _, count in bins] == [
+        sum(start <= length < stop for length in lengths) for start, stop, _ in bins
+    ]
+    assert sum(count for _, _, count in bins) == len(lengths)
