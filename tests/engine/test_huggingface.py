@@ -265,7 +265,7 @@ def test_the_tokenizer_splits_as_its_file_says_whatever_its_class(name: str, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tokenizer = checkpoints.load_tokenizer(str(tmp_path))
-    lines = (DATA / "smollm2_tokenizer_reference.jsonl").read_text().splitlines()
+    lines = (DATA / "smollm2_tokenizer_reference.jsonl").read_text().splitlines()[::4]
     wrong = [line for line in map(json.loads, lines) if encode_text(tokenizer, line["text"]) != line["ids"]]
     assert wrong == []
 

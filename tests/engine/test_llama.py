@@ -22,7 +22,7 @@ from engine.models import ModelConfig, RopeScaling, abstract_llama, attention_sc
 from engine.models.llama import weight_plan
 from engine.models.rope import apply_rope, inverse_frequencies, rope_tables
 from tests.parity import cases
-from tests.parity.compare import Reference, compare, load_references, padded_length
+from tests.parity.compare import Reference, compare, load_references
 
 SMALL = ModelConfig(
     vocab_size=40,
@@ -84,12 +84,11 @@ def test_real_model_logits_and_greedy_tokens_equal_transformers(real: LoadedMode
     """16 chats: logits within 1e-3 at every prompt position, and all 64 greedy tokens."""
     references = load_references(str(cases.REAL_FILE))
     assert len(references) == len(cases.CHATS) == 16
-    length = padded_length(references)
     near_ties = 0
     for chat, reference in zip(cases.CHATS, references, strict=True):
         assert checkpoints.render_chat(real.tokenizer, chat) == reference.prompt_ids.tolist()
         assert len(reference.output_ids) == cases.NUM_NEW_TOKENS
-        difference = compare(real.model, reference, length)
+        difference = compare(real.model, reference)
         assert difference.max_error < cases.MAX_LOGIT_ERROR, chat
         assert difference.wrong_tokens == 0, chat
         near_ties += difference.near_ties
@@ -108,7 +107,7 @@ def test_real_model_continues_the_shared_greedy_reference(real: LoadedModel) -> 
             np.asarray(output),
             np.ones(64),
         )
-        assert compare(real.model, reference, 128).wrong_tokens == 0, item["question"]
+        assert compare(real.model, reference).wrong_tokens == 0, item["question"]
 
 
 # What a result may depend on.

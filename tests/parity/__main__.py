@@ -25,7 +25,7 @@ from engine.checkpoints.source import find_model
 from engine.models import dense_forward
 from engine.models.llama import weight_plan
 from tests.parity import cases
-from tests.parity.compare import Reference, compare, load_references, padded_length, save_references
+from tests.parity.compare import Reference, compare, load_references, save_references
 
 
 def main() -> int:
@@ -143,10 +143,9 @@ def torch_reference(model: LlamaForCausalLM, prompt_ids: list[int], others: np.n
 def compare_real(references: list[Reference]) -> int:
     model = checkpoints.load(checkpoints.DEFAULT_MODEL).model
     stored = load_references(str(cases.REAL_FILE)) if cases.REAL_FILE.exists() else references
-    padded_len = padded_length(references)
     failures = 0
     for index, (reference, kept) in enumerate(zip(references, stored, strict=True)):
-        difference = compare(model, reference, padded_len)
+        difference = compare(model, reference)
         same = np.array_equal(kept.prompt_ids, reference.prompt_ids) and bool(
             np.all((kept.output_ids == reference.output_ids) | (reference.gaps < cases.NEAR_TIE))
         )

@@ -38,14 +38,14 @@ class Difference:
         return self.max_error < MAX_LOGIT_ERROR and self.wrong_tokens == 0
 
 
-def compare(model: Llama, reference: Reference, padded_len: int) -> Difference:
-    """Run our model over prompt and continuation (padded, so that one compilation serves all prompts).
+def compare(model: Llama, reference: Reference) -> Difference:
+    """Run our model over prompt and continuation, padded on the right.
 
     Each greedy token is checked given transformers' tokens before it, which is the same as generating them
     for as long as they agree.
     """
     num_prompt, num_output = len(reference.prompt_ids), len(reference.output_ids)
-    tokens = np.zeros(padded_len, np.int32)
+    tokens = np.zeros(padded_length(reference), np.int32)
     tokens[:num_prompt] = reference.prompt_ids
     tokens[num_prompt : num_prompt + num_output] = reference.output_ids
     logits = np.asarray(dense_forward(model, tokens))
@@ -59,10 +59,9 @@ def compare(model: Llama, reference: Reference, padded_len: int) -> Difference:
     )
 
 
-def padded_length(references: list[Reference], multiple: int = 64) -> int:
-    """The length that holds every prompt with its continuation."""
-    longest = max(len(r.prompt_ids) + len(r.output_ids) for r in references)
-    return -(-longest // multiple) * multiple
+def padded_length(reference: Reference, multiple: int = 64) -> int:
+    """A length that holds the prompt with its continuation; few different ones, so few compilations."""
+    return -(-(len(reference.prompt_ids) + len(reference.output_ids)) // multiple) * multiple
 
 
 def save_references(path: str, references: list[Reference]) -> None:
