@@ -54,16 +54,24 @@ class _Softmax(NamedTuple):
         weights = jnp.where(seen, jnp.exp(logits - maximum[..., None]), 0.0)
         decay = jnp.exp(self.maximum - maximum)
         gained = jnp.einsum("...qt,...th->...qh", weights, values)
-        # A sum as a product with ones: XLA's own reduction adds in an order that depends on the number of
-        # elements, and so on the kind of row.
-        mass = (weights.reshape(-1, weights.shape[-1]) @ jnp.ones((weights.shape[-1], 8), jnp.float32))[:, 0]
-        mass = mass.reshape(weights.shape[:-1])
-        return _Softmax(maximum, self.total * decay + mass, self.output * decay[..., None] + gained)
+        return _Softmax(maximum, self.total * decay + _halving_sum(weights), self.output * decay[..., None] + gained)
 
     def result(self) -> jax.Array:
         """f32[..., H]; zero where nothing was seen."""
         total = jnp.where(self.total > 0, self.total, 1.0)
         return self.output / total[..., None]
+
+
+def _halving_sum(x: jax.Array) -> jax.Array:
+    """The sum over the last axis, a power of two, by adding its halves until one is left.
+
+    XLA's own reduction, and a product with ones too, add in an order that depends on how many rows there
+    are, and so on the kind of row.
+    """
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
 
 
 class _Spans(NamedTuple):

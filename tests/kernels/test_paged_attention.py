@@ -140,11 +140,14 @@ def test_more_sequences_than_a_decode_group():
     check(run([(2 * i, 1) for i in range(30)] + [(1, 33)], layout_of("xla"), PLAIN))
 
 
-@pytest.mark.parametrize("page_size", [16, 64, 128])
-def test_bits_do_not_depend_on_company_or_chunking(page_size):
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim", "page_size"),
+    [(3, 3, 64, 16), (3, 3, 64, 64), (3, 3, 64, 128), (2, 2, 16, 64), (4, 1, 80, 64), (8, 4, 128, 64)],
+)
+def test_bits_do_not_depend_on_company_or_chunking(kv_heads, group, head_dim, page_size):
     """One sequence, computed at once, in uneven chunks, or token by token among strangers: the same bits."""
     rng = np.random.default_rng(3)
-    kv_heads, group, head_dim, length = 3, 3, 64, 150
+    length = 150
     layout = page_layout("xla", kv_heads, head_dim, page_size, "float32")
     options = AttentionOptions(scale=head_dim**-0.5)
     pages_each = -(-length // page_size)
