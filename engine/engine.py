@@ -124,14 +124,13 @@ class Engine:
         try:
             finished = False
             while not finished:
-                elsewhere = []
-                for output in self.step():
-                    if output.request_id != request_id:
-                        elsewhere.append(output)
-                        continue
-                    finished = output.finished
-                    yield output
-                self._ready += elsewhere
+                outputs = self.step()
+                # Before the yield: the caller may never come back.
+                self._ready += [output for output in outputs if output.request_id != request_id]
+                for output in outputs:
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield output
         finally:
             self.abort_request(request_id)
 
