@@ -368,8 +368,8 @@ class CollidingHostMachine(HostMachine):
     hash_page = staticmethod(weak_hash)
 
 
-# A part of the profile's number of examples: one of these is worth hundreds of steps.
+# As many examples as the profile says.
 TestHost = HostMachine.TestCase
-TestHost.settings = settings(max_examples=settings().max_examples // 2, stateful_step_count=30)
+TestHost.settings = settings(max_examples=settings().max_examples, stateful_step_count=30)
 TestHostWithCollidingHashes = CollidingHostMachine.TestCase
-TestHostWithCollidingHashes.settings = settings(TestHost.settings, max_examples=settings().max_examples // 3)
+TestHostWithCollidingHashes.settings = settings(TestHost.settings, max_examples=settings().max_examples // 2)
