@@ -48,6 +48,10 @@ def find_model(source: str, revision: str | None = None) -> ModelFiles:
     if is_url(source):
         _no_revision(source, revision)
         _refuse_pickle(source)
+        if source.startswith("hf://"):
+            raise ModelError(
+                f"{source}: names no revision; write it as a hub id, with model.revision to pin it"
+            )
         local = local_path_of(source)
         path = download(source, WANTED_FILES) if local is None else local
         return _at_path(path, source)

@@ -354,6 +354,7 @@ def test_an_unknown_dtype_is_refused(tiny_folder: Path) -> None:
 
 def test_a_hub_id_needs_a_revision() -> None:
     assert "needs a revision" in refused("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert "no revision" in refused("hf://HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_a_revision_belongs_to_a_hub_id_alone(tiny_folder: Path) -> None:
