@@ -210,6 +210,18 @@ def test_input_columns_are_carried_with_their_types(tmp_path: Path) -> None:
     assert table["input_tags"].to_pylist() == [[], ["a"], ["a", "a"], ["a", "a", "a"]]
 
 
+def test_a_rows_text_follows_from_its_id_and_not_from_its_place(tmp_path: Path) -> None:
+    rows = [{"id": f"row-{i}", "prompt": "the same for all"} for i in range(7)]
+    texts = []
+    for name, order in (("forward", rows), ("backward", rows[::-1])):
+        write_jsonl(tmp_path / name / "a.jsonl", lines(order))
+        assert run_fake(job_settings(tmp_path / name, tmp_path / f"{name}-out")) == ExitCode.DONE
+        table = pq.read_table(tmp_path / f"{name}-out" / "data" / "part-00000-of-00001.parquet")
+        texts.append(dict(zip(table["row_id"].to_pylist(), table["text"].to_pylist(), strict=True)))
+    assert texts[0] == texts[1]
+    assert len(set(texts[0].values())) == 7
+
+
 def test_several_samples_and_token_ids(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", lines([{"id": "x", "prompt": "p"}]))
     settings = job_settings(

@@ -85,7 +85,7 @@ def test_a_row_that_kills_its_process_is_found_and_left_out(tmp_path: Path) -> N
     engines: list[WatchedEngine] = []
 
     def deadly(_: Any, settings: Settings) -> FakeEngine:
-        engines.append(WatchedEngine(max_num_seqs=4, crash_on={"0:4"}, crash=crash))
+        engines.append(WatchedEngine(max_num_seqs=4, crash_on={"0:4"}, crash_at_step=2, crash=crash))
         return engines[-1]
 
     for _start in range(12):
@@ -106,8 +106,12 @@ def test_a_row_that_kills_its_process_is_found_and_left_out(tmp_path: Path) -> N
         for row_id in pq.read_table(file)["row_id"].to_pylist()
     ]
     assert ids == [f"{s}-{i}" for s in range(2) for i in range(9) if (s, i) != (0, 4)]
-    # In the deaths that convicted it, it was alone.
-    assert all(engine.companies[-1] == {"0:4"} for engine in engines[2:-1])
+    # What was in flight in both of the first deaths ran alone after them, then only the culprit did.
+    suspects = engines[0].companies[-1] & engines[1].companies[-1]
+    assert all(len(company) == 1 for company in engines[2].companies if company & suspects)
+    for engine in engines[3:]:
+        assert all(len(company) == 1 for company in engine.companies if "0:4" in company)
+    assert any(len(company) > 1 for company in engines[-1].companies)
 
 
 def test_a_row_the_engine_refuses_is_a_reject(tmp_path: Path) -> None:
@@ -143,6 +147,22 @@ def test_a_drain_takes_no_new_rows_and_finishes_open_chunks(tmp_path: Path) -> N
     # When it was asked, rows 8 to 11 ran and 12 to 15 waited: both chunks were whole, none after was begun.
     assert sorted(commits(tmp_path / "out")) == [f"00000/{chunk:05d}" for chunk in range(4)]
     assert frozenset().union(*engine.companies) == {f"0:{row}" for row in range(16)}
+
+
+def test_a_drain_gives_up_rows_of_chunks_that_cannot_complete(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "in", num_shards=1, rows_per_shard=30)
+    settings = job_settings(
+        folder, tmp_path / "out", output__chunk_rows=5, sampling__max_tokens=6, sampling__ignore_eos=True
+    )
+    stop = StopRequest(30.0)
+    engine = WatchedEngine(
+        max_num_seqs=4, crash_on={"0:8"}, crash_at_step=1, crash=lambda _: stop.ask("SIGTERM")
+    )
+    assert run_fake(settings, lambda *_: engine, stop) == ExitCode.DRAINED
+    # Row 15 had been handed over, the other rows of its chunk had not been read.
+    assert sorted(commits(tmp_path / "out")) == [f"00000/{chunk:05d}" for chunk in range(3)]
+    assert "0:15" in frozenset().union(*engine.companies)
+    assert "0:15" not in engine.companies[-1]
 
 
 def test_a_shard_with_fewer_rows_than_planned_ends_as_an_error(tmp_path: Path, capsys: Any) -> None:
