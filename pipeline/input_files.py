@@ -60,6 +60,17 @@ _PASSING = {
     errno.ENFILE,
     errno.EPIPE,
 }
+_STORE_CLIENTS = {
+    "botocore",
+    "aiobotocore",
+    "s3fs",
+    "aiohttp",
+    "gcsfs",
+    "google",
+    "adlfs",
+    "azure",
+    "paramiko",
+}
 
 
 def scheme_of(url: str) -> str:
@@ -138,6 +149,12 @@ def errors_named(url: str, what: str = "read") -> Iterator[None]:
         raise InputError(damaged(url, error)) from error
     except (pa.ArrowException, EOFError, UnicodeDecodeError) as error:
         raise InputError(damaged(url, error)) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _STORE_CLIENTS:
+            raise
+        # A store's client raises its own errors for credentials, endpoints and answers it cannot use.
+        message = f"cannot {what} it: {one_line(error)}; check the credentials and the address"
+        raise InputError(f"{url}: {message}") from error
 
 
 def damaged(url: str, error: BaseException) -> str:

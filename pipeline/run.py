@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pipeline.id_index import IdIndex
 from pipeline.job_plan import fingerprint_parts, make_plan
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
+from pipeline.plan import RunPlan
 from pipeline.progress import Progress
 from pipeline.prompts import PromptBuilder
 from pipeline.read_ahead import ReadAhead
@@ -97,12 +98,21 @@ def run_job(
         spool = stack.enter_context(open_spool(settings.output.spool_dir))
         loaded = load_model(settings)
         builder = _prompt_builder(settings, loaded, shards, spool, stack)
+        engine = cache(partial(make_engine, loaded, settings))
+
+        def begin() -> RunPlan:
+            """Called before anything is created: what the engine refuses leaves nothing behind."""
+            plan = make_plan(settings, shards)
+            if not stop.is_asked:
+                engine()
+            return plan
+
         ledger = stack.enter_context(
             open_ledger(
                 storage,
                 parts=fingerprint_parts(settings, loaded, builder, shards, platform),
                 config=as_config(settings),
-                make_plan=partial(make_plan, settings, shards),
+                make_plan=begin,
                 spool_dir=spool,
                 merge_metrics=merge_chunks,
                 on_change=settings.resume.on_change,
@@ -110,7 +120,7 @@ def run_job(
         )
         result = WorkResult()
         if ledger.unfinished() and not stop.is_asked:
-            result = _work(settings, ledger, shards, builder, make_engine(loaded, settings), stop)
+            result = _work(settings, ledger, shards, builder, engine(), stop)
         manifest = ledger.finish()
         return _conclude(settings, ledger, result, manifest is not None, stop, time.monotonic() - started)
 

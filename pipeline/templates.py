@@ -15,7 +15,7 @@ import jinja2.nodes
 import jinja2.sandbox
 import jinja2.visitor
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InputError
 from pipeline.input_files import errors_named, filesystem, open_file
 
 MAX_TEMPLATE_BYTES = 1024 * 1024
@@ -89,6 +89,8 @@ def read_template(text: str | None, file: str | None, name: str) -> tuple[str, s
     if file is None:
         return None if text is None else (text, f"prompt.{name}")
     fs, path = filesystem(file)
+    if not fs.exists(path):
+        raise InputError(f"{file}: no such file; check prompt.{name}_file")
     with errors_named(file), open_file(fs, path) as stream:
         source = stream.read(MAX_TEMPLATE_BYTES + 1)
     if len(source) > MAX_TEMPLATE_BYTES:

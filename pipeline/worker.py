@@ -79,7 +79,8 @@ class Worker:
         self._changed_shards: set[int] = set()  # whose rows in flight changed since their lease was told
         self._failed: dict[int, InputError] = {}
         self._totals = Metrics()
-        self._rows_before, self._rejects_before = self._committed_before()
+        before = ledger.counts()
+        self._rows_before, self._rejects_before = before["rows"], before["rejected"]
         self._progress = progress(self._standing())
 
     def run(self) -> WorkResult:
@@ -342,15 +343,6 @@ class Worker:
         chunk.writer.abandon()
 
     # Standing.
-
-    def _committed_before(self) -> tuple[int, int]:
-        """Rows and rejects that earlier attempts committed."""
-        records = [
-            record
-            for shard in range(self._ledger.plan.num_shards)
-            for record in self._ledger.committed(shard).values()
-        ]
-        return sum(r.counts["rows"] for r in records), sum(r.counts["rejected"] for r in records)
 
     @property
     def _rows_rejected(self) -> int:

@@ -319,6 +319,15 @@ def test_an_unwritable_output_is_refused_before_the_model_is_loaded(shards: Path
         run_fake(job_settings(shards, tmp_path / "file" / "out"), no_engine)
 
 
+def test_what_the_engine_refuses_leaves_nothing_half_made(shards: Path, tmp_path: Path) -> None:
+    def too_small(loaded: Any, settings: Settings) -> FakeEngine:
+        raise ConfigError("the KV cache has room for 0 pages")
+
+    with pytest.raises(ConfigError, match="room for 0 pages"):
+        run_fake(job_settings(shards, tmp_path / "out"), too_small)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_accelerator_is_told_before_the_input_is_read(tmp_path: Path) -> None:
     settings = job_settings(tmp_path / "nowhere", tmp_path / "out", engine__platform="tpu")
     with pytest.raises(ConfigError, match=r"engine\.platform=tpu .* no TPU") as refused:
