@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TextIO
@@ -11,6 +12,9 @@ from typing import Literal, TextIO
 from tqdm import tqdm
 
 ProgressStyle = Literal["auto", "bar", "lines", "off"]
+
+# The time left follows from the rows that were generated in so many of the last seconds.
+RATE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,10 @@ class Standing:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+
+    @property
+    def rows_generated(self) -> int:
+        return self.rows_done - self.rows_rejected
 
     @property
     def hit_rate(self) -> float | None:
@@ -46,7 +54,7 @@ class Progress:
         self._line_seconds = line_seconds
         self._clock = clock
         self._started = self._last_line = clock()
-        self._first = start
+        self._recent = deque([(self._started, start)])  # standings of the last RATE_SECONDS, oldest first
         self._bar: tqdm | None = None
         if self._style == "bar":
             self._bar = tqdm(
@@ -55,13 +63,17 @@ class Progress:
                 unit="row",
                 file=self._stream,
                 dynamic_ncols=True,
-                smoothing=0.05,
+                # Rejects take no time and rows finish in bursts, so tqdm's own rate and time left mislead.
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]",
             )
 
     def update(self, standing: Standing) -> None:
         """Show `standing`: at once on a bar, each `line_seconds` as a line."""
+        self._recent.append((self._clock(), standing))
+        while len(self._recent) > 2 and self._recent[1][0] <= self._clock() - RATE_SECONDS:
+            self._recent.popleft()
         if self._bar is not None:
-            self._bar.set_postfix_str(self._rates(standing), refresh=False)
+            self._bar.set_postfix_str(f"{self._rates(standing)}, {self._left(standing)}", refresh=False)
             self._bar.update(standing.rows_done - self._bar.n)
         elif self._style == "lines" and self._clock() - self._last_line >= self._line_seconds:
             self._last_line = self._clock()
@@ -89,13 +101,16 @@ class Progress:
 
     def _line(self, standing: Standing) -> str:
         share = standing.rows_done / standing.rows_total if standing.rows_total else 1.0
-        done_here = standing.rows_done - self._first.rows_done
-        left = "time left unknown"
-        if done_here > 0:
-            seconds = (self._clock() - self._started) / done_here * (standing.rows_total - standing.rows_done)
-            left = f"{duration(seconds)} left"
         rows = f"{standing.rows_done:,} of {standing.rows_total:,} rows ({share:.0%})"
-        return f"{rows}, {self._rates(standing)}, {left}"
+        return f"{rows}, {self._rates(standing)}, {self._left(standing)}"
+
+    def _left(self, standing: Standing) -> str:
+        moment, before = self._recent[0]
+        num_generated = standing.rows_generated - before.rows_generated
+        if num_generated <= 0:
+            return "time left unknown"
+        seconds = (self._clock() - moment) / num_generated * (standing.rows_total - standing.rows_done)
+        return f"{duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

@@ -41,7 +41,8 @@ def test_without_a_terminal_there_is_a_line_each_half_minute() -> None:
 def test_a_terminal_gets_a_bar() -> None:
     shown = show("auto", Terminal(), [1.0, 500.0])
     assert "\r" in shown
-    assert "500/1000" in shown
+    assert "500/1000 rows" in shown
+    assert "left" in shown
     assert "80% cached" in shown
 
 
@@ -53,9 +54,18 @@ def test_time_left_counts_only_the_rows_of_this_attempt() -> None:
     stream, now = io.StringIO(), 0.0
     progress = Progress("lines", standing(900), line_seconds=1.0, stream=stream, clock=lambda: now)
     now = 10.0
-    progress.update(standing(910, rejected=3))
-    assert "1 min 30 s left" in stream.getvalue()
+    progress.update(standing(913, rejected=3))
+    assert "1 min 27 s left" in stream.getvalue()
     assert "3 rejected" in stream.getvalue()
+
+
+def test_time_left_follows_the_last_two_minutes() -> None:
+    stream, now = io.StringIO(), 0.0
+    progress = Progress("lines", standing(0), line_seconds=1.0, stream=stream, clock=lambda: now)
+    for now, rows in ((600.0, 10), (660.0, 70), (720.0, 130), (780.0, 190)):  # noqa: B007 - the clock reads it
+        progress.update(standing(rows))
+    # One row a second lately, however slow the beginning was.
+    assert stream.getvalue().splitlines()[-1].endswith("13 min 30 s left")
 
 
 def test_no_rows_done_means_time_left_is_unknown() -> None:
