@@ -24,9 +24,8 @@ from pipeline.read_ahead import Assignment, Item, ReadAhead, ReadFailure
 from pipeline.rows import Prompt, Reject
 from pipeline.shards import Shard, current_version
 from pipeline.signals import StopRequest
+from pipeline.tally import Tally
 
-# Below this many rejects an input is too small to be worth stopping early: it is finished and reported whole.
-REJECTS_BEFORE_STOPPING = 1000
 # Another process's lease is watched this long (a dead one on another machine is taken over after 120 s).
 HELD_PATIENCE_SECONDS = 150.0
 HELD_POLL_SECONDS = 2.0
@@ -68,7 +67,6 @@ class Worker:
         self._meter = EngineMeter(engine, max_num_seqs, clock)
         # As many waiting as running: the scheduler always has a next row, and others if that one must wait.
         self._max_unfinished = 2 * max_num_seqs
-        self._max_reject_fraction = max_reject_fraction
 
         self._unclaimed = deque(ledger.unfinished())
         self._held: set[int] = set()
@@ -78,15 +76,13 @@ class Worker:
         self._alone_steps: int | None = None  # steps of the row that runs alone now
         self._changed_shards: set[int] = set()  # whose rows in flight changed since their lease was told
         self._failed: dict[int, InputError] = {}
-        self._totals = Metrics()
-        before = ledger.counts()
-        self._rows_before, self._rejects_before = before["rows"], before["rejected"]
-        self._progress = progress(self._standing())
+        self._tally = Tally(ledger.counts(), ledger.plan.num_rows, max_reject_fraction)
+        self._progress = progress(self._tally.standing([]))
 
     def run(self) -> WorkResult:
         """Work until nothing is left, a drain is asked for, or too many rows are rejected."""
         held_since: float | None = None
-        while not self._stop.is_asked and not self._too_many_rejects:
+        while not self._stop.is_asked and not self._tally.is_over_limit(self._open_metrics):
             self._assign()
             self._admit()
             if self._engine.has_unfinished:
@@ -104,13 +100,13 @@ class Worker:
                 self._sleep(HELD_POLL_SECONDS)
                 self._unclaimed.extend(sorted(self._held))
                 self._held.clear()
-        too_many = self._too_many_rejects
+        too_many = self._tally.is_over_limit(self._open_metrics)
         if self._stop.is_asked or too_many:
             self._drain()
         else:
             self._fail_short_shards()
         self._progress.close()
-        return WorkResult(self._totals, too_many, self._failed)
+        return WorkResult(self._tally.totals, too_many, self._failed)
 
     # Shards: claim, assign, give up.
 
@@ -256,7 +252,7 @@ class Worker:
             self._alone_steps = None
             chunk = self._chunk_of(prompt)
             self._complete(chunk, prompt, output, None)
-        self._progress.update(self._standing())
+        self._progress.update(self._tally.standing(self._open_metrics))
 
     def _tell_leases(self) -> None:
         """Before a step that could kill the process: which rows are about to run."""
@@ -294,7 +290,7 @@ class Worker:
             return
         del self._open_chunks[key]
         if is_ours:
-            self._totals.merge(chunk.metrics)
+            self._tally.commit(chunk.metrics)
         opened.num_missing -= 1
         if opened.num_missing == 0:
             self._finalise(chunk.shard)
@@ -342,28 +338,6 @@ class Worker:
                 self._changed_shards.add(chunk.shard)
         chunk.writer.abandon()
 
-    # Standing.
-
     @property
-    def _rows_rejected(self) -> int:
-        waiting = sum(chunk.metrics.rows_rejected for chunk in self._open_chunks.values())
-        return self._rejects_before + self._totals.rows_rejected + waiting
-
-    @property
-    def _too_many_rejects(self) -> bool:
-        """So many rejects that the limit is passed whatever the rest brings, in an input worth stopping."""
-        rejected = self._rows_rejected
-        limit = self._max_reject_fraction * self._ledger.plan.num_rows
-        return rejected >= REJECTS_BEFORE_STOPPING and rejected > limit
-
-    def _standing(self) -> Standing:
-        opened = [chunk.metrics for chunk in self._open_chunks.values()]
-        now = [self._totals, *opened]
-        return Standing(
-            rows_done=self._rows_before + sum(metrics.rows_in for metrics in now),
-            rows_total=self._ledger.plan.num_rows,
-            rows_rejected=self._rows_rejected,
-            prompt_tokens=sum(metrics.prompt_tokens for metrics in now),
-            cached_tokens=sum(metrics.cached_tokens for metrics in now),
-            generated_tokens=sum(metrics.generated_tokens for metrics in now),
-        )
+    def _open_metrics(self) -> list[Metrics]:
+        return [chunk.metrics for chunk in self._open_chunks.values()]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.errors import ConfigError, InputError, OutputError
-from pipeline import worker
+from pipeline import tally, worker
 from pipeline.exit_codes import ExitCode
 from pipeline.job_plan import make_plan
 from pipeline.ledger import Ledger
@@ -188,7 +188,7 @@ def test_too_many_rejects_end_with_their_own_exit_code_and_keep_everything(tmp_p
 
 
 def test_a_large_input_of_rejects_is_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "REJECTS_BEFORE_STOPPING", 4)
+    monkeypatch.setattr(tally, "REJECTS_BEFORE_STOPPING", 4)
     for shard in range(4):
         write_jsonl(tmp_path / "in" / f"{shard}.jsonl", lines([{"id": f"{shard}-{i}"} for i in range(3)]))
     settings = job_settings(tmp_path / "in", tmp_path / "out", max_reject_fraction=0.25)
