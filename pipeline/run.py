@@ -161,6 +161,7 @@ def _work(
         versions=package_versions(),
         fingerprint=ledger.fingerprint,
     )
+    stop.begin_work()
     with ReadAhead(builder, settings.input) as reader:
         worker = Worker(
             ledger,

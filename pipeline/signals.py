@@ -26,7 +26,8 @@ GRACE_SECONDS = 2.0
 class StopRequest:
     """Whether a drain was asked for, by whom, and how many of its seconds are left. Safe from any thread.
 
-    What is done about it is the worker's, between two engine steps.
+    What is done about it is the worker's, between two engine steps. Before `begin_work` there is nothing to
+    drain (a model is loading, steps are being compiled), so no seconds are given.
     """
 
     def __init__(self, drain_seconds: float, *, clock: Callable[[], float] = time.monotonic):
@@ -34,14 +35,19 @@ class StopRequest:
         self._clock = clock
         self._event = threading.Event()
         self._deadline: float | None = None
+        self._has_work = False
         self.cause: str | None = None
+
+    def begin_work(self) -> None:
+        """From here on a drain has its seconds."""
+        self._has_work = True
 
     def ask(self, cause: str) -> None:
         """Ask for a drain; the first cause and its deadline stand."""
         if self._event.is_set():
             return
         self.cause = cause
-        self._deadline = self._clock() + self._drain_seconds
+        self._deadline = self._clock() + (self._drain_seconds if self._has_work else 0.0)
         self._event.set()
 
     @property
@@ -93,12 +99,11 @@ class HandleSignals:
         self._reader.close()
 
     def _watch(self) -> None:
+        timeout = None  # a stop that the program asked for itself is not enforced
         while True:
-            seconds_left = self._stop.seconds_left + GRACE_SECONDS
-            timeout = None if seconds_left == float("inf") else max(seconds_left, 0.0)
             ready, _, _ = select.select([self._reader], [], [], timeout)
             if not ready:
-                _end_now(ExitCode.DRAINED, "the drain took too long")
+                _end_now(ExitCode.DRAINED, "stopped before the end of a long step")
             numbers = self._reader.recv(64)
             if not numbers:
                 return
@@ -107,6 +112,7 @@ class HandleSignals:
                     _end_now(ExitCode.STOPPED_AT_ONCE, "stopped at once")
                 elif number in self._previous:
                     self._stop.ask(signal.Signals(number).name)
+                    timeout = max(self._stop.seconds_left + GRACE_SECONDS, 0.0)
 
 
 def _end_now(code: ExitCode, why: str) -> None:
