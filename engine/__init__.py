@@ -1,4 +1,4 @@
-"""Continuous batching over paged keys and values: `Engine.from_pretrained(...).generate(prompts, sampling)`."""
+"""Continuous batching over paged keys and values: `Engine.from_pretrained(...).generate(...)`."""
 
 from __future__ import annotations
 

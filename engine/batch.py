@@ -32,7 +32,9 @@ class StepInputs(NamedTuple):
 class BatchBuilder:
     """Builds the inputs of any planned step. Sizes are those the steps are compiled for."""
 
-    def __init__(self, *, vocab_size: int, max_num_seqs: int, max_model_len: int, page_size: int, device: Any):
+    def __init__(
+        self, *, vocab_size: int, max_num_seqs: int, max_model_len: int, page_size: int, device: Any
+    ):
         self._vocab_size = vocab_size
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
@@ -61,17 +63,19 @@ class BatchBuilder:
                 num_logits += row.num_logits
             at = end
         sampling, idle = self._sampling(plan, bucket.num_logits)
-        arrays = (token_ids, positions, Rows(query_start, kv_len, page_table), logit_tokens, sampling)
-        *step, sampling = jax.device_put(arrays, self._device)
-        return StepInputs(*step, SamplingInputs(**sampling, **idle))
+        arrays = (token_ids, positions, query_start, kv_len, page_table, logit_tokens, sampling)
+        put = jax.device_put(arrays, self._device)
+        token_ids, positions, query_start, kv_len, page_table, logit_tokens, sampling = put
+        rows = Rows(query_start, kv_len, page_table)
+        return StepInputs(token_ids, positions, rows, logit_tokens, SamplingInputs(**sampling, **idle))
 
     def idle_inputs(self, bucket: Bucket) -> StepInputs:
         """Inputs of a step with no rows: the shapes to compile for."""
         return self.build(StepPlan(()), bucket)
 
-    def _sampling(self, plan: StepPlan, size: int) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+    def _sampling(self, plan: StepPlan, size: int) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """Arrays to put on the device, and those that are there already."""
-        put = {
+        put: dict[str, Any] = {
             "temperature": np.zeros(size, np.float32),
             "top_k": np.full(size, self._vocab_size, np.int32),
             "top_p": np.ones(size, np.float32),
@@ -114,8 +118,8 @@ class BatchBuilder:
         return self._finish(put, unusual, any_logprobs, size)
 
     def _finish(
-        self, put: dict[str, np.ndarray], unusual: _Unusual, any_logprobs: bool, size: int
-    ) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+        self, put: dict[str, Any], unusual: _Unusual, any_logprobs: bool, size: int
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         idle = dict(self._idle_arrays(size))
         for index, request in unusual.penalised:
             sampling = request.sampling
@@ -183,6 +187,3 @@ class _Unusual:
             self.masked.append((index, request))
         if sampling.logit_bias:
             self.biased.append((index, request))
-
-
-

@@ -31,7 +31,7 @@ def use_compilation_cache(folder: str | None) -> Path:
 
     The folder holds code that is run on the next start, so it is private to its owner.
     """
-    told = jax.config.jax_compilation_cache_dir
+    told: str | None = jax.config.values["jax_compilation_cache_dir"]
     path = Path(folder or told or Path.home() / ".cache" / "tidemill" / "compiled").expanduser()
     path.mkdir(parents=True, exist_ok=True)
     if folder or not told:

@@ -57,7 +57,9 @@ class EngineConfig:
             if value & (value - 1):
                 raise ConfigError(f"engine.{name}={value}: give a power of two from {low} to {high}")
         if not isinstance(self.hbm_utilization, (int, float)) or not 0 < self.hbm_utilization <= 1:
-            raise ConfigError(f"engine.hbm_utilization={self.hbm_utilization}: give a share above 0 and up to 1")
+            raise ConfigError(
+                f"engine.hbm_utilization={self.hbm_utilization}: give a share above 0 and up to 1"
+            )
         for name, choices in (
             ("dtype", DTYPES),
             ("kv_dtype", (None, *DTYPES)),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, TypeGuard, cast
 
-from engine.checkpoints import LoadedModel, load, render_chat
+from engine.checkpoints import LoadedModel, encode_text, load, render_chat
 from engine.compilation import use_compilation_cache
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
@@ -23,7 +23,7 @@ Prompts = str | TokenIds | Chat | Sequence[str] | Sequence[TokenIds] | Sequence[
 
 
 class Engine:
-    """Continuous batching over paged keys and values. One thread; see `generate`, or `add_request` and `step`.
+    """Continuous batching over paged keys and values. One thread: `generate`, or `add_request` and `step`.
 
     Raises ConfigError where options, model and machine do not go together.
     """
@@ -111,7 +111,7 @@ class Engine:
 
     def stream(
         self, prompt: str | TokenIds | Chat, sampling: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Complete one prompt and yield an output whenever its text grows.
 
         `delta_text` never splits a character nor shows a part of a stop string; joined, the deltas are the
@@ -163,10 +163,15 @@ class Engine:
         params = sampling or SamplingParams()
         if request_id in self._groups:
             raise RequestError("duplicate_request_id", f"request {request_id!r} is unfinished already")
-        if (prompt is None) == (prompt_token_ids is None):
-            raise RequestError("bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them")
         params.check_vocab(self.loaded.config.vocab_size)
-        token_ids = tuple(prompt_token_ids) if prompt_token_ids is not None else self._tokenize(prompt)
+        if prompt is not None and prompt_token_ids is None:
+            token_ids = self._tokenize(prompt)
+        elif prompt_token_ids is not None and prompt is None:
+            token_ids = tuple(prompt_token_ids)
+        else:
+            raise RequestError(
+                "bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them"
+            )
         self._check_token_ids(request_id, token_ids)
         bad_words = bad_word_token_ids(self.tokenizer, params.bad_words)
         # The samples share their prompt; its log-probabilities are computed once, with the first.
@@ -177,7 +182,9 @@ class Engine:
                 prompt_token_ids=token_ids,
                 sampling=others if index else params,
                 key=request_key(self.config.seed, identity or request_id, index, params.seed),
-                max_total_len=max(len(token_ids) + 1, min(len(token_ids) + params.max_tokens, self.max_model_len)),
+                max_total_len=max(
+                    len(token_ids) + 1, min(len(token_ids) + params.max_tokens, self.max_model_len)
+                ),
                 sample_index=index,
                 priority=priority,
                 eos_token_ids=frozenset(self.loaded.config.eos_token_ids),
@@ -289,12 +296,13 @@ class Engine:
         if _is_token_ids(prompt):
             self.add_request(request_id, prompt, sampling=params, stream=stream)
         else:
-            self.add_request(request_id, prompt=prompt, sampling=params, stream=stream)
+            text_or_chat = cast("str | Chat", prompt)
+            self.add_request(request_id, prompt=text_or_chat, sampling=params, stream=stream)
         return request_id
 
-    def _tokenize(self, prompt: str | Chat | None) -> tuple[int, ...]:
+    def _tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(self.tokenizer(prompt)["input_ids"])
+            return tuple(encode_text(self.tokenizer, prompt))
         return tuple(render_chat(self.tokenizer, prompt))
 
     def _check_token_ids(self, request_id: str, token_ids: tuple[int, ...]) -> None:
@@ -303,8 +311,8 @@ class Engine:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
                 raise RequestError(
                     "bad_token_id",
-                    f"request {request_id!r}: prompt token {position} is {token!r}; token ids are whole numbers "
-                    f"from 0 to {vocab_size - 1}",
+                    f"request {request_id!r}: prompt token {position} is {token!r}; token ids are "
+                    f"whole numbers from 0 to {vocab_size - 1}",
                 )
 
     def _samplings(
@@ -313,12 +321,18 @@ class Engine:
         if sampling is None or isinstance(sampling, SamplingParams):
             return [sampling or SamplingParams()] * num_prompts
         if len(sampling) != num_prompts:
-            raise ConfigError(f"{num_prompts} prompts were given {len(sampling)} SamplingParams: one, or one each")
+            raise ConfigError(
+                f"{num_prompts} prompts were given {len(sampling)} SamplingParams: one, or one each"
+            )
         return list(sampling)
 
 
-def _is_token_ids(prompt: Any) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (str, Mapping, Sequence))
+def _is_token_ids(prompt: Any) -> TypeGuard[TokenIds]:
+    return (
+        not isinstance(prompt, str)
+        and len(prompt) > 0
+        and not isinstance(prompt[0], (str, Mapping, Sequence))
+    )
 
 
 def _as_list(prompts: Any) -> list[Any]:

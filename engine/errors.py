@@ -44,7 +44,7 @@ class RequestError(TidemillError):
 
 
 class RetryLater(TidemillError):
-    """A passing fault (disk full, lost credential, unknown commit outcome): start again later (exit code 75)."""
+    """A passing fault (disk full, lost credential, unknown outcome): start again later (exit code 75)."""
 
 
 class RetraceError(TidemillError):

@@ -37,8 +37,9 @@ def num_pages_that_fit(
     num_pages = min(max(0, budget) // page_bytes, 2 * config.max_num_seqs * pages_each)
     if num_pages < pages_each:
         raise ConfigError(
-            f"the KV cache has room for {num_pages} pages of {config.page_size} tokens ({max(0, budget):,} bytes, "
-            f"{page_bytes:,} a page) and one sequence of engine.max_model_len={max_model_len} needs {pages_each}: "
+            f"the KV cache has room for {num_pages} pages of {config.page_size} tokens "
+            f"({max(0, budget):,} bytes, {page_bytes:,} a page) and one sequence of "
+            f"engine.max_model_len={max_model_len} needs {pages_each}: "
             "raise engine.kv_cache_bytes or engine.hbm_utilization, or lower engine.max_model_len"
         )
     return num_pages

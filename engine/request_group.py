@@ -79,7 +79,10 @@ class RequestGroup:
             logprobs = tuple(
                 TokenLogprob(*entry)
                 for entry in zip(
-                    request.output_token_ids, request.output_logprobs, request.output_top_logprobs, strict=True
+                    request.output_token_ids,
+                    request.output_logprobs,
+                    request.output_top_logprobs,
+                    strict=True,
                 )
             )
         return CompletionOutput(
@@ -124,6 +127,8 @@ def bad_word_token_ids(tokenizer: Any, words: Sequence[str]) -> tuple[tuple[int,
         for spelling in sorted(spellings):
             ids = tuple(tokenizer(spelling, add_special_tokens=False)["input_ids"])
             if not ids:
-                raise RequestError("bad_sampling", f"sampling.bad_words: {word!r} has no tokens in this tokenizer")
+                raise RequestError(
+                    "bad_sampling", f"sampling.bad_words: {word!r} has no tokens in this tokenizer"
+                )
             found[ids] = None
     return tuple(found)

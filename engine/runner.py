@@ -73,11 +73,15 @@ class StepRunner:
         page_bytes = self._layout.page_bytes * self._num_layers
         weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._weights))
         fit = partial(
-            num_pages_that_fit, config, device=self._device, page_bytes=page_bytes, max_model_len=max_model_len
+            num_pages_that_fit,
+            config,
+            device=self._device,
+            page_bytes=page_bytes,
+            max_model_len=max_model_len,
         )
         with counting_compiles() as count:
-            # The largest step's temporaries decide how many pages fit, and its code depends on that number: so
-            # it is lowered for a few pages first where memory is bounded by the device.
+            # The largest step's temporaries decide how many pages fit, and its code depends on that number:
+            # so it is compiled for a few pages first where the device bounds memory.
             self.num_pages = fit(used_bytes=weight_bytes + self._temporary_bytes(config))
             self._compiled = {bucket: self._compile(bucket, self.num_pages) for bucket in self.buckets}
         self.num_compiled = count.num_compiled

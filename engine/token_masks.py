@@ -1,6 +1,6 @@
 """Which tokens a row may draw: allowed ids, bad words and `min_tokens`, as one packed bit mask a row.
 
-Bit `t % 32` of word `t // 32` says whether token `t` may be drawn (the layout of llguidance's masks). Pure numpy.
+Bit `t % 32` of word `t // 32` says whether token `t` may be drawn, as in llguidance. Pure numpy.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ from engine.models.llama import Llama
 from engine.models.rope import rope_tables
 
 AttendLayer = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-"""(layer i32[], q [T, N, H], k [T, K, H], v [T, K, H], pages) -> (out [T, N, H], pages with k, v written)."""
+"""(layer i32[], q [T, N, H], k [T, K, H], v [T, K, H], pages) -> (out [T, N, H], pages)."""
 
 
 def looped_forward(
     model: Llama, token_ids: jax.Array, positions: jax.Array, pages: Any, attend: AttendLayer
 ) -> tuple[jax.Array, Any]:
-    """What `model(...)` computes, with all layers' pages in one value and the layer's number given to `attend`.
+"""(layer i32[], q [T, N, H], k and v [T, K, H], pages) -> (out [T, N, H], pages with k, v written)."""
 
     token_ids, positions i32[T] -> (hidden [T, D] after the last norm, pages).
     """

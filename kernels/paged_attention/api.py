@@ -10,7 +10,7 @@ from kernels.paged_attention.layout import AttentionOptions, PageLayout, Pages, 
 
 _BACKENDS = {"xla": xla.attend}
 
-# The widest page that a step's page table still addresses with little waste; the narrowest that fills a vector.
+# A narrower page fills no vector; a wider one wastes half of itself on most sequences.
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 512
 
 

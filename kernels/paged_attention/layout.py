@@ -129,7 +129,7 @@ class PageLayout:
         return Pages(pages.keys.at[target].set(keys), pages.values.at[target].set(values))
 
     def tokens(self, pages: Pages, page_ids: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """The keys and values, each [num_tokens, K, H], of a sequence that lies in `page_ids` (on the host)."""
+        """Keys and values, each [num_tokens, K, H], of a sequence that lies in `page_ids` (on the host)."""
         keys = np.asarray(pages.keys)[page_ids].transpose(0, 3, 1, 2)
         values = np.asarray(pages.values)[page_ids].transpose(0, 2, 1, 3)
         shape = (-1, self.num_kv_heads, self.head_dim)

@@ -48,13 +48,15 @@ class _Softmax(NamedTuple):
         return cls(jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32), output)
 
     def add(self, logits: jax.Array, seen: jax.Array, values: jax.Array) -> _Softmax:
-        """Take in one span: logits [..., q, span], seen the same or broadcast to it, values [..., span, H]."""
+        """Take in one span: logits and seen [..., q, span], values [..., span, H]."""
         logits = jnp.where(seen, logits, _MASKED)
         maximum = jnp.maximum(self.maximum, logits.max(-1))
         weights = jnp.where(seen, jnp.exp(logits - maximum[..., None]), 0.0)
         decay = jnp.exp(self.maximum - maximum)
         gained = jnp.einsum("...qt,...th->...qh", weights, values)
-        return _Softmax(maximum, self.total * decay + _halving_sum(weights), self.output * decay[..., None] + gained)
+        return _Softmax(
+            maximum, self.total * decay + _halving_sum(weights), self.output * decay[..., None] + gained
+        )
 
     def result(self) -> jax.Array:
         """f32[..., H]; zero where nothing was seen."""
@@ -75,7 +77,7 @@ def _halving_sum(x: jax.Array) -> jax.Array:
 
 
 class _Spans(NamedTuple):
-    """Reads spans of `pages_per_span` pages; a span's keys are [..., K, H, span], its values [..., K, span, H]."""
+    """Reads spans of pages: a span's keys are [..., K, H, span], its values [..., K, span, H]."""
 
     layout: PageLayout
     pages: Pages
@@ -94,7 +96,7 @@ class _Spans(NamedTuple):
         return jnp.pad(page_table, [(0, 0)] * (page_table.ndim - 1) + [(0, extra)])
 
     def read(self, page_table: jax.Array, index: jax.Array, kv_len: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Span `index` of the sequences in `page_table` [..., pages]; values past `kv_len` [...] read as zero.
+        """Span `index` of the sequences in `page_table` [..., pages]; values past `kv_len` read as zero.
 
         What lies past a sequence's end may be anything, NaN too, and a weight of zero does not silence a NaN.
         """

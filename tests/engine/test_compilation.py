@@ -11,7 +11,8 @@ START = """
 import sys
 from engine.engine import Engine
 engine = Engine.from_pretrained(sys.argv[1], compilation_cache_dir=sys.argv[2], max_num_seqs=4, page_size=16,
-                                max_num_batched_tokens=int(sys.argv[3]), max_model_len=64, kv_cache_bytes=1 << 20)
+                                max_num_batched_tokens=int(sys.argv[3]), max_model_len=64,
+                                kv_cache_bytes=1 << 20)
 print(engine.stats().num_compiled, len(engine._runner.buckets))
 """
 

@@ -24,7 +24,9 @@ def test_prompts_of_every_form_in_input_order():
     engine = tiny_engine()
     chat = [{"role": "user", "content": "the answer"}]
     ids = engine.tokenizer("the answer")["input_ids"]
-    rendered = engine.tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
+    rendered = engine.tokenizer.apply_chat_template(
+        chat, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
     alone = [engine.generate(one, GREEDY)[0] for one in ("the answer", ids, chat, list(rendered))]
     assert alone[0].outputs[0].token_ids == alone[1].outputs[0].token_ids
     assert alone[2].outputs[0].token_ids == alone[3].outputs[0].token_ids
@@ -55,8 +57,8 @@ def test_a_prompt_that_cannot_run_is_named_and_leaves_nothing_behind():
         engine.generate([[5, 99999]], GREEDY)
     with pytest.raises(ConfigError, match="2 prompts were given 1"):
         engine.generate(["a", "b"], [GREEDY])
+    engine.add_request("twice", [5], sampling=GREEDY)
     with pytest.raises(RequestError, match="unfinished already"):
-        engine.add_request("twice", [5], sampling=GREEDY)
         engine.add_request("twice", [5], sampling=GREEDY)
     assert engine.abort_request("twice")
     assert not engine.abort_request("twice")
@@ -100,19 +102,29 @@ def test_priority_runs_first():
 def test_stop_strings_stop_ids_and_end_of_sequence():
     free = text_of("the", SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True))
     stop = free.text[6:8]
-    cut = text_of("the", SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, stop=(stop,)))
+    cut = text_of(
+        "the", SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, stop=(stop,))
+    )
     assert cut.text == free.text[: free.text.index(stop)]
     assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
     kept = text_of(
         "the",
         SamplingParams(
-            temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, stop=(stop,), include_stop_str_in_output=True
+            temperature=1.0,
+            seed=1,
+            max_tokens=40,
+            ignore_eos=True,
+            stop=(stop,),
+            include_stop_str_in_output=True,
         ),
     )
     assert kept.text == free.text[: free.text.index(stop) + len(stop)]
     token = free.token_ids[5]
     first = free.token_ids.index(token)
-    by_id = text_of("the", SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, stop_token_ids=(token,)))
+    by_id = text_of(
+        "the",
+        SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, stop_token_ids=(token,)),
+    )
     assert by_id.token_ids == free.token_ids[: first + 1]
     assert (by_id.finish_reason, by_id.stop_reason) == ("stop", token)
     eos = varied_model().config.eos_token_ids[0]
@@ -124,7 +136,7 @@ def test_stop_strings_stop_ids_and_end_of_sequence():
 
 def test_min_tokens_bans_every_end():
     eos = varied_model().config.eos_token_ids[0]
-    wants_to_end = SamplingParams(temperature=0, max_tokens=9, logit_bias={eos: 100.0})
+    wants_to_end = SamplingParams(temperature=0, max_tokens=9, logit_bias=((eos, 100.0),))
     assert text_of("the", wants_to_end).token_ids == (eos,)
     late = text_of("the", wants_to_end.replace(min_tokens=4))
     assert late.token_ids[4:] == (eos,)
@@ -174,11 +186,13 @@ def test_log_probabilities_of_output_and_prompt():
         padded = np.zeros(128, np.int32)
         padded[: len(tokens)] = tokens
         logits = np.asarray(dense_forward(varied_model().model, padded[None]))[0].astype(np.float64)
-        logits -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) + logits.max(-1, keepdims=True)
+        logits -= logits.max(-1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         assert output.prompt_logprobs is not None
         assert output.prompt_logprobs[0] is None
         assert len(output.prompt_logprobs) == len(prompt)
         for position, entry in enumerate(output.prompt_logprobs[1:]):
+            assert entry is not None
             assert entry.token_id == prompt[position + 1]
             assert entry.logprob == pytest.approx(logits[position, entry.token_id], abs=1e-4)
             assert [token for token, _ in entry.top] == np.argsort(-logits[position])[:2].tolist()

@@ -1,4 +1,4 @@
-"""What a request's tokens may depend on: the model, its prompt, its sampling and its identity. Nothing else."""
+"""A request's tokens depend on the model, its prompt, its sampling and its identity, and on nothing else."""
 
 from __future__ import annotations
 
@@ -135,7 +135,9 @@ def test_identity_not_request_id_decides_a_draw():
 
     def draw(request_id, **given):
         engine.add_request(request_id, prompt, **given)
-        return [o.outputs[0].token_ids for _ in iter(lambda: engine.has_unfinished, False) for o in engine.step()]
+        return [
+            o.outputs[0].token_ids for _ in iter(lambda: engine.has_unfinished, False) for o in engine.step()
+        ]
 
     mine = draw("a", sampling=DRAWN, identity="row")
     assert draw("b", sampling=DRAWN, identity="row") == mine
@@ -156,5 +158,9 @@ def test_nan_in_pages_nobody_holds_changes_nothing():
 def test_nothing_is_traced_after_the_start():
     engine = tiny_engine()
     with counting_compiles() as count:
-        run(engine, prompts(seed=3), DRAWN.replace(presence_penalty=0.5, bad_words=("the",), logit_bias={7: 1.0}))
+        run(
+            engine,
+            prompts(seed=3),
+            DRAWN.replace(presence_penalty=0.5, bad_words=("the",), logit_bias={7: 1.0}),
+        )
     assert count.num_requests == 0

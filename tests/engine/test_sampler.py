@@ -180,10 +180,10 @@ def test_ties_at_the_threshold_are_all_kept():
 
 def test_greedy_rows_are_argmax_in_any_company():
     logits = random_logits(2)
-    rows = [
-        Row(temperature=1.0, top_k=3) if index % 2 else Row() for index in range(NUM_ROWS)
-    ]
-    rows[1] = Row(temperature=1.0, repetition=3.0, presence=2.0, prompt=[1], output=[2], bias={5: 50.0}, allowed=[7])
+    rows = [Row(temperature=1.0, top_k=3) if index % 2 else Row() for index in range(NUM_ROWS)]
+    rows[1] = Row(
+        temperature=1.0, repetition=3.0, presence=2.0, prompt=[1], output=[2], bias={5: 50.0}, allowed=[7]
+    )
     mixed = np.asarray(run(jnp.asarray(logits), make_inputs(rows, logprobs=True)).token_ids)
     assert np.array_equal(mixed[::2], logits.argmax(-1)[::2])
     assert mixed[1] == 7

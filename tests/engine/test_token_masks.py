@@ -58,7 +58,7 @@ def test_mask_is_what_the_parameters_leave(output, eos, allowed, stop_ids, bad_w
     wanted = set(range(VOCAB)) if allowed is None else set(allowed)
     too_early = len(output) < min_tokens
     for candidate in list(wanted):
-        completes = any((output + [candidate])[-len(word) :] == word for word in bad_words)
+        completes = any([*output, candidate][-len(word) :] == word for word in bad_words)
         ends = candidate in stop_ids or (candidate in eos and not ignore_eos)
         if completes or (too_early and ends):
             wanted.discard(candidate)

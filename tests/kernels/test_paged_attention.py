@@ -71,7 +71,11 @@ def run(lengths, layout, options, *, group=2, sinks=False, seed=0):
         assert np.array_equal(stored[0], keys)
         assert np.array_equal(stored[1], values)
         want = attend_sequence(
-            q[at : at + n].astype(np.float32), keys.astype(np.float32), values.astype(np.float32), options, sink
+            q[at : at + n].astype(np.float32),
+            keys.astype(np.float32),
+            values.astype(np.float32),
+            options,
+            sink,
         )
         pairs.append((out[at : at + n], want))
         at, old_at = at + n, old_at + h
@@ -155,6 +159,7 @@ def test_bits_do_not_depend_on_company_or_chunking(kv_heads, group, head_dim, pa
         rng.standard_normal((length, heads, head_dim)).astype(np.float32)
         for heads in (kv_heads * group, kv_heads, kv_heads)
     )
+
     def sequence(chunks, strangers):
         pages = layout.empty((strangers + 1) * pages_each)
         table = np.arange((strangers + 1) * pages_each, dtype=np.int32).reshape(strangers + 1, -1)
