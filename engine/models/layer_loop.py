@@ -23,7 +23,7 @@ AttendLayer = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[
 def looped_forward(
     model: Llama, token_ids: jax.Array, positions: jax.Array, pages: Any, attend: AttendLayer
 ) -> tuple[jax.Array, Any]:
-"""(layer i32[], q [T, N, H], k and v [T, K, H], pages) -> (out [T, N, H], pages with k, v written)."""
+    """What `model(...)` computes, with all pages in one value and the layer's number given to `attend`.
 
     token_ids, positions i32[T] -> (hidden [T, D] after the last norm, pages).
     """
