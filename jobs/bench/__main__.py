@@ -9,18 +9,22 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints import load_tokenizer
 from engine.errors import TidemillError
-from jobs.bench.machine import measure_machine
+from jobs.bench.machine import OthersMeter, measure_machine
+from jobs.bench.measurement import Measurement
 from jobs.bench.peer import EMBEDDED, PeerProcess
 from jobs.bench.report import HEADER, Repeat, machine_lines, ratio_lines, repeat_lines, report
 from jobs.bench.tidemill import TidemillRunner
 from jobs.bench.work import flops
-from jobs.bench.workloads import WORKLOADS, make_workload, real_text
+from jobs.bench.workloads import WORKLOADS, Workload, make_workload, real_text
 
 # The warm-up's ids come from a seed that no repeat uses.
 WARM_UP_SEED = 999_983
@@ -77,6 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         setup: dict[str, Any] = {
             "model": options.model,
             "python": sys.version.split()[0],
+            "jax": version("jax"),
             "quick": options.quick,
             "seed": options.seed,
             "max_num_seqs": options.max_num_seqs,
@@ -105,14 +110,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 repeat = Repeat(
                     workload,
                     flops(ours.engine.loaded.config, workload),
-                    ours.run(workload),
-                    None if peer is None else peer.run(workload),
+                    _watched(ours.run, workload, os.getpid()),
+                    None if peer is None else _watched(peer.run, workload, os.getpid(), peer.pid),
                 )
                 repeats.append(repeat)
                 print("\n".join(repeat_lines(repeat, machine)), flush=True)
     data = report(machine, setup, repeats)
     print("\n".join(ratio_lines(data, options.peer or "")))
     return data
+
+
+def _watched(
+    engine_run: Callable[[Workload], Measurement], workload: Workload, *own_pids: int
+) -> Measurement:
+    """The measurement, with how many cores other programs used meanwhile: they spoil it."""
+    others = OthersMeter(*own_pids)
+    measured = engine_run(workload)
+    return replace(measured, details=measured.details | {"others_cores": others.cores()})
 
 
 def main() -> int:

@@ -65,6 +65,25 @@ def busy_processes(seconds: float = 0.5, share: float = 0.2) -> tuple[str, ...]:
     return tuple(f"{pid} {name} {cores:.1f} cores" for cores, pid, name in sorted(busy, reverse=True)[:8])
 
 
+class OthersMeter:
+    """How many cores everything but the given processes uses, from when it is made."""
+
+    def __init__(self, *own_pids: int):
+        self._own_pids = own_pids
+        self._started = time.perf_counter()
+        self._before = self._others()
+
+    def cores(self) -> float:
+        """The mean so far; what the hypervisor gave to other machines counts too."""
+        return max(0.0, self._others() - self._before) / (time.perf_counter() - self._started)
+
+    def _others(self) -> float:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        own = _cpu_seconds()
+        return busy - sum(own[pid][1] for pid in self._own_pids)
+
+
 def _cpu_seconds() -> dict[int, tuple[str, float]]:
     """(name, processor seconds used so far) of every process."""
     found = {}

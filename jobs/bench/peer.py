@@ -49,6 +49,10 @@ class PeerProcess:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def search(self, workload: Workload) -> dict[str, Any]:
         """Find the peer's best plan for workloads of this name; the answer says what was tried."""
         found = self._ask({"do": "search", "requests": _requests(workload)})

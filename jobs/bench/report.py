@@ -107,6 +107,8 @@ def repeat_lines(repeat: Repeat, machine: Machine) -> list[str]:
             line += f"{rates['matrix_fraction']:>9.0%}"
         else:
             line += f"{'':>38}{values['ratio']:>7.2f}x{values['agreement']['tokens_agreed']:>15.1%}"
+        if rates["others_cores"] > 0.1:
+            line += f"   others used {rates['others_cores']:.1f} cores"
         lines.append(line)
     return lines
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from engine.errors import ConfigError
 from jobs.bench.__main__ import parser, run
+from jobs.bench.machine import OthersMeter
 from jobs.bench.measurement import Measurement, agreement, percentiles
 from jobs.bench.peer import PeerProcess
 from jobs.bench.peers.transformers import Plan, Request, batches
@@ -88,6 +91,17 @@ def test_percentiles_and_ratios():
     assert percentiles([float(i) for i in range(100)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0, "max": 99.0}
     assert percentiles([]) == {}
     assert ratio_summary([3.0, 1.0, 2.0, 4.0]) == {"median": 2.5, "min": 1.0, "max": 4.0}
+
+
+def test_work_of_others_is_seen_and_our_own_is_not():
+    def spin(seconds: float) -> None:
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
+
+    ours, everyones = OthersMeter(os.getpid()), OthersMeter()
+    spin(0.5)
+    assert everyones.cores() - ours.cores() > 0.2
 
 
 @pytest.mark.parametrize("sort_by", ["prompt", "output"])
