@@ -1,0 +1,124 @@
+"""`python -m jobs.bench.step_profile`: where the time of a decode step and of a prefill step goes.
+
+By leaving out: the layers are run with attention that gives its queries back, and the head by itself. What
+the whole step takes beyond the two is attention (with writing keys and values); what the engine's own step
+takes beyond the device's is the host.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from engine.checkpoints import DEFAULT_MODEL, load
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.models.layer_loop import looped_forward
+from engine.sampling_params import SamplingParams
+from jobs.bench.machine import measure_machine
+from jobs.bench.work import matrix_params
+
+NUM_SEQS, STEP_TOKENS, CONTEXT, TRIES = 64, 512, 340, 9
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    jax.block_until_ready(call())
+    taken = []
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def engine_steps(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[float, float]:
+    """Median seconds of the engine's full steps, and of the device's part of them."""
+    on_device: list[float] = []
+    run = engine._runner.run
+
+    def timed(plan: Any) -> Any:
+        started = time.perf_counter()
+        results = run(plan)
+        on_device.append(time.perf_counter() - started)
+        return results
+
+    engine._runner.run = timed  # type: ignore[method-assign]
+    try:
+        engine.stats()
+        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True))
+    finally:
+        engine._runner.run = run  # type: ignore[method-assign]
+    stats = engine.stats()
+    full = max(stats.batch_occupancy)
+    steps = [
+        (whole, device)
+        for whole, device, rows in zip(stats.step_seconds, on_device, stats.batch_occupancy, strict=True)
+        if rows == full
+    ]
+    steps = steps[len(steps) // 2 :]  # the first full ones still hold prefill chunks
+    return statistics.median(w for w, _ in steps), statistics.median(d for _, d in steps)
+
+
+def main() -> int:
+    machine = measure_machine()
+    loaded = load(DEFAULT_MODEL)
+    graph, weights = nnx.split(loaded.model)
+    rng = np.random.default_rng(0)
+    print(f"{machine.cpu}, {machine.num_cores} cores: {machine.matrix_gflops:.0f} GFLOP/s float32 products")
+
+    @jax.jit
+    def layers_alone(weights: Any, token_ids: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, weights)
+        hidden, _ = looped_forward(
+            model, token_ids, token_ids, jnp.int32(0), lambda _, q, k, v, pages: (q, pages)
+        )
+        return hidden
+
+    @jax.jit
+    def head_alone(weights: Any, hidden: jax.Array) -> jax.Array:
+        return jnp.argmax(nnx.merge(graph, weights).logits(hidden), axis=-1)
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return rng.integers(10, 40_000, (count, length)).tolist()
+
+    for name, num_rows, num_tokens, num_logits in (
+        ("decode", NUM_SEQS, NUM_SEQS, NUM_SEQS),
+        ("prefill", 1, STEP_TOKENS, 16),
+    ):
+        engine = Engine(
+            loaded,
+            EngineConfig(
+                max_num_seqs=NUM_SEQS, max_num_batched_tokens=STEP_TOKENS, max_model_len=2 * STEP_TOKENS
+            ),
+        )
+        if name == "decode":
+            whole, device = engine_steps(engine, prompts(num_rows, CONTEXT - 24), 48)
+        else:
+            engine.generate(prompts(1, STEP_TOKENS), SamplingParams(temperature=0, max_tokens=1))
+            taken = [engine_steps(engine, prompts(1, STEP_TOKENS), 1) for _ in range(TRIES)]
+            whole, device = (statistics.median(column) for column in zip(*taken, strict=True))
+        ids = jnp.asarray(rng.integers(10, 40_000, num_tokens), jnp.int32)
+        layers = median_seconds(lambda ids=ids: layers_alone(weights, ids))
+        hidden = jnp.zeros((num_logits, loaded.config.d_model), jnp.float32)
+        head = median_seconds(lambda hidden=hidden: head_alone(weights, hidden))
+        head_params = loaded.config.vocab_size * loaded.config.d_model
+        layer_flops = 2 * matrix_params(loaded.config) * num_tokens
+        rate = (layer_flops + 2 * head_params * num_logits) / whole / 1e9
+        print(
+            f"{name}: {num_rows} sequences, {num_tokens} tokens: {1e3 * whole:.0f} ms = "
+            f"layers' products and norms {1e3 * layers:.0f} ({layer_flops / layers / 1e9:.0f} GFLOP/s), "
+            f"head and argmax {1e3 * head:.0f}, attention {1e3 * (device - layers - head):.0f}, "
+            f"host {1e3 * (whole - device):.1f}; products at {rate / machine.matrix_gflops:.0%} of the rate"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
