@@ -2,7 +2,7 @@
 
 By leaving out: the layers are run with attention that gives its queries back, and the head by itself. What
 the whole step takes beyond the two is attention (with writing keys and values); what the engine's own step
-takes beyond the device's is the host.
+takes beyond running it is scheduling and text.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main() -> int:
             f"{name}: {num_rows} sequences, {num_tokens} tokens: {1e3 * whole:.0f} ms = "
             f"layers' products and norms {1e3 * layers:.0f} ({layer_flops / layers / 1e9:.0f} GFLOP/s), "
             f"head and argmax {1e3 * head:.0f}, attention {1e3 * (device - layers - head):.0f}, "
-            f"host {1e3 * (whole - device):.1f}; products at {rate / machine.matrix_gflops:.0%} of the rate"
+            f"scheduling and text {1e3 * (whole - device):.1f}; products at {rate / machine.matrix_gflops:.0%} of the rate"
         )
     return 0
 
