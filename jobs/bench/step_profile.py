@@ -115,7 +115,8 @@ def main() -> int:
             f"{name}: {num_rows} sequences, {num_tokens} tokens: {1e3 * whole:.0f} ms = "
             f"layers' products and norms {1e3 * layers:.0f} ({layer_flops / layers / 1e9:.0f} GFLOP/s), "
             f"head and argmax {1e3 * head:.0f}, attention {1e3 * (device - layers - head):.0f}, "
-            f"scheduling and text {1e3 * (whole - device):.1f}; products at {rate / machine.matrix_gflops:.0%} of the rate"
+            f"scheduling and text {1e3 * (whole - device):.1f}; "
+            f"products at {rate / machine.matrix_gflops:.0%} of the rate"
         )
     return 0
 
