@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -280,3 +281,30 @@ def test_an_identity_knows_when_its_process_is_gone():
     ):
         assert not elsewhere.is_gone(), "what cannot be judged from here is not judged"
     assert ProcessIdentity.from_json(identity.to_json()) == identity
+
+
+def test_bytes_reach_the_disk_before_their_name_and_the_name_before_the_answer(tmp_path, monkeypatch):
+    """A power cut may come at any moment: file synced, then linked, then the folder synced."""
+    storage = open_storage(str(tmp_path / "out"))
+    storage.create("claims/first.json", b"{}")  # makes the folders
+    spool = tmp_path / "spool"
+    spool.write_bytes(b"rows")
+    calls: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def synced(descriptor):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def linked(source, target):
+        calls.append("link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    assert storage.create("claims/second.json", b"{}") is Outcome.WON
+    assert calls == ["file", "link", "folder"]
+    calls.clear()
+    assert storage.create_from_file("claims/third.json", spool) is Outcome.WON
+    assert "file" in calls[: len(calls) - 1 - calls[::-1].index("link")], "synced before its final name"
+    assert calls[-1] == "folder"
