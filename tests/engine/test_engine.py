@@ -264,3 +264,14 @@ def test_statistics_add_up():
     assert stats.num_computed_tokens == 85 - 32 + stats.num_generated_tokens - 3
     assert stats.pages_free + stats.pages_cached == engine.num_pages
     assert engine.stats().step_seconds == ()
+
+
+@pytest.mark.parametrize("options", [{"kv_dtype": "bfloat16"}, {"dtype": "bfloat16"}])
+def test_half_the_width_holds_twice_the_pages_and_says_nearly_the_same(options):
+    """`dtype` widens or narrows the pages too, unless `kv_dtype` says otherwise."""
+    sampling = GREEDY.replace(logprobs=0)
+    narrow, wide = tiny_engine(**options), tiny_engine()
+    assert narrow.num_pages == 2 * wide.num_pages
+    near, exact = text_of("the answer", sampling, narrow), text_of("the answer", sampling, wide)
+    assert near.cumulative_logprob != exact.cumulative_logprob
+    assert near.cumulative_logprob == pytest.approx(exact.cumulative_logprob, rel=0.05)
