@@ -11,69 +11,38 @@ finishes.
 
 from __future__ import annotations
 
-import heapq
-from bisect import insort
-
+from engine.admission import Admission
 from engine.errors import RequestError
 from engine.page_pool import PagePool
 from engine.plan import PlannedRow, StepPlan, StepResults
-from engine.prefix_cache import PrefixCache
+from engine.prefix_cache import HashPage, PrefixCache, page_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings, SchedulerStats
+from engine.step_draft import StepDraft
 from engine.step_results import record_prompt_logprobs, record_token
 
 __all__ = ["Scheduler", "SchedulerSettings", "SchedulerStats"]
 
 
-class _Step:
-    """The plan being made: what is in it and what is left of the step's budgets."""
-
-    __slots__ = ("chunks", "claims", "preempted", "singles", "spare_logits", "tokens_left")
-
-    def __init__(self, max_tokens: int, spare_logits: int):
-        self.singles: list[PlannedRow] = []
-        self.chunks: list[PlannedRow] = []
-        self.preempted: list[Request] = []
-        # Hashes of the pages that this step's chunks are computing.
-        self.claims: set[bytes] = set()
-        self.tokens_left = max_tokens
-        # Logits beyond the one that is set aside for each running request.
-        self.spare_logits = spare_logits
-
-    def take(self, row: PlannedRow) -> None:
-        (self.singles if row.num_tokens == 1 else self.chunks).append(row)
-        self.tokens_left -= row.num_tokens
-        if row.num_logits > 1:
-            self.spare_logits -= row.num_logits - 1
-
-    def drop(self, request: Request) -> None:
-        """Take a preempted request's row out again."""
-        for rows in (self.singles, self.chunks):
-            for index, row in enumerate(rows):
-                if row.request is request:
-                    del rows[index]
-                    self.tokens_left += row.num_tokens
-                    self.spare_logits += max(0, row.num_logits - 1)
-                    return
-
-
 class Scheduler:
-    """Owns the waiting and running requests and their pages. One thread; `schedule`, then `update`."""
+    """Owns the unfinished requests and their pages. One thread; `schedule`, then `update`.
 
-    def __init__(self, settings: SchedulerSettings):
+    hash_page: how the prefix cache hashes a page; only tests give another one, to force collisions.
+    """
+
+    def __init__(self, settings: SchedulerSettings, hash_page: HashPage = page_hash):
         self.settings = settings
         self.pool = PagePool(settings.num_pages)
-        self.cache = PrefixCache(settings.page_size, self.pool) if settings.enable_prefix_caching else None
+        self.cache = (
+            PrefixCache(settings.page_size, self.pool, hash_page) if settings.enable_prefix_caching else None
+        )
+        self._admission = Admission(settings, self.pool, self.cache)
         # By request id, then by sample index.
         self._unfinished: dict[str, dict[int, Request]] = {}
-        # A heap; what was aborted while waiting stays until it comes to the top.
-        self._waiting: list[tuple[int, int, Request]] = []
         self._running: list[Request] = []  # in order
         self._num_unfinished = 0
         self._next_arrival = 0
         self._num_preemptions = 0
-        self._num_prefix_queries = 0
-        self._num_prefix_hits = 0
 
     # -- requests come and go ----------------------------------------------------------------------
 
@@ -94,7 +63,7 @@ class Scheduler:
         self._next_arrival += 1
         self._unfinished.setdefault(request.request_id, {})[request.sample_index] = request
         self._num_unfinished += 1
-        self._wait(request)
+        self._admission.wait(request)
 
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, now: float | None = None
@@ -129,7 +98,7 @@ class Scheduler:
         Waiting ones are admitted into what is left of the budget, unless pages just ran out.
         """
         limits = self.settings
-        step = _Step(limits.max_num_batched_tokens, limits.max_num_seqs - len(self._running))
+        step = StepDraft(limits.max_num_batched_tokens, limits.max_num_seqs - len(self._running))
         page_size = limits.page_size
         chunked: list[Request] = []
         num_decodes = 0
@@ -148,8 +117,8 @@ class Scheduler:
         for request in chunked:
             if request.status is RequestStatus.RUNNING:
                 self._plan_running(request, step)
-        if self._waiting and not step.preempted:
-            self._admit(step, now)
+        if not step.preempted:
+            self._admission.admit(step, self._running, self._plan_chunk, now)
         return StepPlan((*step.singles, *step.chunks), tuple(step.preempted))
 
     def update(self, plan: StepPlan, results: StepResults, now: float | None = None) -> list[Request]:
@@ -198,8 +167,8 @@ class Scheduler:
             num_waiting=self.num_waiting,
             num_running=self.num_running,
             num_preemptions=self._num_preemptions,
-            num_prefix_queries=self._num_prefix_queries,
-            num_prefix_hits=self._num_prefix_hits,
+            num_prefix_queries=self._admission.num_prefix_queries,
+            num_prefix_hits=self._admission.num_prefix_hits,
             num_free_pages=self.pool.num_free,
             num_cached_pages=self.pool.num_cached,
             num_held_pages=self.pool.num_held,
@@ -208,7 +177,7 @@ class Scheduler:
 
     # -- planning ----------------------------------------------------------------------------------
 
-    def _plan_running(self, request: Request, step: _Step) -> None:
+    def _plan_running(self, request: Request, step: StepDraft) -> None:
         """Plan the request's next tokens, taking pages from those after it when there are none left."""
         num_tokens = self._chunk_len(request, step)
         if num_tokens < 1:
@@ -221,7 +190,7 @@ class Scheduler:
                 return
         self._plan(request, num_tokens, step)
 
-    def _chunk_len(self, request: Request, step: _Step) -> int:
+    def _chunk_len(self, request: Request, step: StepDraft) -> int:
         """How many of the request's remaining tokens fit in what is left of the step."""
         num_tokens = min(request.remain_len, step.tokens_left)
         if self.settings.long_prefill_token_threshold is not None:
@@ -233,7 +202,7 @@ class Scheduler:
             num_tokens = min(num_tokens, num_silent + 1 + step.spare_logits)
         return num_tokens
 
-    def _plan(self, request: Request, num_tokens: int, step: _Step) -> None:
+    def _plan(self, request: Request, num_tokens: int, step: StepDraft) -> None:
         start = request.num_computed
         stop = start + num_tokens
         num_pages = self.settings.num_pages_for(stop)
@@ -248,67 +217,12 @@ class Scheduler:
         else:
             num_logits = int(samples)
         step.take(PlannedRow(request, start, num_tokens, samples, num_logits, request.page_ids))
-        if self.cache is not None and self._waiting:
-            # Every page the row touches and will fill from tokens known now: the one it ends in is the
-            # request's next chunk.
-            page_size = self.settings.page_size
-            last = min(self.settings.num_pages_for(stop), request.num_tokens // page_size)
-            step.claims.update(self.cache.hashes(request, last)[start // page_size : last])
+        self._admission.claim(request, start, stop, step)
 
-    def _admit(self, step: _Step, now: float | None) -> None:
-        """Start waiting requests, in order, while the step has room and the pages suffice for all.
+    def _plan_chunk(self, request: Request, step: StepDraft) -> None:
+        self._plan(request, self._chunk_len(request, step), step)
 
-        A request whose next page is being computed in this very step is passed over: it will find the page
-        in a step or two, and then share it. The claim lasts as long as this step's plan, so an owner that is
-        preempted or aborted leaves nobody waiting.
-        """
-        limits = self.settings
-        reserved = sum(map(self._num_pages_to_come, self._running))
-        passed_over: list[Request] = []
-        while (
-            self._waiting
-            and step.tokens_left > 0
-            and step.spare_logits > 0
-            and len(self._running) < limits.max_num_seqs
-            and len(passed_over) < limits.max_num_seqs  # bounds the work of one step
-        ):
-            request = heapq.heappop(self._waiting)[-1]
-            if request.status is RequestStatus.FINISHED:
-                continue
-            readable = self._num_readable_tokens(request)
-            pages = self.cache.match(request, readable) if self.cache is not None else []
-            if self._is_claimed(request, len(pages), readable, step):
-                passed_over.append(request)
-                continue
-            # Room for its known tokens and a page more, and for the same of everyone running: a request
-            # admitted into less would soon be preempted, or preempt.
-            num_unheld = sum(not self.pool.is_held(page) for page in pages)
-            to_come = self._num_pages_to_come(request) - len(pages)
-            if reserved + to_come + num_unheld > self.pool.num_available:
-                self._wait(request)
-                break
-            self._start(request, pages, readable, now)
-            step.spare_logits -= 1
-            self._plan(request, self._chunk_len(request, step), step)
-            reserved += self._num_pages_to_come(request)
-        for request in passed_over:
-            self._wait(request)
-
-    def _start(self, request: Request, pages: list[int], readable: int, now: float | None) -> None:
-        self.pool.share(pages)
-        request.page_ids = pages
-        request.num_shared_pages = len(pages)
-        request.num_computed = len(pages) * self.settings.page_size
-        request.status = RequestStatus.RUNNING
-        if request.num_preemptions == 0:
-            request.first_scheduled_time = now
-            request.num_cached_tokens = request.num_computed
-            if readable:
-                self._num_prefix_queries += request.prompt_len
-                self._num_prefix_hits += request.num_computed
-        insort(self._running, request, key=self._order)
-
-    def _preempt(self, request: Request, step: _Step) -> None:
+    def _preempt(self, request: Request, step: StepDraft) -> None:
         """Take a request's pages and let it wait again; its tokens stay known and are computed anew."""
         self._running.remove(request)
         step.drop(request)
@@ -318,33 +232,7 @@ class Scheduler:
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         self._num_preemptions += 1
-        self._wait(request)
-
-    def _num_readable_tokens(self, request: Request) -> int:
-        """Most tokens the request may take from the prefix cache: a logit has to come out of the last token,
-        and one out of each prompt position whose log-probability is due."""
-        if self.cache is None:
-            return 0
-        if due := request.num_prompt_logprobs_due:
-            return request.prompt_len - 1 - due
-        return request.num_tokens - 1
-
-    def _is_claimed(self, request: Request, num_found: int, readable: int, step: _Step) -> bool:
-        if self.cache is None or not step.claims or (num_found + 1) * self.settings.page_size > readable:
-            return False
-        return self.cache.hashes(request, num_found + 1)[num_found] in step.claims
-
-    def _num_pages_to_come(self, request: Request) -> int:
-        """Pages the request lacks for its known tokens and one page more (or its end)."""
-        num_tokens = min(request.num_tokens + self.settings.page_size, request.max_total_len)
-        return max(0, self.settings.num_pages_for(num_tokens) - len(request.page_ids))
-
-    def _order(self, request: Request) -> tuple[int, int]:
-        return (request.priority if self.settings.policy == "priority" else 0, request.arrival)
-
-    def _wait(self, request: Request) -> None:
-        # By age, so a preempted request comes before all that were never admitted.
-        heapq.heappush(self._waiting, (*self._order(request), request))
+        self._admission.wait(request)
 
     # -- ends ----------------------------------------------------------------------------------------
 
@@ -385,9 +273,9 @@ class Scheduler:
                     )
         if holders != [self.pool.num_holders(page) for page in range(self.settings.num_pages)]:
             raise AssertionError("a page's reference count is not the number of its holders")
-        if [*map(self._order, self._running)] != sorted(map(self._order, self._running)):
+        if [*map(self._admission.order, self._running)] != sorted(map(self._admission.order, self._running)):
             raise AssertionError("the running requests are out of order")
         num_known = sum(map(len, self._unfinished.values()))
-        num_waiting = sum(request.status is RequestStatus.WAITING for *_, request in self._waiting)
+        num_waiting = self._admission.count_waiting()
         if not num_known == self._num_unfinished == num_waiting + len(self._running):
             raise AssertionError("a request is lost or counted twice")

@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.errors import RequestError
 from engine.plan import PlannedRow, StepPlan
-from engine.prefix_cache import PrefixCache
+from engine.prefix_cache import page_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler import Scheduler, SchedulerSettings
 from tests.engine.host import logprob_at, make_request, next_token, pretend
@@ -39,7 +39,7 @@ def weak_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class HostMachine(RuleBasedStateMachine):
-    hash_page = None
+    hash_page = staticmethod(page_hash)
 
     @initialize(
         page_size=st.integers(1, 4),
@@ -71,9 +71,7 @@ class HostMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             long_prefill_token_threshold=threshold,
         )
-        self.scheduler = Scheduler(self.settings)
-        if self.hash_page is not None and self.scheduler.cache is not None:
-            self.scheduler.cache = PrefixCache(page_size, self.scheduler.pool, self.hash_page)
+        self.scheduler = Scheduler(self.settings, type(self).hash_page)
         self.memory: list[list[int | None]] = [[None] * page_size for _ in range(self.settings.num_pages)]
         # A number for each (number of what comes before, token): equal numbers mean equal beginnings.
         self.numbers: dict[tuple[object, int], int] = {}

@@ -1,0 +1,38 @@
+"""A step while it is being planned."""
+
+from __future__ import annotations
+
+from engine.plan import PlannedRow
+from engine.request import Request
+
+
+class StepDraft:
+    """The plan being made: what is in it and what is left of the step's budgets."""
+
+    __slots__ = ("chunks", "claims", "preempted", "singles", "spare_logits", "tokens_left")
+
+    def __init__(self, max_tokens: int, spare_logits: int):
+        self.singles: list[PlannedRow] = []
+        self.chunks: list[PlannedRow] = []
+        self.preempted: list[Request] = []
+        # Hashes of the pages that this step's chunks are computing.
+        self.claims: set[bytes] = set()
+        self.tokens_left = max_tokens
+        # Logits beyond the one that is set aside for each running request.
+        self.spare_logits = spare_logits
+
+    def take(self, row: PlannedRow) -> None:
+        (self.singles if row.num_tokens == 1 else self.chunks).append(row)
+        self.tokens_left -= row.num_tokens
+        if row.num_logits > 1:
+            self.spare_logits -= row.num_logits - 1
+
+    def drop(self, request: Request) -> None:
+        """Take a preempted request's row out again."""
+        for rows in (self.singles, self.chunks):
+            for index, row in enumerate(rows):
+                if row.request is request:
+                    del rows[index]
+                    self.tokens_left += row.num_tokens
+                    self.spare_logits += max(0, row.num_logits - 1)
+                    return
