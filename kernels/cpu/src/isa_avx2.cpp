@@ -1,0 +1,35 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "pool.h"
+// After these headers, so that none of their functions is compiled for a CPU that this machine may not be.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define TIDEMILL_ISA avx2
+#define TIDEMILL_LANES 8
+#include "simd.h"
+#include "attention.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace tidemill {
+extern const Kernels kAvx2;
+const Kernels kAvx2 = {"avx2", avx2::attention};
+}  // namespace tidemill
+#endif

@@ -1,0 +1,35 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "pool.h"
+// After these headers, so that none of their functions is compiled for a CPU that this machine may not be.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define TIDEMILL_ISA avx512vnni
+#define TIDEMILL_LANES 16
+#include "simd.h"
+#include "attention.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace tidemill {
+extern const Kernels kAvx512Vnni;
+const Kernels kAvx512Vnni = {"avx512vnni", avx512vnni::attention};
+}  // namespace tidemill
+#endif

@@ -1,0 +1,47 @@
+// What each instruction set offers; `dispatch.cpp` chooses one at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "pool.h"
+
+namespace tidemill {
+
+// One call of paged attention. Axes: T tokens, S slots, N query heads, K KV heads, H head dim, G groups, W page-table
+// columns. Pointers are row-major arrays of the shapes told in `kernels/paged_attention/layout.py`.
+struct Attention {
+  enum class Type { kFloat32, kBfloat16, kInt8 };
+
+  int64_t num_tokens, num_slots, num_heads, num_kv_heads, head_dim, page_size, table_width, num_groups, num_pages;
+  Type activation_type;  // of q, k, v and out: float32 or bfloat16
+  Type page_type;
+  const void* q;  // [T, N, H]
+  const void* k;  // [T, K, H]
+  const void* v;  // [T, K, H]
+  void* keys;     // [P, K, H, page]
+  void* values;   // [P, K, page, H]
+  float* key_scales;    // [P, K, page] for int8 pages, else null
+  float* value_scales;  // [P, K, page]
+  const int32_t* query_start;  // [S + 1]
+  const int32_t* kv_len;       // [S]
+  const int32_t* page_table;   // [S, W]
+  const int32_t* group_slot_start;  // [G]
+  const int32_t* group_slot_stop;
+  const int32_t* group_page_stop;
+  const float* sinks;  // [N] or null
+  void* out;           // [T, N, H]
+  float scale;
+  float soft_cap;      // 0: none
+  int64_t window;      // 0: none
+  int64_t chunk;       // 0: none
+};
+
+struct Kernels {
+  const char* name;
+  void (*attention)(const Attention&, Pool&);
+};
+
+// The best this CPU has; TIDEMILL_CPU_ISA names another that it has too, for tests and comparisons.
+const Kernels& kernels();
+
+}  // namespace tidemill

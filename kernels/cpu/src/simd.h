@@ -1,0 +1,96 @@
+// Vectors of the width this translation unit is compiled for, on the compiler's own vector extensions, so that the
+// same source serves AVX-512, AVX2, NEON and plain SSE. Included by each isa_*.cpp inside its target region.
+//
+// No sum here depends on how many rows are computed together: that is what keeps a row's bits its own.
+
+#include <cstdint>
+#include <cstring>
+
+namespace tidemill {
+namespace TIDEMILL_ISA {
+
+constexpr int kLanes = TIDEMILL_LANES;
+
+typedef float vf __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
+
+#define TIDEMILL_INLINE inline __attribute__((always_inline))
+
+TIDEMILL_INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
+TIDEMILL_INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
+TIDEMILL_INLINE vf splat(float x) { return x - vf{}; }
+TIDEMILL_INLINE vi splat_int(int32_t x) { return x - vi{}; }
+// One rounding where the target has FMA: the compiler contracts this one expression (-ffp-contract=fast).
+TIDEMILL_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+TIDEMILL_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+TIDEMILL_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
+TIDEMILL_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
+
+TIDEMILL_INLINE vi lane_numbers() {
+  vi numbers = vi{};
+  for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+  return numbers;
+}
+
+TIDEMILL_INLINE float highest(vf x) {
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// By halves, in one order.
+TIDEMILL_INLINE float sum(vf x) {
+  float part[kLanes];
+  store(part, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+// exp(x) to about one unit in the last place; 0 below -87.3, where the result would be subnormal. exp(0) is 1.
+// Range reduction by ln 2 in two parts, then a polynomial (Cephes, Moshier 1989).
+TIDEMILL_INLINE vf exponential(vf x) {
+  const vi is_low = x < splat(-87.3f);
+  x = is_low ? splat(-87.3f) : x;
+  x = x > splat(88.3f) ? splat(88.3f) : x;
+  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const vf shifted = fma(x, splat(1.44269504f), shifter);
+  const vf n = shifted - shifter;
+  vf r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + splat(1.0f);
+  const vi exponent = (as_int(shifted) - as_int(shifter)) << 23;
+  const vf result = as_float(as_int(p) + exponent);
+  return is_low ? vf{} : result;
+}
+
+TIDEMILL_INLINE vf hyperbolic_tangent(vf x) {
+  const vf magnitude = as_float(as_int(x) & splat_int(0x7fffffff));
+  const vf decayed = exponential(splat(-2.0f) * magnitude);
+  const vf result = (splat(1.0f) - decayed) / (splat(1.0f) + decayed);
+  return as_float(as_int(result) | (as_int(x) & splat_int(static_cast<int32_t>(0x80000000u))));
+}
+
+TIDEMILL_INLINE float from_bf16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+TIDEMILL_INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+}  // namespace TIDEMILL_ISA
+}  // namespace tidemill
