@@ -19,7 +19,17 @@ MAY_IMPORT = {
     "jobs": {"pipeline", "engine"},  # jobs.bench measures the engine by itself
     "conf": set(),
 }
-WITHOUT_JAX = ["request", "sampling_params", "page_pool", "prefix_cache", "scheduler", "plan"]
+WITHOUT_JAX = [
+    "admission",
+    "page_pool",
+    "plan",
+    "prefix_cache",
+    "prefix_groups",
+    "request",
+    "sampling_params",
+    "scheduler",
+    "step_draft",
+]
 MAX_LINES = 420
 
 
