@@ -4,6 +4,15 @@ Axes: `T` tokens in a step, `S` sequences, `P` pages, `N` query heads, `K` KV he
 """
 
 from kernels.paged_attention.api import attend, available_backends, page_layout
-from kernels.paged_attention.layout import AttentionOptions, PageLayout, Pages, Rows
+from kernels.paged_attention.layout import AttentionOptions, Groups, PageLayout, Pages, Rows
 
-__all__ = ["AttentionOptions", "PageLayout", "Pages", "Rows", "attend", "available_backends", "page_layout"]
+__all__ = [
+    "AttentionOptions",
+    "Groups",
+    "PageLayout",
+    "Pages",
+    "Rows",
+    "attend",
+    "available_backends",
+    "page_layout",
+]

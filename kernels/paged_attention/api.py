@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from kernels.paged_attention import xla
-from kernels.paged_attention.layout import AttentionOptions, PageLayout, Pages, Rows
+from kernels.cpu import native_library, why_absent
+from kernels.paged_attention import cpu, xla
+from kernels.paged_attention.layout import AttentionOptions, Groups, PageLayout, Pages, Rows
 
-_BACKENDS = {"xla": xla.attend}
+BACKENDS = {"xla": xla.attend, "cpu": cpu.attend}
+PAGE_DTYPES = ("float32", "bfloat16", "int8")
 
 # A narrower page fills no vector; a wider one wastes half of itself on most sequences.
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 512
@@ -16,17 +18,23 @@ MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 512
 
 def available_backends() -> tuple[str, ...]:
     """Names that `page_layout` accepts on this machine."""
-    return tuple(_BACKENDS)
+    return tuple(name for name in BACKENDS if name != "cpu" or native_library() is not None)
 
 
 def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, dtype: str) -> PageLayout:
     """The layout `backend` wants for its pages; the layout then names its backend.
 
-    Raises ValueError for an unknown backend, or a page size that is not a power of two from 8 to 512.
+    `dtype` is one of `PAGE_DTYPES`. Raises ValueError for an unknown backend or dtype, or a page size that is not
+    a power of two from 8 to 512.
     """
-    if backend not in _BACKENDS:
-        known = ", ".join(_BACKENDS)
-        raise ValueError(f"attention backend {backend!r} does not exist here; available: {known}")
+    known = available_backends()
+    if backend not in known:
+        reason = f" ({why_absent()})" if backend == "cpu" else ""
+        raise ValueError(
+            f"attention backend {backend!r} does not exist here{reason}; available: {', '.join(known)}"
+        )
+    if dtype not in PAGE_DTYPES:
+        raise ValueError(f"page dtype {dtype!r} is not one of {', '.join(PAGE_DTYPES)}")
     if page_size & (page_size - 1) or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
         raise ValueError(
             f"page_size is {page_size}; give a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}"
@@ -40,6 +48,7 @@ def attend(
     v: jax.Array,
     pages: Pages,
     rows: Rows,
+    groups: Groups,
     options: AttentionOptions,
     layout: PageLayout,
     sinks: jax.Array | None = None,
@@ -51,6 +60,8 @@ def attend(
         k, v: [T, K, H] keys and values of the same tokens.
         pages: one layer's pages.
         rows: which tokens belong to which sequence, and where its pages are.
+        groups: which sequences share leading pages. They say what may be read once, never what comes out:
+            the result is that of `Groups.none()`.
         options: static options.
         layout: where the pages came from; names the backend.
         sinks: f32[N], an extra logit a head that takes weight and gives no value (or None).
@@ -58,9 +69,9 @@ def attend(
     Returns:
         out [T, N, H] in q's dtype (zero for padding tokens), and the pages with the new tokens written.
 
-    Source: PagedAttention (Kwon et al. 2023), online softmax (Milakov and Gimelshein 2018).
+    Source: PagedAttention (Kwon et al. 2023), online softmax (Milakov and Gimelshein 2018), shared prefixes
+    attended to once (Hydragen, Juravsky et al. 2024).
     """
     if q.shape[1] % layout.num_kv_heads:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {layout.num_kv_heads} KV heads")
-    pages = layout.write(pages, k, v, rows)
-    return _BACKENDS[layout.backend](q, pages, rows, options, layout, sinks), pages
+    return BACKENDS[layout.backend](q, k, v, pages, rows, groups, options, layout, sinks)

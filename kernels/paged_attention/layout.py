@@ -12,10 +12,15 @@ import numpy as np
 
 
 class Pages(NamedTuple):
-    """One layer's keys and values; only the backend that made them knows their layout."""
+    """One layer's keys and values; only the backend that made them knows their layout.
+
+    int8 pages have a scale for each token and KV head: what is stored times its scale is the value.
+    """
 
     keys: jax.Array
     values: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
 
 
 class Rows(NamedTuple):
@@ -45,6 +50,26 @@ class Rows(NamedTuple):
         slot = jnp.minimum(self.token_slot(num_tokens), self.kv_len.shape[0] - 1)
         first = self.kv_len[slot] - self.query_len[slot]
         return first + jnp.arange(num_tokens, dtype=jnp.int32) - self.query_start[slot]
+
+
+class Groups(NamedTuple):
+    """Which slots of a step share leading pages, so that attention may read those once for all of them.
+
+    The slots [slot_start, slot_stop) of a group have the same page ids in the columns [page_start, page_stop) of
+    their page tables: full pages, all before each slot's first query. Groups may be nested along a
+    prefix tree: a group's slots lie inside its parent's, and its pages begin where its parent's stop; a group without
+    a parent begins with page 0. Unused entries have slot_start == slot_stop.
+    """
+
+    slot_start: jax.Array  # i32[G]
+    slot_stop: jax.Array  # i32[G]
+    page_start: jax.Array  # i32[G]
+    page_stop: jax.Array  # i32[G]
+
+    @classmethod
+    def none(cls, num_groups: int = 1) -> Groups:
+        """No sharing: plain attention."""
+        return cls(*(jnp.zeros(num_groups, jnp.int32) for _ in cls._fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +118,25 @@ class PageLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page of one layer, keys and values together."""
-        return 2 * self.num_kv_heads * self.head_dim * self.page_size * self.dtype.itemsize
+        """Bytes of one page of one layer, keys and values (and their scales) together."""
+        token_bytes = self.head_dim * self.dtype.itemsize + (4 if self.has_scales else 0)
+        return 2 * self.num_kv_heads * self.page_size * token_bytes
+
+    @property
+    def has_scales(self) -> bool:
+        return self.dtype == np.int8
 
     def empty(self, num_pages: int) -> Pages:
         """Zeroed pages for one layer."""
-        return Pages(
+        pages = Pages(
             jnp.zeros((num_pages, self.num_kv_heads, self.head_dim, self.page_size), self.dtype),
             jnp.zeros((num_pages, self.num_kv_heads, self.page_size, self.head_dim), self.dtype),
+        )
+        if not self.has_scales:
+            return pages
+        scales = (num_pages, self.num_kv_heads, self.page_size)
+        return pages._replace(
+            key_scales=jnp.zeros(scales, jnp.float32), value_scales=jnp.zeros(scales, jnp.float32)
         )
 
     def write(self, pages: Pages, keys: jax.Array, values: jax.Array, rows: Rows) -> Pages:
@@ -115,22 +151,46 @@ class PageLayout:
         page = rows.page_table[inside, position // self.page_size]
         page = jnp.where(slot < rows.kv_len.shape[0], page, num_pages)
         offset = position % self.page_size
-        return Pages(
-            pages.keys.at[page, :, :, offset].set(keys.astype(self.dtype), mode="drop"),
-            pages.values.at[page, :, offset, :].set(values.astype(self.dtype), mode="drop"),
+        if self.has_scales:
+            keys, key_scales = _quantised(keys)
+            values, value_scales = _quantised(values)
+            assert pages.key_scales is not None and pages.value_scales is not None  # noqa: PT018
+            pages = pages._replace(
+                key_scales=pages.key_scales.at[page, :, offset].set(key_scales, mode="drop"),
+                value_scales=pages.value_scales.at[page, :, offset].set(value_scales, mode="drop"),
+            )
+        return pages._replace(
+            keys=pages.keys.at[page, :, :, offset].set(keys.astype(self.dtype), mode="drop"),
+            values=pages.values.at[page, :, offset, :].set(values.astype(self.dtype), mode="drop"),
         )
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def copy(self, pages: Pages, source: jax.Array, target: jax.Array, num_tokens: jax.Array) -> Pages:
         """Copy the first `num_tokens` tokens of page `source` into page `target` (scalars, i32)."""
         kept = jnp.arange(self.page_size) < num_tokens
-        keys = jnp.where(kept[None, None], pages.keys[source], pages.keys[target])
-        values = jnp.where(kept[None, :, None], pages.values[source], pages.values[target])
-        return Pages(pages.keys.at[target].set(keys), pages.values.at[target].set(values))
+
+        def copied(x: jax.Array, mask: jax.Array) -> jax.Array:
+            return x.at[target].set(jnp.where(mask, x[source], x[target]))
+
+        masks = Pages(kept[None, None], kept[None, :, None])
+        if self.has_scales:
+            masks = masks._replace(key_scales=kept[None], value_scales=kept[None])
+        return jax.tree.map(copied, pages, masks)
 
     def tokens(self, pages: Pages, page_ids: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values, each [num_tokens, K, H], of a sequence that lies in `page_ids` (on the host)."""
         keys = np.asarray(pages.keys)[page_ids].transpose(0, 3, 1, 2)
         values = np.asarray(pages.values)[page_ids].transpose(0, 2, 1, 3)
+        if self.has_scales:
+            keys = keys * np.asarray(pages.key_scales)[page_ids].transpose(0, 2, 1)[..., None]
+            values = values * np.asarray(pages.value_scales)[page_ids].transpose(0, 2, 1)[..., None]
         shape = (-1, self.num_kv_heads, self.head_dim)
         return keys.reshape(shape)[:num_tokens], values.reshape(shape)[:num_tokens]
+
+
+def _quantised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [T, K, H] as whole numbers from -127 to 127 and their scales f32[T, K]: symmetric over each head."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.abs(wide).max(-1)
+    inverse = jnp.where(largest > 0, 127.0 / jnp.where(largest > 0, largest, 1.0), 0.0)
+    return jnp.rint(wide * inverse[..., None]), largest / 127.0

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.paged_attention.layout import AttentionOptions, PageLayout, Pages, Rows
+from kernels.paged_attention.layout import AttentionOptions, Groups, PageLayout, Pages, Rows
 
 # Measured on two cores with AVX2: 8 to 64 sequences a group are alike, as are 32 to 128 queries a tile.
 DECODE_GROUP = 16
@@ -48,7 +48,7 @@ class _Softmax(NamedTuple):
         return cls(jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32), output)
 
     def add(self, logits: jax.Array, seen: jax.Array, values: jax.Array) -> _Softmax:
-        """Take in one span: logits and seen [..., q, span], values [..., span, H]."""
+        """Take in one span: logits and seen [..., q, span], values [..., span, H] or without the first axis."""
         logits = jnp.where(seen, logits, _MASKED)
         maximum = jnp.maximum(self.maximum, logits.max(-1))
         weights = jnp.where(seen, jnp.exp(logits - maximum[..., None]), 0.0)
@@ -104,6 +104,9 @@ class _Spans(NamedTuple):
         ids = jax.lax.dynamic_slice_in_dim(page_table, index * each, each, axis=-1)
         keys = self.pages.keys.at[ids].get(mode="clip")  # [..., each, K, H, page]
         values = self.pages.values.at[ids].get(mode="clip")  # [..., each, K, page, H]
+        if self.pages.key_scales is not None and self.pages.value_scales is not None:
+            keys = keys.astype(jnp.float32) * self.pages.key_scales.at[ids].get(mode="clip")[..., None, :]
+            values = values.astype(jnp.float32) * self.pages.value_scales.at[ids].get(mode="clip")[..., None]
         if each == 1:
             keys, values = jnp.squeeze(keys, -4), jnp.squeeze(values, -4)
         else:
@@ -122,13 +125,17 @@ class _Spans(NamedTuple):
 
 def attend(
     q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     pages: Pages,
     rows: Rows,
+    groups: Groups,
     options: AttentionOptions,
     layout: PageLayout,
     sinks: jax.Array | None,
-) -> jax.Array:
-    """See `kernels.paged_attention.attend`; the step's keys and values are in `pages` already."""
+) -> tuple[jax.Array, Pages]:
+    """See `kernels.paged_attention.attend`."""
+    pages = layout.write(pages, k, v, rows)
     num_tokens, num_heads, head_dim = q.shape
     kv_heads, group = layout.num_kv_heads, num_heads // layout.num_kv_heads
     grouped = q.astype(jnp.float32).reshape(num_tokens, kv_heads, group, head_dim)
@@ -136,11 +143,12 @@ def attend(
     spans = _Spans(layout, pages)
     rows = rows._replace(page_table=spans.padded(rows.page_table))
     out = jnp.zeros_like(grouped)
-    out = _attend_single_queries(out, grouped, spans, rows, options, sink_heads)
+    shared = _SharedSpans.of(groups, spans, rows.kv_len.shape[0])
+    out = _attend_single_queries(out, grouped, spans, rows, shared, options, sink_heads)
     # A tile may reach past the last token; the spare rows take what it writes there.
     spare = [(0, QUERY_TILE), (0, 0), (0, 0), (0, 0)]
     out = _attend_tiles(jnp.pad(out, spare), jnp.pad(grouped, spare), spans, rows, options, sink_heads)
-    return out[:num_tokens].reshape(q.shape).astype(q.dtype)
+    return out[:num_tokens].reshape(q.shape).astype(q.dtype), pages
 
 
 def _cap(logits: jax.Array, options: AttentionOptions) -> jax.Array:
@@ -148,11 +156,28 @@ def _cap(logits: jax.Array, options: AttentionOptions) -> jax.Array:
     return logits if options.soft_cap is None else options.soft_cap * jnp.tanh(logits / options.soft_cap)
 
 
+class _SharedSpans(NamedTuple):
+    """For each slot, the deepest group it is in (G: none), and how many leading spans that group shares."""
+
+    group: jax.Array  # i32[S]
+    num_spans: jax.Array  # i32[S]
+
+    @classmethod
+    def of(cls, groups: Groups, spans: _Spans, num_slots: int) -> _SharedSpans:
+        slots = jnp.arange(num_slots, dtype=jnp.int32)[:, None]
+        inside = (slots >= groups.slot_start) & (slots < groups.slot_stop)  # [S, G]
+        stop = jnp.where(inside, groups.page_stop, 0)
+        num_spans = stop.max(-1) // spans.pages_per_span
+        group = jnp.where(num_spans > 0, jnp.argmax(stop, -1), groups.page_stop.shape[0])
+        return cls(group.astype(jnp.int32), num_spans)
+
+
 def _attend_single_queries(
     out: jax.Array,
     q: jax.Array,
     spans: _Spans,
     rows: Rows,
+    shared: _SharedSpans,
     options: AttentionOptions,
     sinks: jax.Array | None,
 ) -> jax.Array:
@@ -179,10 +204,20 @@ def _attend_single_queries(
             seen = (position < kv_len[:, None]) & (position >= first[:, None])
             return state.add(logits, seen[:, None, None], values)
 
+        def add_shared_span(span: jax.Array, state: _Softmax) -> _Softmax:
+            keys, values = spans.read(table[0], span, kv_len[0])  # full pages of every member
+            logits = _cap(jnp.einsum("skgh,kht->skgt", queries, keys), options)
+            seen = spans.positions(span, 1) >= first[:, None]
+            return state.add(logits, seen[:, None, None], values)
+
         begin = jnp.min(jnp.where(present, first, jnp.iinfo(jnp.int32).max)) // spans.span_len
         end = -(-jnp.max(kv_len) // spans.span_len)
+        # Where all present are of one group, its spans are read once for all.
+        is_one = jnp.all(jnp.where(present, shared.group[members] == shared.group[members[0]], True))
+        num_shared = jnp.where(is_one, shared.num_spans[members[0]], 0)
         start = _Softmax.start((DECODE_GROUP, kv_heads, group), head_dim, sinks)
-        state = jax.lax.fori_loop(begin, end, add_span, start)
+        state = jax.lax.fori_loop(begin, num_shared, add_shared_span, start)
+        state = jax.lax.fori_loop(jnp.maximum(begin, num_shared), end, add_span, state)
         return out.at[token].set(state.result(), mode="drop")
 
     return jax.lax.fori_loop(0, -(-count // DECODE_GROUP), attend_group, out)
