@@ -105,7 +105,10 @@ def test_groups_share_what_they_say_and_nothing_is_read_twice(
         apart = one[1] <= other[0]
         assert apart or (one[0] <= other[0] and other[1] <= one[1])  # and the outer one comes first
     for branch in branches:
-        assert branch.outer is None or branches[branch.outer].page_stop < branch.page_stop
+        if branch.outer is not None:
+            outer = branches[branch.outer]
+            assert outer.page_stop < branch.page_stop
+            assert branch.slot_stop - branch.slot_start < outer.slot_stop - outer.slot_start
 
 
 @given(paths)
