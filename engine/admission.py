@@ -73,6 +73,9 @@ class Admission:
             request = heapq.heappop(self._waiting)[-1]
             if request.status is RequestStatus.FINISHED:
                 continue
+            if request.num_pending:  # preempted by this plan, which was given up: its last token is to come
+                passed_over.append(request)
+                continue
             readable = self._num_readable_tokens(request)
             pages = self._cache.match(request, readable) if self._cache is not None else []
             if self._is_claimed(request, len(pages), readable, step):

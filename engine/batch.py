@@ -1,4 +1,4 @@
-"""StepPlan -> StepInputs: the arrays of one step, in the shape of its bucket. The only `device_put`.
+"""StepPlan -> StepArrays: the numbers of one step, in the shape of its bucket. The only `device_put`.
 
 Arrays that only unusual sampling needs (histories, masks, biases) are put on the device for the steps
 that need them; all others are given the same idle ones, made once.
@@ -6,154 +6,203 @@ that need them; all others are given the same idle ones, made once.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from engine.buckets import Bucket
+from engine.in_flight import Draws, InFlight
 from engine.plan import StepPlan
-from engine.request import Request
-from engine.sampler import MAX_LOGIT_BIAS, SamplingInputs
+from engine.sampler import MAX_LOGIT_BIAS
+from engine.seats import BIAS, FILTER, HISTORY, LOGPROBS, MASK, PENALTY, RANDOM, Seats
+from engine.step_inputs import ANY_FLAGS, StepArrays, StepShape
 from engine.token_masks import mask_width, needs_mask, token_mask
-from kernels.paged_attention import Rows
-
-
-class StepInputs(NamedTuple):
-    """Everything a step reads but weights and pages. Padding tokens belong to no slot."""
-
-    token_ids: jax.Array  # i32[T]
-    positions: jax.Array  # i32[T]
-    rows: Rows
-    logit_tokens: jax.Array  # i32[L], which token of the step each row of logits is of
-    sampling: SamplingInputs
 
 
 class BatchBuilder:
     """Builds the inputs of any planned step. Sizes are those the steps are compiled for."""
 
     def __init__(
-        self, *, vocab_size: int, max_num_seqs: int, max_model_len: int, page_size: int, device: Any
+        self,
+        *,
+        buckets: Sequence[Bucket],
+        vocab_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        page_size: int,
+        device: Any,
     ):
         self._vocab_size = vocab_size
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
         self._table_width = -(-max_model_len // page_size)
+        self._num_draws = max(bucket.num_logits for bucket in buckets)
         self._device = device
+        self._seats = Seats(max_num_seqs, self._table_width, vocab_size)
         self._idle: dict[int, dict[str, jax.Array]] = {}
+        self._nothing_drawn = jax.device_put(np.zeros(self._num_draws, np.int32), device)
 
-    def build(self, plan: StepPlan, bucket: Bucket) -> StepInputs:
-        """The inputs of `plan`, which must fit `bucket`."""
-        token_ids = np.zeros(bucket.num_tokens, np.int32)
-        positions = np.zeros(bucket.num_tokens, np.int32)
-        query_start = np.full(self._max_num_seqs + 1, plan.num_tokens, np.int32)
-        kv_len = np.zeros(self._max_num_seqs, np.int32)
-        page_table = np.zeros((self._max_num_seqs, self._table_width), np.int32)
-        logit_tokens = np.zeros(bucket.num_logits, np.int32)
-        at = num_logits = 0
-        for slot, row in enumerate(plan.rows):
-            end = at + row.num_tokens
-            query_start[slot] = at
-            kv_len[slot] = row.stop
-            page_table[slot, : len(row.page_ids)] = row.page_ids
-            token_ids[at:end] = row.request.token_ids(row.start, row.stop)
-            positions[at:end] = np.arange(row.start, row.stop)
-            if row.num_logits:
-                logit_tokens[num_logits : num_logits + row.num_logits] = np.arange(end - row.num_logits, end)
-                num_logits += row.num_logits
-            at = end
-        sampling, idle = self._sampling(plan, bucket.num_logits)
-        arrays = (token_ids, positions, query_start, kv_len, page_table, logit_tokens, sampling)
-        put = jax.device_put(arrays, self._device)
-        token_ids, positions, query_start, kv_len, page_table, logit_tokens, sampling = put
-        rows = Rows(query_start, kv_len, page_table)
-        return StepInputs(token_ids, positions, rows, logit_tokens, SamplingInputs(**sampling, **idle))
+    def shape(self, bucket: Bucket) -> StepShape:
+        return StepShape(*bucket, self._max_num_seqs, self._table_width, self._num_draws)
 
-    def idle_inputs(self, bucket: Bucket) -> StepInputs:
+    def build(self, plan: StepPlan, bucket: Bucket, before: InFlight | None) -> tuple[StepArrays, Draws]:
+        """The inputs of `plan`, which must fit `bucket`, and what is known of its draws.
+
+        before: the step in flight; rows whose last token it draws read the token on the device.
+        Raises ValueError when there are such rows and there is no step in flight.
+        """
+        shape = self.shape(bucket)
+        numbers = np.zeros(shape.size, np.int32)
+        views = shape.views(numbers)
+        draws = Draws(np.zeros(self._seats.num_seats, np.int32), False, False)
+        views["sampled"][:] = self._seats.idle[:, None]
+        views["sources"][:] = np.arange(self._num_draws, self._num_draws + bucket.num_tokens)
+        views["query_start"][:] = plan.num_tokens
+        unusual: dict[str, np.ndarray] = {}
+        if plan.rows:
+            seats, starts, lens, samples, num_logits = self._read(plan)
+            ends = lens.cumsum()
+            self._fill_tokens(plan, views, seats, starts, lens, ends, before)
+            draws, unusual = self._fill_logits(plan, views, seats, starts + lens, ends, samples, num_logits)
+        idle = self._idle_arrays(bucket.num_logits)
+        if unusual:
+            numbers, unusual = jax.device_put((numbers, unusual), self._device)
+        else:
+            numbers = jax.device_put(numbers, self._device)
+        drawn = self._nothing_drawn if before is None else before.outputs.token_ids
+        return StepArrays(numbers=numbers, drawn=drawn, **(idle | unusual)), draws
+
+    def idle_arrays(self, bucket: Bucket) -> StepArrays:
         """Inputs of a step with no rows: the shapes to compile for."""
-        return self.build(StepPlan(()), bucket)
+        return self.build(StepPlan(()), bucket, None)[0]
 
-    def _sampling(self, plan: StepPlan, size: int) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """Arrays to put on the device, and those that are there already."""
-        put: dict[str, Any] = {
-            "temperature": np.zeros(size, np.float32),
-            "top_k": np.full(size, self._vocab_size, np.int32),
-            "top_p": np.ones(size, np.float32),
-            "min_p": np.zeros(size, np.float32),
-            "keys": np.zeros((size, 2), np.uint32),
-            "positions": np.zeros(size, np.int32),
-            "repetition_penalty": np.ones(size, np.float32),
-            "presence_penalty": np.zeros(size, np.float32),
-            "frequency_penalty": np.zeros(size, np.float32),
-            "prompt_len": np.zeros(size, np.int32),
-            "history_len": np.zeros(size, np.int32),
-            "targets": np.zeros(size, np.int32),
-            "has_target": np.zeros(size, bool),
-        }
-        any_logprobs = False
-        unusual = _Unusual()
+    def _read(self, plan: StepPlan) -> tuple[np.ndarray, ...]:
+        """Seat, start, number of tokens, whether it samples, and number of logits of each row."""
+        of_request, written = self._seats.seat_of, self._seats.page_ids
+        seats = []
+        for row in plan.rows:
+            seat = of_request.get(row.request)
+            if seat is None:
+                seat = self._seats.take(row.request)
+            if written[seat] != row.page_ids:
+                self._seats.write_pages(seat, row.page_ids)
+            seats.append(seat)
+        _, starts, lens, samples, num_logits, _ = zip(*plan.rows, strict=True)
+        return (
+            np.array(seats, np.int64),
+            np.array(starts, np.int32),
+            np.array(lens, np.int32),
+            np.array(samples, bool),
+            np.array(num_logits, np.int32),
+        )
+
+    def _fill_tokens(
+        self,
+        plan: StepPlan,
+        views: dict[str, np.ndarray],
+        seats: np.ndarray,
+        starts: np.ndarray,
+        lens: np.ndarray,
+        ends: np.ndarray,
+        before: InFlight | None,
+    ) -> None:
+        """Tokens, positions and the attention's rows."""
+        num_rows, num_tokens = len(lens), int(ends[-1])
+        begins = ends - lens
+        views["query_start"][:num_rows] = begins
+        views["kv_len"][:num_rows] = starts + lens
+        np.take(self._seats.page_tables, seats, axis=0, out=views["page_table"][:num_rows])
+        views["positions"][:num_tokens] = np.repeat(starts - begins, lens) + np.arange(num_tokens)
+        token_ids: list[int] = []
+        drawn_rows: list[int] = []
+        for index, row in enumerate(plan.rows):
+            request = row.request
+            if row.num_tokens > 1:
+                token_ids += request.token_ids(row.start, row.stop)
+            elif row.samples and request.num_pending:
+                drawn_rows.append(index)
+                token_ids.append(0)
+            elif row.start >= request.prompt_len:
+                token_ids.append(request.output_token_ids[row.start - request.prompt_len])
+            else:
+                token_ids.append(request.prompt_token_ids[row.start])
+        views["token_ids"][:num_tokens] = token_ids
+        if drawn_rows:
+            if before is None:
+                raise ValueError("a row continues a token that no step in flight draws")
+            views["sources"][begins[drawn_rows]] = before.draws.logit_of_seat[seats[drawn_rows]]
+
+    def _fill_logits(
+        self,
+        plan: StepPlan,
+        views: dict[str, np.ndarray],
+        seats: np.ndarray,
+        stops: np.ndarray,
+        ends: np.ndarray,
+        samples: np.ndarray,
+        num_logits: np.ndarray,
+    ) -> tuple[Draws, dict[str, np.ndarray]]:
+        """The rows of logits; returns what is known of the draws, and the arrays of unusual sampling."""
+        total = int(num_logits.sum())
+        logit_ends = num_logits.cumsum()
+        views["logit_tokens"][:total] = np.repeat(ends - logit_ends, num_logits) + np.arange(total)
+        drawing = samples.nonzero()[0]
+        at = logit_ends[drawing] - 1
+        seats, stops = seats[drawing], stops[drawing]
+        views["sampled"][:, at] = self._seats.sampled[seats].T
+        views["sample_positions"][at] = stops
+        needs = self._seats.needs[seats]
+        masked = ((needs & MASK) > 0) | (stops < self._seats.min_total_len[seats])
+        any_need = int(np.bitwise_or.reduce(needs, initial=0))
+        has_targets = total > len(drawing)
+        flags = [any_need & bit > 0 for bit in (RANDOM, FILTER, PENALTY, MASK, BIAS, LOGPROBS)]
+        flags[ANY_FLAGS.index("any_mask")] = bool(masked.any())
+        flags[ANY_FLAGS.index("any_logprobs")] |= has_targets
+        views["any"][:] = flags
+        if has_targets:
+            self._fill_targets(plan, views)
+        unusual: dict[str, np.ndarray] = {}
+        size = len(views["logit_tokens"])
+        if any_need & PENALTY:
+            penalised = (needs & PENALTY).nonzero()[0]
+            views["history_len"][at[penalised]] = stops[penalised]
+            history = unusual["history"] = np.zeros((size, self._max_model_len), np.int32)
+            for index in penalised:
+                request = plan.rows[drawing[index]].request
+                history[at[index], : stops[index]] = request.token_ids(0, int(stops[index]))
+        if masked.any():
+            mask = unusual["token_mask"] = np.full(
+                (size, mask_width(self._vocab_size)), 0xFFFFFFFF, np.uint32
+            )
+            for index in masked.nonzero()[0]:
+                request = plan.rows[drawing[index]].request
+                if needs_mask(request):
+                    mask[at[index]] = token_mask(request, self._vocab_size)
+        if any_need & BIAS:
+            ids = unusual["bias_ids"] = np.full((size, MAX_LOGIT_BIAS), self._vocab_size, np.int32)
+            values = unusual["bias_values"] = np.zeros((size, MAX_LOGIT_BIAS), np.float32)
+            for index in (needs & BIAS).nonzero()[0]:
+                bias = plan.rows[drawing[index]].request.sampling.logit_bias
+                ids[at[index], : len(bias)] = [token for token, _ in bias]
+                values[at[index], : len(bias)] = [value for _, value in bias]
+        logit_of_seat = np.zeros(self._seats.num_seats, np.int32)
+        logit_of_seat[seats] = at
+        any_history = has_targets or any_need & HISTORY > 0
+        return Draws(logit_of_seat, flags[ANY_FLAGS.index("any_logprobs")], any_history), unusual
+
+    def _fill_targets(self, plan: StepPlan, views: dict[str, np.ndarray]) -> None:
+        """The next tokens of the prompt positions whose log-probabilities are due."""
         index = 0
         for row in plan.rows:
-            if not row.num_logits:
-                continue
             if row.num_prompt_logprobs:
                 end = index + row.num_prompt_logprobs
                 first = row.stop - row.num_logits + 1
-                put["targets"][index:end] = row.request.token_ids(first, first + row.num_prompt_logprobs)
-                put["has_target"][index:end] = True
-                any_logprobs = True
-                index = end
-            if row.samples:
-                request, sampling = row.request, row.request.sampling
-                any_logprobs |= sampling.logprobs is not None
-                if sampling.temperature > 0:
-                    put["temperature"][index] = sampling.temperature
-                    put["top_k"][index] = sampling.top_k or self._vocab_size
-                    put["top_p"][index] = sampling.top_p
-                    put["min_p"][index] = sampling.min_p
-                    put["keys"][index] = request.key
-                    put["positions"][index] = request.num_tokens
-                unusual.note(index, request)
-                index += 1
-        return self._finish(put, unusual, any_logprobs, size)
-
-    def _finish(
-        self, put: dict[str, Any], unusual: _Unusual, any_logprobs: bool, size: int
-    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        idle = dict(self._idle_arrays(size))
-        for index, request in unusual.penalised:
-            sampling = request.sampling
-            put["repetition_penalty"][index] = sampling.repetition_penalty
-            put["presence_penalty"][index] = sampling.presence_penalty
-            put["frequency_penalty"][index] = sampling.frequency_penalty
-            put["prompt_len"][index] = request.prompt_len
-            put["history_len"][index] = request.num_tokens
-        if unusual.penalised:
-            del idle["history"]
-            put["history"] = np.zeros((size, self._max_model_len), np.int32)
-            for index, request in unusual.penalised:
-                put["history"][index, : request.num_tokens] = request.token_ids(0, request.num_tokens)
-        if unusual.masked:
-            del idle["token_mask"]
-            put["token_mask"] = np.full((size, mask_width(self._vocab_size)), 0xFFFFFFFF, np.uint32)
-            for index, request in unusual.masked:
-                put["token_mask"][index] = token_mask(request, self._vocab_size)
-        if unusual.biased:
-            del idle["bias_ids"], idle["bias_values"]
-            put["bias_ids"] = np.full((size, MAX_LOGIT_BIAS), self._vocab_size, np.int32)
-            put["bias_values"] = np.zeros((size, MAX_LOGIT_BIAS), np.float32)
-            for index, request in unusual.biased:
-                bias = request.sampling.logit_bias
-                put["bias_ids"][index, : len(bias)] = [token for token, _ in bias]
-                put["bias_values"][index, : len(bias)] = [value for _, value in bias]
-        filters = (put["top_k"] < self._vocab_size) | (put["top_p"] < 1) | (put["min_p"] > 0)
-        put["any_random"] = np.bool_(put["temperature"].any())
-        put["any_filter"] = np.bool_(filters.any())
-        put["any_penalty"] = np.bool_(bool(unusual.penalised))
-        put["any_mask"] = np.bool_(bool(unusual.masked))
-        put["any_bias"] = np.bool_(bool(unusual.biased))
-        put["any_logprobs"] = np.bool_(any_logprobs)
-        return put, idle
+                targets = row.request.token_ids(first, first + row.num_prompt_logprobs)
+                views["targets"][index:end] = targets
+                views["has_target"][index:end] = 1
+            index += row.num_logits
 
     def _idle_arrays(self, size: int) -> dict[str, jax.Array]:
         """What stands in for the arrays that a step's rows do not need."""
@@ -161,29 +210,8 @@ class BatchBuilder:
             arrays = {
                 "history": np.zeros((size, self._max_model_len), np.int32),
                 "token_mask": np.zeros((size, mask_width(self._vocab_size)), np.uint32),
-                "bias_ids": np.zeros((size, MAX_LOGIT_BIAS), np.int32),
+                "bias_ids": np.full((size, MAX_LOGIT_BIAS), self._vocab_size, np.int32),
                 "bias_values": np.zeros((size, MAX_LOGIT_BIAS), np.float32),
             }
             self._idle[size] = jax.device_put(arrays, self._device)
         return self._idle[size]
-
-
-class _Unusual:
-    """Rows of logits whose sampling needs one of the large arrays: (index, request)."""
-
-    __slots__ = ("biased", "masked", "penalised")
-
-    def __init__(self) -> None:
-        self.penalised: list[tuple[int, Request]] = []
-        self.masked: list[tuple[int, Request]] = []
-        self.biased: list[tuple[int, Request]] = []
-
-    def note(self, index: int, request: Request) -> None:
-        sampling = request.sampling
-        penalties = sampling.repetition_penalty != 1, sampling.presence_penalty, sampling.frequency_penalty
-        if any(penalties):
-            self.penalised.append((index, request))
-        if needs_mask(request):
-            self.masked.append((index, request))
-        if sampling.logit_bias:
-            self.biased.append((index, request))

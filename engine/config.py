@@ -32,6 +32,8 @@ class EngineConfig:
     """"fcfs", or "priority": lower `priority` first, then age."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step."""
+    async_scheduling: bool = True
+    """Plan and start each step while the one before it still runs; False: one after the other."""
     dtype: str = "float32"
     """Of weights and activations."""
     kv_dtype: str | None = None
@@ -70,6 +72,9 @@ class EngineConfig:
             if getattr(self, name) not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r}: choose one of {known}")
+        for name in ("enable_prefix_caching", "async_scheduling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"engine.{name}={getattr(self, name)!r}: give true or false")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: it must be at least "

@@ -1,10 +1,17 @@
-"""The engine: requests in, completions out. A step is three lines: schedule, run, update."""
+"""The engine: requests in, completions out. A step is three lines: schedule, dispatch, update.
+
+The host never makes the device wait: step n + 1 is planned and dispatched while step n runs, and only
+then step n is taken back. The tokens that n draws stay on the device for n + 1 to read.
+
+    host     plan n+1 | dispatch n+1 | collect n | update n | plan n+2 | ...
+    device   ... n ................................| n+1 ...................
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from engine.checkpoints import LoadedModel, encode_text, load, render_chat
 from engine.compilation import use_compilation_cache
@@ -17,6 +24,10 @@ from engine.request_group import RequestGroup, bad_word_token_ids
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler, SchedulerSettings
 
+if TYPE_CHECKING:
+    from engine.in_flight import InFlight
+    from engine.runner import StepRunner
+
 Chat = Sequence[Mapping[str, Any]]
 TokenIds = Sequence[int]
 Prompts = str | TokenIds | Chat | Sequence[str] | Sequence[TokenIds] | Sequence[Chat]
@@ -25,20 +36,19 @@ Prompts = str | TokenIds | Chat | Sequence[str] | Sequence[TokenIds] | Sequence[
 class Engine:
     """Continuous batching over paged keys and values. One thread: `generate`, or `add_request` and `step`.
 
+    runner: what runs the steps (default: a `StepRunner` of the model, on the platform of the config).
     Raises ConfigError where options, model and machine do not go together.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None):
-        # After the platform is chosen, so that importing this module starts no backend.
-        from engine.runner import StepRunner
-
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig | None = None, *, runner: StepRunner | None = None
+    ):
         self.config = config or EngineConfig()
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
-        select_platform(self.config.platform)
-        use_compilation_cache(self.config.compilation_cache_dir)
         self.max_model_len = self.config.model_len(loaded.config.max_position_embeddings)
-        self._runner = StepRunner(loaded.model, loaded.config, self.config, self.max_model_len)
+        self._runner = runner or self._make_runner()
+        self._in_flight: InFlight | None = None
         self._scheduler = Scheduler(
             SchedulerSettings(
                 max_num_seqs=self.config.max_num_seqs,
@@ -54,9 +64,11 @@ class Engine:
         self._groups: dict[str, RequestGroup] = {}
         self._ready: list[RequestOutput] = []
         self._num_ids = 0
+        # Samples whose text is wanted token by token.
+        self._growing: set[Request] = set()
         self._num_steps = 0
         self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
+        self._collected_at = 0.0
         self._step_seconds: list[float] = []
         self._occupancy: list[int] = []
 
@@ -197,35 +209,39 @@ class Engine:
         now = time.monotonic()
         for request in requests:  # the first is refused if any is: they differ in their index alone
             self._scheduler.add(request, now)
-        self._groups[request_id] = RequestGroup(requests, text, self.tokenizer, stream)
+        group = self._groups[request_id] = RequestGroup(requests, text, self.tokenizer, stream)
+        if group.grows:
+            self._growing.update(requests)
         self._num_prompt_tokens += len(token_ids) * params.n
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return the requests that finished (and the streamed ones that grew)."""
+        """Start the next step and take back the one before it.
+
+        Returns the requests that finished (and the streamed ones that grew). What a step computes comes
+        with the next call, unless `async_scheduling` is off.
+        """
         outputs, self._ready = self._ready, []
-        started = time.monotonic()
-        plan = self._scheduler.schedule(started)
-        if not plan.rows:
-            return outputs
-        results = self._runner.run(plan)
-        now = time.monotonic()
-        self._scheduler.update(plan, results, now)
-        self._num_steps += 1
-        self._step_seconds.append(now - started)
-        self._occupancy.append(len(plan.rows))
-        for row in plan.rows:
-            if row.samples:
-                self._num_generated_tokens += 1
-                output = self._advance(row.request, now)
-                if output is not None:
-                    outputs.append(output)
+        before = self._in_flight
+        if before is not None and before.must_end_first:
+            outputs += self._take_back(before)
+            before = None
+        plan = self._scheduler.schedule(time.monotonic())
+        self._in_flight = self._runner.dispatch(plan, before) if plan.rows else None
+        if before is not None:
+            outputs += self._take_back(before)
+        self._scheduler.advance(plan)
+        # A step of rows that have all ended meanwhile is waited for too: whoever sees that nothing is
+        # unfinished need not look again.
+        if self._in_flight is not None and not (self.config.async_scheduling and self._groups):
+            outputs += self._take_back(self._in_flight)
+            self._in_flight = None
         return outputs
 
     def abort_request(self, request_id: str) -> bool:
         """Drop a request and free its pages; no output comes of it. False when it is not unfinished."""
         if self._groups.pop(request_id, None) is None:
             return False
-        self._scheduler.abort(request_id, time.monotonic())
+        self._growing.difference_update(self._scheduler.abort(request_id, time.monotonic()))
         return True
 
     @property
@@ -254,7 +270,7 @@ class Engine:
             num_cached_tokens=scheduler.num_prefix_hits,
             num_computed_tokens=runner.num_computed_tokens,
             num_padded_tokens=runner.num_padded_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             pages_free=scheduler.num_free_pages,
@@ -273,21 +289,51 @@ class Engine:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _advance(self, request: Request, now: float) -> RequestOutput | None:
-        """Take a sample's new token into its group's text; an output if the group has one to give."""
+    def _take_back(self, step: InFlight) -> list[RequestOutput]:
+        """Wait for a step, record its results, and give the outputs that are complete (or grew) with it."""
+        results = self._runner.collect(step)
+        now = time.monotonic()
+        finished = self._scheduler.update(step.plan, results, now)
+        self._num_steps += 1
+        self._step_seconds.append(now - max(step.dispatched_at, self._collected_at))
+        self._collected_at = now
+        self._occupancy.append(len(step.plan.rows))
+        if self._growing:
+            ended = set(finished)
+            finished = [
+                row.request
+                for row in step.plan.rows
+                if row.samples and (row.request in ended or row.request in self._growing)
+            ]
+        outputs = [self._grow(request, now) for request in finished]
+        return [output for output in outputs if output is not None]
+
+    def _grow(self, request: Request, now: float) -> RequestOutput | None:
+        """Take a sample's new token, or its whole text at its end; an output if its group has one to give."""
         group = self._groups.get(request.request_id)
         if group is None:
             raise AssertionError(f"a step was run for request {request.request_id!r}, which nobody asked for")
-        delta = group.push(request)
-        stopped_by = group.stopped_by(request)
-        if stopped_by is not None and not request.is_finished:
-            self._scheduler.finish(request, "stop", stopped_by, now)
+        delta = ""
+        if group.grows:
+            delta = group.push(request)
+            stopped_by = group.stopped_by(request)
+            if stopped_by is not None and not request.is_finished:
+                self._scheduler.finish(request, "stop", stopped_by, now)
         if request.is_finished:
+            self._growing.discard(request)
             delta += group.close(request)
         if group.is_finished:
             del self._groups[request.request_id]
             return group.output(delta)
         return group.output(delta) if group.stream and delta else None
+
+    def _make_runner(self) -> StepRunner:
+        select_platform(self.config.platform)
+        use_compilation_cache(self.config.compilation_cache_dir)
+        # After the platform is chosen, so that importing this module starts no backend.
+        from engine.runner import StepRunner
+
+        return StepRunner(self.loaded.model, self.loaded.config, self.config, self.max_model_len)
 
     def _add(self, prompt: str | TokenIds | Chat, params: SamplingParams, stream: bool = False) -> str:
         """Queue a prompt of `generate` or `stream` under an id of the engine's own."""
@@ -307,6 +353,8 @@ class Engine:
 
     def _check_token_ids(self, request_id: str, token_ids: tuple[int, ...]) -> None:
         vocab_size = self.loaded.config.vocab_size
+        if set(map(type, token_ids)) == {int} and 0 <= min(token_ids) and max(token_ids) < vocab_size:
+            return
         for position, token in enumerate(token_ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
                 raise RequestError(

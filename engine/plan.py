@@ -1,13 +1,14 @@
 """What the scheduler decides about one step and what it is told back: plain data, no arrays.
 
-Rows and results are named tuples rather than frozen dataclasses: a step makes hundreds of each, and
-a tuple costs a quarter of the time to make.
+Rows are named tuples rather than frozen dataclasses: a step makes hundreds of them, and a tuple costs a
+quarter of the time to make.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from engine.request import Request, TopLogprobs
@@ -18,15 +19,17 @@ class PlannedRow(NamedTuple):
 
     request: Request
     start: int
-    """`request.num_computed` when the step was planned."""
+    """Tokens of it that steps before this one compute."""
     num_tokens: int
     samples: bool
-    """The last known token is in the range, so a new token is drawn from its logits."""
+    """The last token is in the range, so a new token is drawn from its logits. That last token may itself be
+    one that the step in flight draws."""
     num_logits: int
     """The logits of the row's LAST `num_logits` tokens are needed: those of the prompt positions whose
     log-probabilities are due, then the drawn token's. 0 for a plain chunk, 1 for a decode row."""
     page_ids: Sequence[int]
-    """Pages covering [0, start + num_tokens); the request's own list, to be read only until `update`."""
+    """Pages covering [0, start + num_tokens); the request's own list, to be read only until the next step is
+    planned."""
 
     @property
     def stop(self) -> int:
@@ -48,25 +51,29 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        return sum([row.num_tokens for row in self.rows])
 
     @property
     def num_logits(self) -> int:
-        return sum(row.num_logits for row in self.rows)
+        return sum([row.num_logits for row in self.rows])
 
 
-class RowResult(NamedTuple):
-    """What the device says about one planned row."""
+class RowLogprobs(NamedTuple):
+    """The log-probabilities that one row was asked for."""
 
-    token_id: int | None = None
-    """The drawn token; None when the row does not sample."""
     logprob: float | None = None
-    """The drawn token's log-probability; None when it was not computed."""
-    top_logprobs: TopLogprobs = ()
-    prompt_logprobs: Sequence[tuple[float, TopLogprobs]] = ()
+    """The drawn token's; None when it was not asked for."""
+    top: TopLogprobs = ()
+    """The likeliest alternatives to it."""
+    prompt: Sequence[tuple[float, TopLogprobs]] = ()
     """`num_prompt_logprobs` entries: the log-probability of the prompt token at the next position, and the
     likeliest alternatives there."""
 
 
-StepResults = Sequence[RowResult]
-"""One result per row, in the order of `StepPlan.rows`."""
+class StepResults(NamedTuple):
+    """What the device says about one step."""
+
+    token_ids: Sequence[int | None]
+    """One a row of the plan, in its order: the drawn token, None when the row does not sample."""
+    logprobs: Mapping[int, RowLogprobs] = MappingProxyType({})
+    """By the row's index, of those rows that were asked for any."""

@@ -1,9 +1,10 @@
 """One request: one sample of one prompt, as the scheduler moves it from its first token to its last.
 
-    tokens    [ prompt_token_ids ........ | output_token_ids ..... )
-               0                    prompt_len             num_tokens
-    computed  [0, num_computed)           keys and values are in page_ids
-    remaining [num_computed, num_tokens)  what the scheduler still has to feed to the model
+    tokens    [ prompt_token_ids ........ | output_token_ids ..... | drawn ...... )
+               0                    prompt_len             num_tokens      total_len
+    computed  [0, num_computed)          keys and values are in page_ids, or a step in flight puts them there
+    drawn     [num_tokens, total_len)    at most one token, that the step in flight draws: not known yet
+    remaining [num_computed, total_len)  what the scheduler still has to feed to the model
 
 A request always has at least one remaining token while it runs: the last one drawn, whose keys and
 values are computed by the step that draws the next.
@@ -24,6 +25,8 @@ TopLogprobs = tuple[tuple[int, float], ...]
 class RequestStatus(Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    LEAVING = "leaving"
+    """Its last token is being drawn: it needs no more steps and has given up its pages."""
     FINISHED = "finished"
 
 
@@ -52,6 +55,8 @@ class Request:
     num_computed: int = 0
     page_ids: list[int] = field(default_factory=list)
     """Pages that hold tokens [0, num_computed) and room for those planned."""
+    num_pending: int = 0
+    """Tokens that the step in flight draws: 1 or 0."""
     page_hashes: list[bytes] = field(default_factory=list)
     """Content hashes of the first full pages, computed once and kept over preemption (prefix_cache)."""
     num_shared_pages: int = 0
@@ -75,19 +80,36 @@ class Request:
     first_token_time: float | None = None
     finished_time: float | None = None
     prompt_len: int = field(init=False)
+    max_output_len: int = field(init=False)
+    """Output tokens stop here: the lesser of `max_tokens` and what `max_total_len` leaves."""
+    end_token_ids: frozenset[int] = field(init=False)
+    """Tokens that end it, once there are `min_tokens`."""
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
         self.prompt_len = len(self.prompt_token_ids)
+        self.max_output_len = min(self.sampling.max_tokens, self.max_total_len - self.prompt_len)
+        ends = frozenset() if self.sampling.ignore_eos else self.eos_token_ids
+        self.end_token_ids = ends.union(self.sampling.stop_token_ids)
 
     @property
     def num_tokens(self) -> int:
         return self.prompt_len + len(self.output_token_ids)
 
     @property
+    def total_len(self) -> int:
+        """Tokens known, and the one that is being drawn."""
+        return self.prompt_len + len(self.output_token_ids) + self.num_pending
+
+    @property
     def remain_len(self) -> int:
-        """Known tokens whose keys and values are not computed yet."""
-        return self.prompt_len + len(self.output_token_ids) - self.num_computed
+        """Tokens whose keys and values no step has computed or is computing."""
+        return self.prompt_len + len(self.output_token_ids) + self.num_pending - self.num_computed
+
+    @property
+    def num_drawn(self) -> int:
+        """Output tokens known, and the one that is being drawn."""
+        return len(self.output_token_ids) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:

@@ -12,23 +12,20 @@ from engine.request import Request, TopLogprobs
 
 
 class RequestGroup:
-    """What the engine keeps of a request besides the scheduler's state of its samples."""
+    """What the engine keeps of a request besides the scheduler's state of its samples.
+
+    Text that nobody reads while it grows is made once, at its end.
+    """
 
     def __init__(self, requests: list[Request], prompt: str | None, tokenizer: Any, stream: bool):
-        sampling = requests[0].sampling
         self._requests = requests
         self._prompt = prompt
+        self._tokenizer = tokenizer
         self.stream = stream
-        self._texts = [
-            IncrementalDetokenizer(
-                tokenizer,
-                skip_special_tokens=sampling.skip_special_tokens,
-                stop=sampling.stop,
-                include_stop_str_in_output=sampling.include_stop_str_in_output,
-                min_tokens=sampling.min_tokens,
-            )
-            for _ in requests
-        ]
+        self.grows = stream or bool(requests[0].sampling.stop)
+        """Its text is wanted token by token: `push` each one."""
+        self._texts = [self._new_text() for _ in requests] if self.grows else []
+        self._whole_texts = [""] * len(requests)
         self._num_open = len(requests)
 
     def push(self, request: Request) -> str:
@@ -36,19 +33,24 @@ class RequestGroup:
 
         A token that stopped the sample is no part of its text unless asked for.
         """
-        sampling = request.sampling
-        stopped_by_token = request.is_finished and request.finish_reason == "stop"
-        if stopped_by_token and not sampling.include_stop_str_in_output:
+        if _ends_with_hidden_token(request):
             return ""
         return self._texts[request.sample_index].push(request.output_token_ids[-1:])
 
     def stopped_by(self, request: Request) -> str | None:
         """The stop string found in the sample's text."""
-        return self._texts[request.sample_index].stopped_by
+        return self._texts[request.sample_index].stopped_by if self.grows else None
 
     def close(self, request: Request) -> str:
         """The sample is finished: what its text held back."""
         self._num_open -= 1
+        if not self.grows:
+            text = self._new_text()
+            tokens = request.output_token_ids
+            text.push(tokens[:-1] if _ends_with_hidden_token(request) else tokens)
+            text.finish()
+            self._whole_texts[request.sample_index] = text.text
+            return ""
         delta = self._texts[request.sample_index].finish()
         stop = self.stopped_by(request)
         if stop is not None:  # found in the very token, or the very end, that length ended it with
@@ -87,12 +89,25 @@ class RequestGroup:
             )
         return CompletionOutput(
             index=request.sample_index,
-            text=self._texts[request.sample_index].text,
+            text=self._text(request.sample_index),
             token_ids=tuple(request.output_token_ids),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
             logprobs=logprobs,
+        )
+
+    def _text(self, index: int) -> str:
+        return self._texts[index].text if self.grows else self._whole_texts[index]
+
+    def _new_text(self) -> IncrementalDetokenizer:
+        sampling = self._requests[0].sampling
+        return IncrementalDetokenizer(
+            self._tokenizer,
+            skip_special_tokens=sampling.skip_special_tokens,
+            stop=sampling.stop,
+            include_stop_str_in_output=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
         )
 
     def _metrics(self) -> RequestMetrics:
@@ -105,6 +120,13 @@ class RequestGroup:
             finished_time=max(ends) if self.is_finished and ends else None,
             num_preemptions=sum(request.num_preemptions for request in requests),
         )
+
+
+def _ends_with_hidden_token(request: Request) -> bool:
+    """A token stopped the sample, and what stops a text is not shown in it."""
+    if request.finish_reason != "stop" or not request.is_finished:
+        return False
+    return not request.sampling.include_stop_str_in_output
 
 
 def _prompt_logprobs(request: Request) -> tuple[TokenLogprob | None, ...] | None:

@@ -7,40 +7,48 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
-from engine.batch import BatchBuilder, StepInputs
+from engine.batch import BatchBuilder
 from engine.buckets import Bucket, choose_bucket, declare_buckets
 from engine.compilation import counting_compiles
 from engine.config import EngineConfig
 from engine.errors import RetraceError
+from engine.in_flight import InFlight, step_results
 from engine.memory import num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
 from engine.models.layer_loop import looped_forward
-from engine.plan import PlannedRow, RowResult, StepPlan
+from engine.plan import StepPlan, StepResults
 from engine.sampler import StepOutputs, sample
+from engine.step_inputs import StepArrays, StepShape
 from kernels.paged_attention import AttentionOptions, PageLayout, Pages, attend, page_layout
 
 
 def make_step(graph: Any, options: AttentionOptions, layout: PageLayout) -> Any:
-    """The pure device step: (weights, kv_pages, inputs) -> (kv_pages, outputs).
+    """The pure device step: (shape, weights, kv_pages, arrays) -> (kv_pages, outputs).
 
-    `kv_pages` are the pages of all layers in one pool, a layer's after the other's.
+    `kv_pages` are the pages of all layers in one pool, a layer's after the other's. `outputs.token_ids` has
+    one length whatever the step's, so that any step can follow any other.
     """
 
-    def step(weights: Any, kv_pages: Pages, inputs: StepInputs) -> tuple[Pages, StepOutputs]:
+    def step(
+        shape: StepShape, weights: Any, kv_pages: Pages, arrays: StepArrays
+    ) -> tuple[Pages, StepOutputs]:
+        inputs = arrays.unpack(shape)
         model = nnx.merge(graph, weights)
         num_pages = kv_pages.keys.shape[0] // model.config.num_layers
 
         def attend_layer(layer, q, k, v, pages):
             # Page p of layer i is page i * num_pages + p of the pool.
             rows = inputs.rows._replace(page_table=inputs.rows.page_table + layer * num_pages)
-            return attend(q, k, v, pages, rows, options, layout)
+            return attend(q, k, v, pages, rows, inputs.groups, options, layout)
 
         hidden, kv_pages = looped_forward(model, inputs.token_ids, inputs.positions, kv_pages, attend_layer)
         logits = model.logits(hidden.at[inputs.logit_tokens].get(mode="clip"))
-        return kv_pages, sample(logits, inputs.sampling)
+        outputs = sample(logits, inputs.sampling)
+        drawn = jnp.pad(outputs.token_ids, (0, shape.num_draws - shape.num_logits))
+        return kv_pages, outputs._replace(token_ids=drawn)
 
     return step
 
@@ -59,16 +67,17 @@ class StepRunner:
         graph, weights = nnx.split(model)
         self._weights = jax.device_put(weights, self._device)
         options = AttentionOptions(scale=attention_scale(model_config))
-        self._step = jax.jit(make_step(graph, options, self._layout), donate_argnums=1)
+        self._step = jax.jit(make_step(graph, options, self._layout), donate_argnums=2, static_argnums=0)
+        self.buckets = declare_buckets(
+            config.min_token_pad, config.max_num_batched_tokens, config.max_num_seqs
+        )
         self._batch = BatchBuilder(
+            buckets=self.buckets,
             vocab_size=model_config.vocab_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             page_size=config.page_size,
             device=self._device,
-        )
-        self.buckets = declare_buckets(
-            config.min_token_pad, config.max_num_batched_tokens, config.max_num_seqs
         )
         page_bytes = self._layout.page_bytes * self._num_layers
         weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._weights))
@@ -94,19 +103,33 @@ class StepRunner:
     def device_name(self) -> str:
         return f"{self._device.platform}:{self._device.device_kind}"
 
-    def run(self, plan: StepPlan) -> list[RowResult]:
-        """Compute one planned step (with at least one row) and wait for its results, one a row."""
+    def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
+        """Start one planned step (with at least one row), without waiting for anything.
+
+        before: the step in flight, if there is one: tokens that it draws are read on the device. Steps run
+        in the order of their dispatch, each after all that the one before it reads and writes.
+        """
+        started = time.monotonic()
         num_tokens = plan.num_tokens
         bucket = choose_bucket(self.buckets, num_tokens, plan.num_logits)
-        inputs = self._batch.build(plan, bucket)
-        self._kv_pages, outputs = self._call(bucket, inputs)
+        arrays, draws = self._batch.build(plan, bucket, before)
+        self._kv_pages, outputs = self._call(bucket, arrays)
         self.num_computed_tokens += num_tokens
         self.num_padded_tokens += bucket.num_tokens - num_tokens
-        return _row_results(plan, jax.device_get(outputs))
+        return InFlight(plan, outputs, draws, started)
 
-    def _call(self, bucket: Bucket, inputs: StepInputs) -> tuple[Pages, StepOutputs]:
+    def collect(self, step: InFlight) -> StepResults:
+        """Wait for a step's results. What went wrong on the device is raised here."""
+        outputs = step.outputs
+        if step.draws.any_logprobs:
+            outputs = jax.device_get(outputs)
+        else:
+            outputs = outputs._replace(token_ids=jax.device_get(outputs.token_ids))
+        return step_results(step, outputs)
+
+    def _call(self, bucket: Bucket, arrays: StepArrays) -> tuple[Pages, StepOutputs]:
         try:
-            return self._compiled[bucket](self._weights, self._kv_pages, inputs)
+            return self._compiled[bucket](self._weights, self._kv_pages, arrays)
         except TypeError as error:
             # A compiled step takes exactly the shapes it was compiled for and its message names the argument.
             raise RetraceError(
@@ -119,8 +142,8 @@ class StepRunner:
 
     def _compile(self, bucket: Bucket, num_pages: int) -> Any:
         kv_pages = jax.eval_shape(lambda: self._layout.empty(self._num_layers * num_pages))
-        inputs = self._batch.idle_inputs(bucket)
-        return self._step.lower(self._weights, kv_pages, inputs).compile()
+        arrays, shape = self._batch.idle_arrays(bucket), self._batch.shape(bucket)
+        return self._step.lower(shape, self._weights, kv_pages, arrays).compile()
 
     def _temporary_bytes(self, config: EngineConfig) -> int:
         """Bytes of the largest step's temporaries, where the number of pages depends on them."""
@@ -128,42 +151,3 @@ class StepRunner:
             return 0
         analysis = self._compile(self.buckets[-1], 2 * config.max_num_seqs).memory_analysis()
         return int(analysis.temp_size_in_bytes)
-
-
-def _row_results(plan: StepPlan, outputs: StepOutputs) -> list[RowResult]:
-    """Spread the rows of logits over the rows of the plan. `outputs` holds numpy arrays."""
-    token_ids = outputs.token_ids.tolist()
-    results = []
-    index = 0
-    for row in plan.rows:
-        if not row.num_logits:
-            results.append(RowResult())
-            continue
-        first, index = index, index + row.num_logits
-        prompt_logprobs = tuple(
-            _logprob(outputs, at, row.request.sampling.prompt_logprobs)
-            for at in range(first, first + row.num_prompt_logprobs)
-        )
-        results.append(_row_result(row, token_ids, outputs, index - 1, prompt_logprobs))
-    return results
-
-
-def _row_result(
-    row: PlannedRow, token_ids: list[int], outputs: StepOutputs, last: int, prompt_logprobs: Any
-) -> RowResult:
-    if not row.samples:
-        return RowResult(prompt_logprobs=prompt_logprobs)
-    num_top = row.request.sampling.logprobs
-    if num_top is None:
-        return RowResult(token_ids[last], prompt_logprobs=prompt_logprobs)
-    logprob, top = _logprob(outputs, last, num_top)
-    return RowResult(token_ids[last], logprob, top, prompt_logprobs)
-
-
-def _logprob(
-    outputs: StepOutputs, at: int, num_top: int | None
-) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """The log-probability in row `at`, and the `num_top` likeliest alternatives."""
-    ids = np.asarray(outputs.top_ids)[at, :num_top].tolist()
-    logprobs = np.asarray(outputs.top_logprobs)[at, :num_top].tolist()
-    return float(outputs.logprobs[at]), tuple(zip(ids, logprobs, strict=True))

@@ -19,7 +19,7 @@ from engine.prefix_cache import HashPage, PrefixCache, page_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings, SchedulerStats
 from engine.step_draft import StepDraft
-from engine.step_results import record_prompt_logprobs, record_token
+from engine.step_results import record_logprob, record_prompt_logprobs, record_token
 
 __all__ = ["Scheduler", "SchedulerSettings", "SchedulerStats"]
 
@@ -43,6 +43,9 @@ class Scheduler:
         self._num_unfinished = 0
         self._next_arrival = 0
         self._num_preemptions = 0
+        self._num_leaving = 0
+        self._num_generated_tokens = 0
+        self._advanced: StepPlan | None = None
 
     # -- requests come and go ----------------------------------------------------------------------
 
@@ -92,7 +95,7 @@ class Scheduler:
     # -- one step ----------------------------------------------------------------------------------
 
     def schedule(self, now: float | None = None) -> StepPlan:
-        """Decide the next step. The rows are valid until `update`, or until the next `schedule`.
+        """Decide the next step. The rows are valid until `advance`, or until the next `schedule`.
 
         Running requests come first: those with one token left (decodes), then the rest, each in order.
         Waiting ones are admitted into what is left of the budget, unless pages just ran out.
@@ -103,13 +106,13 @@ class Scheduler:
         chunked: list[Request] = []
         num_decodes = 0
         for request in tuple(self._running):
-            num_computed = request.num_computed
-            if request.prompt_len + len(request.output_token_ids) - num_computed > 1:
+            num_computed, page_ids = request.num_computed, request.page_ids
+            total_len = request.prompt_len + len(request.output_token_ids) + request.num_pending
+            if total_len - num_computed > 1:
                 chunked.append(request)
             # The common case, in line: one token, and the last page has room for it.
-            elif num_computed < len(request.page_ids) * page_size:
-                row = PlannedRow(request, num_computed, 1, True, 1, request.page_ids)
-                step.singles.append(row)
+            elif num_computed < len(page_ids) * page_size:
+                step.singles.append(PlannedRow(request, num_computed, 1, True, 1, page_ids))
                 num_decodes += 1
             elif request.status is RequestStatus.RUNNING:  # it may have lost its place to one before it
                 self._plan_running(request, step)
@@ -121,29 +124,73 @@ class Scheduler:
             self._admission.admit(step, self._running, self._plan_chunk, now)
         return StepPlan((*step.singles, *step.chunks), tuple(step.preempted))
 
-    def update(self, plan: StepPlan, results: StepResults, now: float | None = None) -> list[Request]:
-        """Record what a step computed; returns the requests that ended with it, their pages freed.
+    def advance(self, plan: StepPlan) -> None:
+        """The plan is dispatched: what it computes counts as computed, what it draws is pending.
 
-        Requests that were finished or aborted since `schedule` are passed over. Raises ValueError when the
-        results do not belong to the plan, or the plan is not the last one.
+        Steps run in the order of their dispatch. So from here on a page that the plan fills may be read by
+        the steps to come, and one that it only writes to for a request that has ended meanwhile may be
+        given to another: they write after it. A request whose last token is being drawn leaves at once.
+
+        Requests that were finished since `schedule` are passed over. Raises ValueError when the plan is not
+        the last one.
         """
-        finished: list[Request] = []
         cache, page_size = self.cache, self.settings.page_size
-        for row, result in zip(plan.rows, results, strict=True):
-            request = row.request
-            if request.status is not RequestStatus.RUNNING or request.num_computed != row.start:
+        is_leaving = False
+        for row in plan.rows:
+            request, start, num_tokens, samples, _, _ = row
+            if request.num_computed != start or request.status is not RequestStatus.RUNNING:
                 if request.status is RequestStatus.FINISHED:
                     continue
                 raise ValueError(
                     f"the plan is not the last one: request {request.request_id!r} has moved since"
                 )
-            request.num_computed = num_computed = row.start + row.num_tokens
-            if row.num_logits > row.samples:
-                record_prompt_logprobs(row, result)
+            request.num_computed = num_computed = start + num_tokens
+            # All of these tokens are known: only the last of a request can be pending, and that is not
+            # computed before the step after the one that draws it.
             if cache is not None and num_computed >= (request.num_shared_pages + 1) * page_size:
                 cache.insert(request)
-            if row.samples and record_token(request, result, now):
-                finished.append(request)
+            if samples:
+                request.num_pending = 1
+                if len(request.output_token_ids) + 1 >= request.max_output_len:
+                    self._free(request)
+                    request.status = RequestStatus.LEAVING
+                    self._num_leaving += 1
+                    is_leaving = True
+        if is_leaving:
+            self._running = [each for each in self._running if each.status is RequestStatus.RUNNING]
+        self._advanced = plan
+
+    def update(self, plan: StepPlan, results: StepResults, now: float | None = None) -> list[Request]:
+        """Record what a step drew; returns the requests that ended with it, their pages freed.
+
+        A plan that was not dispatched before (`advance`) is taken as such here. Requests that were finished
+        or aborted since are passed over; those preempted since keep their token. Raises ValueError when the
+        results do not belong to the plan.
+        """
+        if len(results.token_ids) != len(plan.rows):
+            raise ValueError(f"{len(results.token_ids)} results came for {len(plan.rows)} rows")
+        if self._advanced is not plan:
+            self.advance(plan)
+        self._advanced = None
+        finished: list[Request] = []
+        num_drawn = 0
+        logprobs = results.logprobs
+        for index, (row, token) in enumerate(zip(plan.rows, results.token_ids, strict=True)):
+            request, _, _, samples, num_logits, _ = row
+            if request.status is RequestStatus.FINISHED:
+                continue
+            if num_logits != samples:
+                record_prompt_logprobs(row, logprobs.get(index))
+            if samples:
+                if token is None:
+                    raise ValueError(f"request {request.request_id!r}: its row samples and no token came")
+                request.num_pending = 0
+                num_drawn += 1
+                if index in logprobs:
+                    record_logprob(request, logprobs[index])
+                if record_token(request, token, now):
+                    finished.append(request)
+        self._num_generated_tokens += num_drawn
         if finished:
             self._running = [request for request in self._running if request.finish_reason is None]
             for request in finished:
@@ -160,7 +207,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return self._num_unfinished - len(self._running)
+        return self._num_unfinished - len(self._running) - self._num_leaving
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
@@ -173,6 +220,7 @@ class Scheduler:
             num_cached_pages=self.pool.num_cached,
             num_held_pages=self.pool.num_held,
             num_evictions=self.pool.num_evictions,
+            num_generated_tokens=self._num_generated_tokens,
         )
 
     # -- planning ----------------------------------------------------------------------------------
@@ -211,7 +259,7 @@ class Scheduler:
         elif num_pages < len(request.page_ids):  # a plan that was given up had asked for more
             self.pool.release(request.page_ids[num_pages:])
             del request.page_ids[num_pages:]
-        samples = stop == request.num_tokens
+        samples = stop == request.total_len
         if due := request.num_prompt_logprobs_due:
             num_logits = max(0, stop - max(start, request.prompt_len - 1 - due))
         else:
@@ -242,6 +290,8 @@ class Scheduler:
         self.pool.release(pages)
 
     def _end(self, request: Request, reason: str, stop_reason: int | str | None, now: float | None) -> None:
+        if request.status is RequestStatus.LEAVING:
+            self._num_leaving -= 1
         self._free(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
@@ -277,5 +327,6 @@ class Scheduler:
             raise AssertionError("the running requests are out of order")
         num_known = sum(map(len, self._unfinished.values()))
         num_waiting = self._admission.count_waiting()
-        if not num_known == self._num_unfinished == num_waiting + len(self._running):
+        num_running = len(self._running)
+        if not num_known == self._num_unfinished == num_waiting + num_running + self._num_leaving:
             raise AssertionError("a request is lost or counted twice")

@@ -87,3 +87,5 @@ class SchedulerStats:
     num_cached_pages: int
     num_held_pages: int
     num_evictions: int
+    num_generated_tokens: int
+    """Drawn for requests that had not ended before."""

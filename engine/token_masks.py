@@ -22,7 +22,7 @@ def needs_mask(request: Request) -> bool:
     return (
         request.sampling.allowed_token_ids is not None
         or bool(request.bad_words_token_ids)
-        or request.num_output_tokens < request.sampling.min_tokens
+        or request.num_drawn < request.sampling.min_tokens
     )
 
 
@@ -39,7 +39,7 @@ def token_mask(request: Request, vocab_size: int) -> np.ndarray:
     else:
         allowed[list(sampling.allowed_token_ids)] = True
     banned = list(_ends_of_bad_words(request))
-    if request.num_output_tokens < sampling.min_tokens:
+    if request.num_drawn < sampling.min_tokens:
         banned += sampling.stop_token_ids
         if not sampling.ignore_eos:
             banned += request.eos_token_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from engine.plan import RowResult, StepPlan
+from engine.plan import RowLogprobs, StepPlan, StepResults
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler, SchedulerSettings
@@ -45,27 +45,26 @@ def logprob_at(request: Request, position: int) -> float:
     return -float(position) - request.token_ids(position, position + 1)[0] / 1e4
 
 
-def pretend(plan: StepPlan, forced: dict[str, int] | None = None) -> list[RowResult]:
+def pretend(plan: StepPlan, forced: dict[str, int] | None = None) -> StepResults:
     """The results of a step; `forced` names the tokens that some requests draw."""
-    results = []
-    for row in plan.rows:
+    token_ids: list[int | None] = []
+    logprobs = {}
+    for index, row in enumerate(plan.rows):
         request = row.request
         token = None
         if row.samples:
             token = (forced or {}).get(request.request_id)
-            token = next_token(request.token_ids(0, request.num_tokens)) if token is None else token
+            # The last of them may have been drawn meanwhile, but never more: tokens are told in order.
+            token = next_token(request.token_ids(0, row.stop)) if token is None else token
+        token_ids.append(token)
         first = row.stop - row.num_logits
-        results.append(
-            RowResult(
-                token_id=token,
-                logprob=-0.5 if row.samples else None,
-                prompt_logprobs=[
-                    (logprob_at(request, position + 1), ((position, -1.0),))
-                    for position in range(first, first + row.num_prompt_logprobs)
-                ],
-            )
-        )
-    return results
+        prompt = [
+            (logprob_at(request, position + 1), ((position, -1.0),))
+            for position in range(first, first + row.num_prompt_logprobs)
+        ]
+        if row.samples or prompt:
+            logprobs[index] = RowLogprobs(-0.5 if row.samples else None, (), prompt)
+    return StepResults(token_ids, logprobs)
 
 
 def step(scheduler: Scheduler, forced: dict[str, int] | None = None) -> tuple[StepPlan, list[Request]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -221,9 +223,9 @@ def test_a_shape_that_was_not_declared_is_refused_naming_the_argument():
     engine = tiny_engine()
     runner = engine._runner
     bucket = runner.buckets[0]
-    inputs = runner._batch.idle_inputs(bucket)
-    wrong = inputs._replace(token_ids=inputs.token_ids[:-1])
-    with pytest.raises(RetraceError, match="token_ids"):
+    arrays = runner._batch.idle_arrays(bucket)
+    wrong = dataclasses.replace(arrays, numbers=arrays.numbers[:-1])
+    with pytest.raises(RetraceError, match="numbers"):
         runner._call(bucket, wrong)
 
 

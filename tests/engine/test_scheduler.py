@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.errors import ConfigError, RequestError
-from engine.plan import RowResult
+from engine.plan import StepResults
 from engine.request import RequestStatus
 from engine.scheduler import SchedulerSettings
 from tests.engine.host import logprob_at, make_request, make_scheduler, next_token, pretend, run, shape, step
@@ -80,7 +80,7 @@ def test_a_step_with_nothing_to_do_has_no_rows():
     plan = scheduler.schedule()
     assert plan.rows == ()
     assert (plan.num_tokens, plan.num_logits, plan.preempted) == (0, 0, ())
-    assert scheduler.update(plan, []) == []
+    assert scheduler.update(plan, StepResults([])) == []
 
 
 def test_priority_comes_before_age_only_when_asked_for():
@@ -340,10 +340,10 @@ def test_results_that_do_not_fit_the_plan_are_refused():
     scheduler = make_scheduler()
     scheduler.add(make_request("a", range(4), sampling={"prompt_logprobs": 0}))
     plan = scheduler.schedule()
-    with pytest.raises(ValueError, match="zip"):
-        scheduler.update(plan, [])
+    with pytest.raises(ValueError, match="0 results came for 1 rows"):
+        scheduler.update(plan, StepResults([]))
     with pytest.raises(ValueError, match="3 prompt log-probabilities were asked for, 0 came"):
-        scheduler.update(plan, [RowResult(token_id=1)])
+        scheduler.update(plan, StepResults([1]))
 
 
 def test_a_missing_token_is_refused():
@@ -351,7 +351,7 @@ def test_a_missing_token_is_refused():
     scheduler.add(make_request("a", range(4)))
     plan = scheduler.schedule()
     with pytest.raises(ValueError, match="no token came"):
-        scheduler.update(plan, [RowResult()])
+        scheduler.update(plan, StepResults([None]))
 
 
 def test_a_plan_is_good_for_one_update():
@@ -360,4 +360,4 @@ def test_a_plan_is_good_for_one_update():
     plan = scheduler.schedule()
     scheduler.update(plan, pretend(plan))
     with pytest.raises(ValueError, match="not the last one"):
-        scheduler.update(plan, [RowResult(token_id=1)])
+        scheduler.update(plan, StepResults([1]))

@@ -1,0 +1,70 @@
+"""A step on its way: dispatched to the device, its results not yet taken back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.plan import RowLogprobs, StepPlan, StepResults
+from engine.sampler import StepOutputs
+
+
+class Draws(NamedTuple):
+    """What is known of a step's draws before it has run."""
+
+    logit_of_seat: np.ndarray  # i32[num_seats], which row of logits a seat's token is drawn from
+    any_logprobs: bool
+    """Log-probabilities are wanted of some row."""
+    any_history: bool
+    """The next draw of some row depends on the token that this step draws, not only on its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What was planned, and outputs that may still be being computed."""
+
+    plan: StepPlan
+    outputs: StepOutputs
+    draws: Draws
+    dispatched_at: float
+    """Monotonic seconds."""
+
+    @property
+    def must_end_first(self) -> bool:
+        """The next step can only be planned when this one's results are known."""
+        return self.draws.any_history
+
+
+def step_results(step: InFlight, outputs: StepOutputs) -> StepResults:
+    """Spread the rows of logits over the rows of the plan. `outputs` holds numpy arrays."""
+    rows, drawn = step.plan.rows, outputs.token_ids.tolist()
+    if not step.draws.any_logprobs:  # then a row of logits is a draw
+        tokens = iter(drawn)
+        return StepResults([next(tokens) if row.samples else None for row in rows])
+    token_ids: list[int | None] = []
+    logprobs: dict[int, RowLogprobs] = {}
+    at = 0
+    for index, row in enumerate(rows):
+        first, at = at, at + row.num_logits
+        sampling = row.request.sampling
+        token_ids.append(drawn[at - 1] if row.samples else None)
+        prompt = tuple(
+            _logprob(outputs, each, sampling.prompt_logprobs)
+            for each in range(first, first + row.num_prompt_logprobs)
+        )
+        if row.samples and sampling.logprobs is not None:
+            logprobs[index] = RowLogprobs(*_logprob(outputs, at - 1, sampling.logprobs), prompt)
+        elif prompt:
+            logprobs[index] = RowLogprobs(prompt=prompt)
+    return StepResults(token_ids, logprobs)
+
+
+def _logprob(
+    outputs: StepOutputs, at: int, num_top: int | None
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The log-probability in row `at`, and the `num_top` likeliest alternatives."""
+    ids = np.asarray(outputs.top_ids)[at, :num_top].tolist()
+    logprobs = np.asarray(outputs.top_logprobs)[at, :num_top].tolist()
+    return float(outputs.logprobs[at]), tuple(zip(ids, logprobs, strict=True))
