@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace tidemill {
@@ -20,6 +21,7 @@ constexpr int64_t kSpan = 64;
 constexpr int64_t kMaxQueries = 48;      // query heads of one block
 constexpr int64_t kMaxChunkTokens = 16;  // tokens of one sequence in a block
 constexpr int64_t kMaxMembers = 16;      // sequences that share a block
+constexpr int64_t kComputeBound = 8;     // from so many queries on, a span costs more to compute than to fetch
 static_assert(kSpan % kLanes == 0, "a span is whole vectors");
 
 // Queries of one block and one KV head, and their softmax so far. A query is a (token, head of the group) pair.
@@ -41,14 +43,16 @@ struct Span {
   const float* values;
 };
 
-// logits[r][t] = sum over h of q[r][h] * keys[h][t], for `Rows` queries and all of a span's keys.
+// logits[r][t] = sum over h of q[r][h] * keys[h][t], for `Rows` queries and at least the keys [begin, end) of a span.
 template <int Rows>
-TIDEMILL_INLINE void span_logits(const float* q, int64_t head_dim, const Span& span, float* logits) {
+TIDEMILL_INLINE void span_logits(const float* q, int64_t begin, int64_t end, int64_t head_dim, const Span& span,
+                                 float* logits) {
   constexpr int kVectors = Rows <= 3 ? 4 : 2;
   constexpr int kWidth = kVectors * kLanes;
   static_assert(kSpan % kWidth == 0 || kWidth > kSpan, "whole blocks of keys");
   constexpr int kUsed = kWidth > kSpan ? static_cast<int>(kSpan) / kLanes : kVectors;
-  for (int64_t token = 0; token < kSpan; token += kUsed * kLanes) {
+  constexpr int64_t kStep = kUsed * kLanes;
+  for (int64_t token = begin / kStep * kStep; token < end; token += kStep) {
     vf acc[Rows][kUsed];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
@@ -324,6 +328,7 @@ class AttentionCall {
     end = std::min(end, last);
     for (int64_t start = begin; start < end; start += kSpan) {
       const int64_t held = std::min(kSpan, last - start);
+      if (in_place_ && count < kComputeBound && start + kSpan < end) prefetch_span(slot, head, start + kSpan);
       const Span span = read_span(slot, head, start, held, scratch);
       add_span(tile, from, count, start, held, span);
     }
@@ -331,39 +336,36 @@ class AttentionCall {
 
   void add_span(Tile& tile, int64_t from, int64_t count, int64_t start, int64_t held, const Span& span) const {
     const int64_t dim = a_.head_dim;
-    int64_t at = from;
-    for (; at + 6 <= from + count; at += 6) span_logits<6>(tile.q + at * dim, dim, span, tile.logits + at * kSpan);
-    const int64_t rest = from + count - at;
-    const float* q = tile.q + at * dim;
-    float* logits = tile.logits + at * kSpan;
-    switch (rest) {
-      case 5: span_logits<5>(q, dim, span, logits); break;
-      case 4: span_logits<4>(q, dim, span, logits); break;
-      case 3: span_logits<3>(q, dim, span, logits); break;
-      case 2: span_logits<2>(q, dim, span, logits); break;
-      case 1: span_logits<1>(q, dim, span, logits); break;
-    }
-    int64_t used_begin = kSpan, used_end = 0;
+    int64_t begin = kSpan, end = 0;  // what any of the queries sees
     for (int64_t i = from; i < from + count; ++i) {
       const int64_t seen_begin = std::max<int64_t>(tile.first[i] - start, 0);
       const int64_t seen_end = std::min(tile.last[i] - start, held);
-      weigh(tile, i, seen_begin, seen_end);
-      if (seen_begin < seen_end) {
-        used_begin = std::min(used_begin, seen_begin);
-        used_end = std::max(used_end, seen_end);
-      }
+      if (seen_begin >= seen_end) continue;
+      begin = std::min(begin, seen_begin);
+      end = std::max(end, seen_end);
     }
-    if (used_begin >= used_end) return;
-    for (at = from; at + 6 <= from + count; at += 6)
-      span_outputs<6>(tile.logits + at * kSpan, used_begin, used_end, dim, span.values, tile.out + at * dim);
-    const float* weights = tile.logits + at * kSpan;
-    float* out = tile.out + at * dim;
-    switch (rest) {
-      case 5: span_outputs<5>(weights, used_begin, used_end, dim, span.values, out); break;
-      case 4: span_outputs<4>(weights, used_begin, used_end, dim, span.values, out); break;
-      case 3: span_outputs<3>(weights, used_begin, used_end, dim, span.values, out); break;
-      case 2: span_outputs<2>(weights, used_begin, used_end, dim, span.values, out); break;
-      case 1: span_outputs<1>(weights, used_begin, used_end, dim, span.values, out); break;
+    if (begin >= end) return;
+    by_rows(from, count, [&](auto rows, int64_t at) {
+      span_logits<rows.value>(tile.q + at * dim, begin, end, dim, span, tile.logits + at * kSpan);
+    });
+    for (int64_t i = from; i < from + count; ++i)
+      weigh(tile, i, std::max<int64_t>(tile.first[i] - start, 0), std::min(tile.last[i] - start, held));
+    by_rows(from, count, [&](auto rows, int64_t at) {
+      span_outputs<rows.value>(tile.logits + at * kSpan, begin, end, dim, span.values, tile.out + at * dim);
+    });
+  }
+
+  // Calls `body` with the number of rows as a constant, six at a time and then the rest.
+  template <typename Body>
+  TIDEMILL_INLINE void by_rows(int64_t from, int64_t count, const Body& body) const {
+    int64_t at = from;
+    for (; at + 6 <= from + count; at += 6) body(std::integral_constant<int, 6>(), at);
+    switch (from + count - at) {
+      case 5: body(std::integral_constant<int, 5>(), at); break;
+      case 4: body(std::integral_constant<int, 4>(), at); break;
+      case 3: body(std::integral_constant<int, 3>(), at); break;
+      case 2: body(std::integral_constant<int, 2>(), at); break;
+      case 1: body(std::integral_constant<int, 1>(), at); break;
     }
   }
 
@@ -402,6 +404,18 @@ class AttentionCall {
       float* out = tile.out + query * a_.head_dim;
       for (int64_t h = 0; h < a_.head_dim; ++h) out[h] *= decay;
     }
+  }
+
+  // Few queries are done with a span before the hardware's own prefetcher has found the next page.
+  void prefetch_span(int64_t slot, int64_t head, int64_t start) const {
+    const int64_t dim = a_.head_dim, size = a_.page_size;
+    const int64_t plane = std::max<int64_t>(page_of(slot, start / size), 0) * a_.num_kv_heads + head;
+    const float* keys = static_cast<const float*>(a_.keys) + plane * dim * size + start % size;
+    const float* values = static_cast<const float*>(a_.values) + (plane * size + start % size) * dim;
+    constexpr int64_t kLine = 16;
+    for (int64_t h = 0; h < dim; ++h)
+      for (int64_t t = 0; t < kSpan; t += kLine) __builtin_prefetch(keys + h * size + t, 0, 2);
+    for (int64_t i = 0; i < kSpan * dim; i += kLine) __builtin_prefetch(values + i, 0, 2);
   }
 
   // The span's keys and values: where they lie, or converted and put together in `scratch` [2, kSpan * H].

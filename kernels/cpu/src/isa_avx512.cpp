@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #if defined(__clang__)
@@ -21,6 +22,7 @@
 #define TIDEMILL_LANES 16
 #include "simd.h"
 #include "attention.h"
+#include "linear.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -30,6 +32,6 @@
 
 namespace tidemill {
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", avx512::attention};
+const Kernels kAvx512 = {"avx512", avx512::attention, avx512::linear};
 }  // namespace tidemill
 #endif
