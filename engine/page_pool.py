@@ -6,7 +6,10 @@ A page is in exactly one state:
     cached  nobody holds it, but what it holds may be wanted again: it waits in LRU order
     held    one or more requests hold it (its reference count says how many)
 
-so free + cached + held = num_pages, always. Only page numbers live here, never their contents.
+so free + cached + held = num_pages, always. Of the cached ones those that are pinned, because somebody
+knows that they will be wanted, wait in a queue of their own: they go when no other is left.
+
+Only page numbers live here, never their contents.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ class PagePool:
         self._free = list(range(num_pages - 1, -1, -1))
         # Oldest release first (dicts keep insertion order).
         self._cached: dict[int, None] = {}
+        self._cached_pinned: dict[int, None] = {}
+        self._pinned: set[int] = set()
         # Pages whose content is known, held or not, with whom to tell when the content is given up.
         self._forget: dict[int, Callable[[int], None]] = {}
 
@@ -36,16 +41,21 @@ class PagePool:
 
     @property
     def num_cached(self) -> int:
-        return len(self._cached)
+        return len(self._cached) + len(self._cached_pinned)
+
+    @property
+    def num_pinned(self) -> int:
+        """Pages that are pinned, cached or held."""
+        return len(self._pinned)
 
     @property
     def num_held(self) -> int:
-        return self.num_pages - len(self._free) - len(self._cached)
+        return self.num_pages - self.num_available
 
     @property
     def num_available(self) -> int:
         """Pages that `allocate` can give: free ones, and cached ones after eviction."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._cached) + len(self._cached_pinned)
 
     def num_holders(self, page: int) -> int:
         return self._num_holders[page]
@@ -54,7 +64,8 @@ class PagePool:
         return self._num_holders[page] > 0
 
     def allocate(self, num_pages: int) -> list[int]:
-        """`num_pages` pages with one holder each. Free pages go first, then the cached, oldest release first.
+        """`num_pages` pages with one holder each. Free pages go first, then the cached that are not pinned,
+        oldest release first, then the pinned.
 
         Raises ValueError, changing nothing, when fewer than that are available: callers look first.
         """
@@ -71,9 +82,10 @@ class PagePool:
         """One more holder for each of these held or cached pages."""
         for page in pages:
             if self._num_holders[page] == 0:
-                if page not in self._cached:
+                queue = self._cached_pinned if page in self._pinned else self._cached
+                if page not in queue:
                     raise ValueError(f"page {page} is free: there is nothing in it to share")
-                del self._cached[page]
+                del queue[page]
             self._num_holders[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -87,7 +99,9 @@ class PagePool:
                 raise ValueError(f"page {page} is released but nobody holds it")
             self._num_holders[page] -= 1
             if self._num_holders[page] == 0:
-                if page in self._forget:
+                if page in self._pinned:
+                    self._cached_pinned[page] = None
+                elif page in self._forget:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
@@ -98,9 +112,40 @@ class PagePool:
             raise ValueError(f"page {page} is to be kept but nobody holds it")
         self._forget[page] = forget
 
+    def give_up(self, page: int) -> None:
+        """A held page's content is not to be kept any more; nobody is told."""
+        if self._num_holders[page] < 1 or page not in self._forget or page in self._pinned:
+            raise ValueError(f"page {page} is not held and kept without a pin")
+        del self._forget[page]
+
+    def pin(self, pages: Sequence[int]) -> None:
+        """Keep pages whose content is kept until there is nothing else to evict.
+
+        They are the beginning of a chain, in the order of its tokens; some may be pinned already. Those that
+        nobody holds now count as released last, the deepest first.
+        """
+        for page in reversed(pages):
+            if page not in self._forget:
+                raise ValueError(f"page {page} is to be pinned but its content is not kept")
+            if self._num_holders[page] == 0:
+                del (self._cached_pinned if page in self._pinned else self._cached)[page]
+                self._cached_pinned[page] = None
+            self._pinned.add(page)
+
+    def unpin(self, page: int) -> None:
+        """Undo `pin`. If nobody holds the page, it now counts as released last."""
+        if page not in self._pinned:
+            raise ValueError(f"page {page} is not pinned")
+        self._pinned.remove(page)
+        if self._num_holders[page] == 0:
+            del self._cached_pinned[page]
+            self._cached[page] = None
+
     def _evict_oldest(self) -> int:
-        page = next(iter(self._cached))
-        del self._cached[page]
+        queue = self._cached or self._cached_pinned
+        page = next(iter(queue))
+        del queue[page]
+        self._pinned.discard(page)
         self._forget.pop(page)(page)
         self.num_evictions += 1
         return page
@@ -108,7 +153,7 @@ class PagePool:
     def check_integrity(self) -> None:
         """Raises AssertionError unless each page is in exactly one state and its count agrees with it."""
         held = {page for page, count in enumerate(self._num_holders) if count > 0}
-        free, cached = set(self._free), set(self._cached)
+        free, cached = set(self._free), self._cached.keys() | self._cached_pinned.keys()
         if len(free) != len(self._free):
             raise AssertionError("a page is free twice")
         if free & cached or free & held or cached & held:
@@ -119,3 +164,7 @@ class PagePool:
             raise AssertionError("a page has fewer than no holders")
         if not cached <= self._forget.keys() or self._forget.keys() & free:
             raise AssertionError("a cached page is not kept, or a kept page is free")
+        if not self._pinned <= self._forget.keys():
+            raise AssertionError("a pinned page is not kept")
+        if self._pinned - held != self._cached_pinned.keys() or self._pinned & self._cached.keys():
+            raise AssertionError("a cached page is in the wrong queue")

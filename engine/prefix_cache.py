@@ -1,8 +1,13 @@
-"""Whole pages shared by content: prompts that begin alike compute and store their beginning once.
+"""Pages shared by content: prompts that begin alike compute and store their beginning once.
 
 A full page is known by a hash that covers its tokens and, through its parent's hash, every token
 before them and the salt. The hash only finds a page: a hit then compares the page's tokens, its salt
 and which page it continues, so a collision can cost a miss and never a wrong answer.
+
+A page that is not full, the last of a prompt or of a request that ended, is known too, by the page it
+continues. Nobody shares it, for its owner may be writing behind its tokens; but the tokens that it has
+in common with another request are copied into a page of that one's own. So is the beginning of a full page
+that goes on differently.
 
 Whose a page is, for a request with P = page_size:
 
@@ -11,7 +16,8 @@ Whose a page is, for a request with P = page_size:
     [num_computed, len(page_ids) * P)     the request's own, being written
 
 A holder of a page holds every page before it in the chain, and releases them together, last first.
-So a page is never evicted before those that continue it, and what is known is always reachable.
+So a page is never evicted before those that continue it, and what is known is always reachable. Pins keep
+this order: they cover a chain from its first page on.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.page_pool import PagePool
+from engine.prefix_index import PrefixIndex
+from engine.prefix_pins import PrefixPins
 from engine.request import Request
 
 HashPage = Callable[[bytes, Sequence[int]], bytes]
@@ -43,18 +51,25 @@ def page_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """One page whose content may be shared, with all that a hit has to verify."""
+    """One page whose content is known, with all that a hit has to verify."""
 
     page: int
     parent: int | None
     """The page it continues; None for the first of a chain."""
     token_ids: tuple[int, ...]
+    """Those of the full page; or the first of a page that may be filled differently by its owner."""
     salt: str | None
-    hash: bytes
+    hash: bytes | None
+    """None when the page is not full."""
+
+    @property
+    def prefix(self) -> int | tuple[str | None]:
+        """What it continues, as a key."""
+        return (self.salt,) if self.parent is None else self.parent
 
 
 class PrefixCache:
-    """Finds full pages by content in `pool`, and lets the pool keep them while there is room.
+    """Finds pages by content in `pool`, and lets the pool keep them while there is room.
 
     hash_page: how a page is hashed; only tests give another one, to force collisions.
     """
@@ -67,13 +82,17 @@ class PrefixCache:
         self._hash_page = hash_page
         self._by_hash: dict[bytes, _Known] = {}
         self._by_page: dict[int, _Known] = {}
+        self._continuations = PrefixIndex()
+        self._pins = PrefixPins(page_size, pool)
 
     @property
     def num_known(self) -> int:
+        """Known pages, full or not."""
         return len(self._by_page)
 
     def knows(self, page: int) -> bool:
-        return page in self._by_page
+        """Whether it is a full page that may be shared."""
+        return page in self._by_page and self._by_page[page].hash is not None
 
     def hashes(self, request: Request, num_pages: int) -> list[bytes]:
         """The hashes of at least the first `num_pages` full pages, computed once and kept on the request.
@@ -106,6 +125,19 @@ class PrefixCache:
             pages.append(parent)
         return pages
 
+    def closest(self, request: Request, pages: Sequence[int], max_tokens: int) -> tuple[int, int]:
+        """The known page that goes on from `pages` most like the request does, within its first `max_tokens`
+        tokens, and how many tokens they have in common there (0: there is none).
+
+        What they have in common is computed. The page is not held yet: `pool.share` it until it is copied.
+        """
+        start = len(pages) * self.page_size
+        stop = min(start + self.page_size, max_tokens, request.num_tokens)
+        if stop <= start:
+            return 0, 0
+        prefix = pages[-1] if pages else (request.cache_salt,)
+        return self._continuations.closest(prefix, tuple(request.token_ids(start, stop))) or (0, 0)
+
     def insert(self, request: Request) -> None:
         """Make the request's full computed pages known, and swap those known already for the known ones.
 
@@ -120,12 +152,33 @@ class PrefixCache:
             if known is None:
                 self._remember(request, index, page, parent, hashes[index])
             elif self._is_page(known, request, index, parent):
+                self._unlearn(page)
                 self._pool.share([known.page])
                 self._pool.release([page])
                 pages[index] = known.page
             else:
                 return  # a collision: this page and what follows stay the request's own
             request.num_shared_pages = index + 1
+
+    def insert_rest(self, request: Request) -> None:
+        """Make what is computed behind the request's last full page known, so that others may copy it."""
+        index = request.num_computed // self.page_size
+        if request.num_computed % self.page_size and request.num_shared_pages == index:
+            parent = request.page_ids[index - 1] if index else None
+            self._remember(request, index, request.page_ids[index], parent, None)
+
+    def pin(self, token_ids: Sequence[int], salt: str | None) -> None:
+        """Evict the full pages of this prefix, those known and those to come, only after all that are not
+        pinned. Pins add up; `release` undoes one."""
+
+        def find(parent: int | None, of_page: tuple[int, ...]) -> int | None:
+            return self._continuations.find((salt,) if parent is None else parent, of_page)
+
+        self._pins.pin(token_ids, salt, find)
+
+    def release(self, token_ids: Sequence[int], salt: str | None) -> None:
+        """Undo one `pin`. Raises ValueError when this prefix is not pinned."""
+        self._pins.release(token_ids, salt)
 
     def _is_page(self, known: _Known, request: Request, index: int, parent: int | None) -> bool:
         start = index * self.page_size
@@ -135,24 +188,47 @@ class PrefixCache:
             and known.token_ids == tuple(request.token_ids(start, start + self.page_size))
         )
 
-    def _remember(self, request: Request, index: int, page: int, parent: int | None, digest: bytes) -> None:
+    def _remember(
+        self, request: Request, index: int, page: int, parent: int | None, digest: bytes | None
+    ) -> None:
+        self._unlearn(page)  # what was known of it while it was not full
         start = index * self.page_size
-        token_ids = tuple(request.token_ids(start, start + self.page_size))
+        stop = min(start + self.page_size, request.num_computed)
+        token_ids = tuple(request.token_ids(start, stop))
         known = _Known(page, parent, token_ids, request.cache_salt, digest)
-        self._by_hash[digest] = known
         self._by_page[page] = known
+        self._continuations.add(known.prefix, token_ids, page)
         self._pool.keep(page, self._forget)
+        if digest is not None:
+            self._by_hash[digest] = known
+            self._pins.note(page, parent, token_ids, request.cache_salt)
+
+    def _unlearn(self, page: int) -> None:
+        """Forget a held page that is not full: it is known by more tokens now, or is a double."""
+        if page in self._by_page:
+            self._forget(page)
+            self._pool.give_up(page)
 
     def _forget(self, page: int) -> None:
-        del self._by_hash[self._by_page.pop(page).hash]
+        known = self._by_page.pop(page)
+        self._continuations.remove(known.prefix, known.token_ids, page)
+        if known.hash is not None:
+            del self._by_hash[known.hash]
+            self._pins.forget(page)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every known page is findable and continues a known page."""
-        if len(self._by_hash) != len(self._by_page):
+        self._pins.check_integrity()
+        num_full = sum(known.hash is not None for known in self._by_page.values())
+        if len(self._by_hash) != num_full or self._continuations.num_entries() != len(self._by_page):
             raise AssertionError("a hash and a page do not belong together")
         for page, known in self._by_page.items():
-            if known.page != page or self._by_hash.get(known.hash) is not known:
+            if known.page != page:
+                raise AssertionError(f"page {page} is known as {known.page}")
+            if known.hash is not None and self._by_hash.get(known.hash) is not known:
                 raise AssertionError(f"page {page} cannot be found by its hash")
+            if (len(known.token_ids) == self.page_size) != (known.hash is not None):
+                raise AssertionError(f"page {page} is known as full and is not, or the reverse")
             if known.parent is not None and known.parent not in self._by_page:
                 raise AssertionError(f"page {page} continues a page that was evicted")
             if known.parent is not None and self._pool.num_holders(known.parent) < self._pool.num_holders(

@@ -25,6 +25,8 @@ WITHOUT_JAX = [
     "plan",
     "prefix_cache",
     "prefix_groups",
+    "prefix_index",
+    "prefix_pins",
     "request",
     "sampling_params",
     "scheduler",

@@ -169,6 +169,78 @@ def test_hashes_are_computed_once_and_only_as_far_as_needed():
     assert len(calls) == 4
 
 
+def test_the_page_that_begins_most_alike_is_found():
+    pool, cache = make_cache(num_pages=12)
+    compute(pool, cache, make_request("a", [*range(4), 10, 11, 12, 13]))
+    compute(pool, cache, make_request("b", [*range(4), 10, 11, 20, 21]))
+    wanted = make_request("c", [*range(4), 10, 11, 12, 90, 91])
+    assert cache.match(wanted, 8) == [0]
+    assert cache.closest(wanted, [0], 8) == (1, 3)
+    assert cache.closest(wanted, [0], 6)[1] == 2
+    assert cache.closest(wanted, [0], 4) == (0, 0)
+    # The same tokens continue another page, another prompt's beginning, or another salt.
+    assert cache.closest(wanted, [1], 8) == (0, 0)
+    assert cache.closest(make_request("d", [10, 11, 12, 13]), [], 4) == (0, 0)
+    assert cache.closest(make_request("e", [0, 1, 2, 90], cache_salt="x"), [], 4) == (0, 0)
+    assert cache.closest(make_request("f", [0, 1, 2, 90]), [], 4) == (0, 3)
+
+
+def test_what_lies_behind_the_last_full_page_is_found_until_it_is_part_of_a_full_page():
+    pool, cache = make_cache()
+    owner = make_request("a", range(7))
+    compute(pool, cache, owner)
+    wanted = make_request("b", [*range(6), 90])
+    assert cache.closest(wanted, [0], 6) == (0, 0)
+    cache.insert_rest(owner)
+    check(pool, cache)
+    assert cache.closest(wanted, [0], 6) == (1, 2)
+    assert cache.match(wanted, 7) == [0]
+    assert not cache.knows(1)
+    owner.output_token_ids = [7]
+    owner.num_computed = 8
+    cache.insert(owner)
+    check(pool, cache)
+    assert cache.knows(1)
+    assert cache.closest(wanted, [0], 6) == (1, 2)
+
+
+def test_the_rest_of_a_request_is_evicted_before_the_pages_it_continues():
+    pool, cache = make_cache(num_pages=3)
+    owner = make_request("a", range(10))
+    compute(pool, cache, owner)
+    cache.insert_rest(owner)
+    pool.release(owner.page_ids)
+    assert pool.num_cached == 3
+    for page in (2, 1, 0):
+        assert pool.allocate(1) == [page]
+        check(pool, cache)
+    assert cache.num_known == 0
+
+
+def test_a_rest_that_grows_into_a_page_known_already_is_swapped_and_freed():
+    pool, cache = make_cache()
+    owner, other = make_request("a", range(6)), make_request("b", range(8))
+    compute(pool, cache, owner)
+    cache.insert_rest(owner)
+    assert compute(pool, cache, other) == [0, 2]
+    owner.output_token_ids = [6, 7]
+    owner.num_computed = 8
+    cache.insert(owner)
+    check(pool, cache)
+    assert owner.page_ids == [0, 2]
+    assert (pool.num_free, pool.num_held) == (6, 2)
+
+
+def test_the_rest_behind_a_collision_is_nobody_elses():
+    pool, cache = make_cache(hash_page=CollidingHash())
+    compute(pool, cache, make_request("a", [1] * 4))
+    other = make_request("b", [2] * 6)
+    compute(pool, cache, other)
+    cache.insert_rest(other)  # it continues a page that could not be made known
+    assert cache.num_known == 1
+    check(pool, cache)
+
+
 def test_a_page_holds_at_least_one_token():
     with pytest.raises(ValueError, match="at least one token"):
         PrefixCache(0, PagePool(1))
