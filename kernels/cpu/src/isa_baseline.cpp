@@ -6,8 +6,9 @@
 #define TIDEMILL_LANES 4
 #include "simd.h"
 #include "attention.h"
+#include "linear.h"
 
 namespace tidemill {
 extern const Kernels kBaseline;
-const Kernels kBaseline = {"baseline", baseline::attention};
+const Kernels kBaseline = {"baseline", baseline::attention, baseline::linear};
 }  // namespace tidemill

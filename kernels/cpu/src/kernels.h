@@ -36,9 +36,33 @@ struct Attention {
   int64_t chunk;       // 0: none
 };
 
+// One matrix product, y = x @ w.T, with what goes before and after it. Axes: T rows, K inputs, N outputs. The weights
+// are one layer's panels, packed as `kernels/linear/layout.py` tells.
+struct Linear {
+  enum class Type { kFloat32, kBfloat16 };
+  enum class Format { kFloat32, kBfloat16 };
+  enum class Activation { kNone, kSilu, kGeluTanh };  // not kNone: gated, and panels alternate gate and up
+
+  int64_t max_rows, num_rows;  // T, and how many of them are computed; the others become zero
+  int64_t in_dim, out_dim;     // K, N
+  int64_t num_panels;          // even; of 16 rows of w each
+  Type type;                   // of x, residual and out
+  Format format;
+  Activation activation;
+  const void* x;             // [T, K]
+  const void* weights;       // [num_panels, K, 16]
+  const float* bias;         // [N], gated [2 N], or null
+  const void* residual;      // [T, N] or null
+  const float* norm_weight;  // [K] or null
+  float norm_eps;
+  void* out;      // [T, N]
+  void* scratch;  // [T, K] float32 where x is normalised or bfloat16
+};
+
 struct Kernels {
   const char* name;
   void (*attention)(const Attention&, Pool&);
+  void (*linear)(const Linear&, Pool&);
 };
 
 // The best this CPU has; TIDEMILL_CPU_ISA names another that it has too, for tests and comparisons.

@@ -1,0 +1,93 @@
+// XLA's view of the matrix product: shapes are checked here, once, and never again inside.
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "ffi_pool.h"
+#include "kernels.h"
+
+namespace ffi = xla::ffi;
+
+namespace tidemill {
+namespace {
+
+constexpr int64_t kPanelOutputs = 16;
+
+ffi::Error invalid(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "linear: " + what); }
+
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panels, ffi::Buffer<ffi::F32> bias,
+                    ffi::AnyBuffer residual, ffi::Buffer<ffi::F32> norm_weight, ffi::Buffer<ffi::S32> layer,
+                    ffi::Buffer<ffi::S32> num_rows, ffi::Result<ffi::AnyBuffer> out,
+                    ffi::Result<ffi::Buffer<ffi::U8>> scratch, float norm_eps, int64_t activation) {
+  const auto rows = x.dimensions(), results = out->dimensions(), packed = panels.dimensions();
+  if (rows.size() != 2 || results.size() != 2 || packed.size() != 4) return invalid("x and out have 2 axes, panels 4");
+  if (layer.element_count() != 1 || num_rows.element_count() != 1) return invalid("layer and num_rows are one number");
+  Linear args{};
+  args.max_rows = rows[0];
+  args.in_dim = rows[1];
+  args.out_dim = results[1];
+  args.num_panels = packed[1];
+  args.activation = static_cast<Linear::Activation>(activation);
+  const bool is_gated = args.activation != Linear::Activation::kNone;
+  if (activation < 0 || activation > 2) return invalid("unknown activation");
+  const auto has_type = [&](ffi::DataType type) { return x.element_type() == type && out->element_type() == type; };
+  if (has_type(ffi::DataType::F32))
+    args.type = Linear::Type::kFloat32;
+  else if (has_type(ffi::DataType::BF16))
+    args.type = Linear::Type::kBfloat16;
+  else
+    return invalid("x and out are both float32 or both bfloat16");
+  int64_t weight_bytes = 4;
+  switch (panels.element_type()) {
+    case ffi::DataType::F32: args.format = Linear::Format::kFloat32; break;
+    case ffi::DataType::BF16: args.format = Linear::Format::kBfloat16; weight_bytes = 2; break;
+    default: return invalid("panels are float32 or bfloat16");
+  }
+  const int64_t outputs_of_panels = args.num_panels * kPanelOutputs / (is_gated ? 2 : 1);
+  if (results[0] != args.max_rows || packed[2] != args.in_dim || packed[3] != kPanelOutputs || args.num_panels % 2 != 0 ||
+      args.out_dim > outputs_of_panels || args.in_dim < 1)
+    return invalid("the shapes of x, panels and out do not agree");
+  const auto fits = [](int64_t found, int64_t expected) { return found == 0 || found == expected; };
+  const int64_t num_biases = bias.element_count(), num_residuals = residual.element_count();
+  const int64_t num_norms = norm_weight.element_count();
+  if (!fits(num_biases, is_gated ? 2 * args.out_dim : args.out_dim) || !fits(num_norms, args.in_dim) ||
+      !fits(num_residuals, args.max_rows * args.out_dim) || residual.element_type() != x.element_type())
+    return invalid("the shapes of bias, residual and norm do not agree with those of x and out");
+  const bool needs_copy = num_norms != 0 || args.type != Linear::Type::kFloat32;
+  if (needs_copy && static_cast<int64_t>(scratch->element_count()) < args.max_rows * args.in_dim * 4)
+    return invalid("scratch is too small");
+  const int64_t index = std::clamp<int64_t>(layer.typed_data()[0], 0, std::max<int64_t>(packed[0] - 1, 0));
+  args.num_rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, args.max_rows);
+  args.x = x.untyped_data();
+  args.weights = static_cast<const char*>(panels.untyped_data()) +
+                 index * args.num_panels * args.in_dim * kPanelOutputs * weight_bytes;
+  args.bias = num_biases != 0 ? bias.typed_data() : nullptr;
+  args.residual = num_residuals != 0 ? residual.untyped_data() : nullptr;
+  args.norm_weight = num_norms != 0 ? norm_weight.typed_data() : nullptr;
+  args.norm_eps = norm_eps;
+  args.out = out->untyped_data();
+  args.scratch = scratch->untyped_data();
+  XlaPool threads(std::move(pool));
+  kernels().linear(args, threads);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace tidemill
+
+#pragma GCC visibility push(default)
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tidemill_linear, tidemill::multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()           // x
+                                  .Arg<ffi::AnyBuffer>()           // panels of all layers
+                                  .Arg<ffi::Buffer<ffi::F32>>()    // bias, or empty
+                                  .Arg<ffi::AnyBuffer>()           // residual, or empty
+                                  .Arg<ffi::Buffer<ffi::F32>>()    // norm weight, or empty
+                                  .Arg<ffi::Buffer<ffi::S32>>()    // layer
+                                  .Arg<ffi::Buffer<ffi::S32>>()    // num_rows
+                                  .Ret<ffi::AnyBuffer>()           // out
+                                  .Ret<ffi::Buffer<ffi::U8>>()     // scratch
+                                  .Attr<float>("norm_eps")
+                                  .Attr<int64_t>("activation"));
+#pragma GCC visibility pop

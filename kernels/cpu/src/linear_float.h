@@ -1,0 +1,121 @@
+// Products of float32 rows with float32 or bfloat16 panels, for one instruction set; included by linear.h.
+//
+// Each result is one chain of multiply-adds over the inputs in their order, so a row's bits do not depend on the
+// number of rows, its tile, its block or its thread.
+
+namespace tidemill {
+namespace TIDEMILL_ISA {
+
+constexpr int kPanel = 16;  // outputs of one panel
+constexpr int kVectors = kPanel / kLanes;
+// With 16 lanes there are 32 registers: two panels at once then give each loaded value of x two uses.
+constexpr int kPanelsAtOnce = kLanes == 16 ? 2 : 1;
+constexpr int kAcross = kPanelsAtOnce * kVectors;
+constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 2;
+constexpr int64_t kMaxBlockRows = 132;  // a multiple of every kTileRows
+constexpr int64_t kFloatSlice = 256 / kPanelsAtOnce;  // inputs of one slice: 16 KiB of float32 panels
+static_assert(kMaxBlockRows % kTileRows == 0, "whole tiles");
+
+// Results of one pair of panels for a block of rows, before the epilogue; and a slice of panels in another form.
+struct PairMemory {
+  alignas(64) float results[2][kMaxBlockRows * kPanel];
+  alignas(64) float slice[kPanelsAtOnce][kFloatSlice * kPanel];
+};
+
+// One slice of the panels that are worked on together.
+struct FloatSlice {
+  const float* panels[kPanelsAtOnce];  // [count, 16] each
+  const void* ahead[kPanelsAtOnce];    // what is worked on next, to be fetched meanwhile
+  int64_t count;
+  bool is_first;
+};
+
+// results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16].
+template <int Rows, bool HasAhead>
+void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
+  const float* panels[kPanelsAtOnce];
+  const char* ahead[kPanelsAtOnce];
+  for (int p = 0; p < kPanelsAtOnce; ++p) {
+    panels[p] = slice.panels[p];
+    ahead[p] = static_cast<const char*>(slice.ahead[p]);
+  }
+  vf acc[Rows][kAcross];
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kAcross; ++c)
+      acc[r][c] = slice.is_first ? vf{} : load(results[c / kVectors] + r * kPanel + c % kVectors * kLanes);
+  const int64_t count = slice.count;
+  for (int64_t k = 0; k < count; ++k) {
+    vf column[kAcross];
+#pragma GCC unroll 4
+    for (int c = 0; c < kAcross; ++c) column[c] = load(panels[c / kVectors] + k * kPanel + c % kVectors * kLanes);
+    if (HasAhead)
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanelsAtOnce; ++p) __builtin_prefetch(ahead[p] + k * 64, 0, 2);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+      const vf factor = splat(x[r * row_stride + k]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kAcross; ++c) acc[r][c] = fma(factor, column[c], acc[r][c]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kAcross; ++c) store(results[c / kVectors] + r * kPanel + c % kVectors * kLanes, acc[r][c]);
+}
+
+// The last tile of a block has fewer rows.
+template <int Rows>
+void float_rest(int64_t rows, const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      float_tile<Rows, true>(x, row_stride, slice, results);
+    else
+      float_rest<Rows - 1>(rows, x, row_stride, slice, results);
+  }
+}
+
+// All the rows of a block against one pair of panels.
+TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_stride, int64_t num_rows, int64_t pair,
+                                PairMemory& memory) {
+  const int64_t in_dim = args.in_dim;
+  const bool is_narrow = args.format == Linear::Format::kBfloat16;
+  for (int first = 0; first < 2; first += kPanelsAtOnce) {
+    for (int64_t begin = 0; begin < in_dim; begin += kFloatSlice) {
+      FloatSlice slice;
+      slice.count = std::min(kFloatSlice, in_dim - begin);
+      slice.is_first = begin == 0;
+      const bool is_last = begin + slice.count == in_dim;
+      float* results[kPanelsAtOnce];
+      for (int p = 0; p < kPanelsAtOnce; ++p) {
+        const int64_t at = ((pair * 2 + first + p) * in_dim + begin) * kPanel;
+        const int64_t next = at + (is_last ? (kPanelsAtOnce - 1) * in_dim : 0) * kPanel + slice.count * kPanel;
+        results[p] = memory.results[first + p];
+        if (is_narrow) {
+          const uint16_t* weights = static_cast<const uint16_t*>(args.weights);
+          for (int64_t i = 0; i < slice.count * kPanel; ++i) memory.slice[p][i] = from_bf16(weights[at + i]);
+          slice.panels[p] = memory.slice[p];
+          slice.ahead[p] = weights + next;
+        } else {
+          slice.panels[p] = static_cast<const float*>(args.weights) + at;
+          slice.ahead[p] = static_cast<const float*>(args.weights) + next;
+        }
+      }
+      int64_t row = 0;
+      for (; row + kTileRows <= num_rows; row += kTileRows) {
+        const float* rows = x + row * row_stride + begin;
+        if (row == 0)
+          float_tile<kTileRows, true>(rows, row_stride, slice, results);
+        else
+          float_tile<kTileRows, false>(rows, row_stride, slice, results);
+        for (int p = 0; p < kPanelsAtOnce; ++p) results[p] += kTileRows * kPanel;
+      }
+      float_rest<kTileRows - 1>(num_rows - row, x + row * row_stride + begin, row_stride, slice, results);
+    }
+  }
+}
+
+}  // namespace TIDEMILL_ISA
+}  // namespace tidemill

@@ -1,0 +1,15 @@
+"""The matrix product of the model, with weights packed once for the backend that multiplies them."""
+
+from kernels.linear.api import available_backends, gated_linear, linear
+from kernels.linear.layout import PackedWeight, PackedWeights
+from kernels.linear.packing import WEIGHT_FORMATS, pack_weights
+
+__all__ = [
+    "WEIGHT_FORMATS",
+    "PackedWeight",
+    "PackedWeights",
+    "available_backends",
+    "gated_linear",
+    "linear",
+    "pack_weights",
+]

@@ -1,0 +1,53 @@
+"""Products by the native library."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.linear.layout import PackedWeight, PackedWeights, panel_of_row
+
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}  # as Linear::Activation in kernels.h
+
+
+def multiply(
+    x: jax.Array,
+    weight: PackedWeight,
+    bias: jax.Array | None,
+    activation: str | None,
+    residual: jax.Array | None,
+    norm: tuple[jax.Array, float] | None,
+    num_rows: jax.Array,
+) -> jax.Array:
+    """As `kernels.linear.linear`, or gated by `activation`."""
+    num_tokens, in_dim = x.shape
+    (panels,) = weight.arrays
+    needs_copy = norm is not None or x.dtype != jnp.float32
+    scratch_bytes = 4 * num_tokens * in_dim if needs_copy else 0
+    nothing = jnp.zeros((0,), jnp.float32)
+    call = jax.ffi.ffi_call(
+        "tidemill_linear",
+        (
+            jax.ShapeDtypeStruct((num_tokens, weight.meta.out_dim), x.dtype),
+            jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8),
+        ),
+    )
+    out, _ = call(
+        x,
+        panels,
+        nothing if bias is None else bias.astype(jnp.float32),
+        jnp.zeros((0,), x.dtype) if residual is None else residual,
+        nothing if norm is None else norm[0].astype(jnp.float32),
+        weight.index,
+        num_rows,
+        norm_eps=np.float32(0 if norm is None else norm[1]),
+        activation=np.int64(_ACTIVATIONS[activation]),
+    )
+    return out
+
+
+def rows(weights: PackedWeights, layer: int, row_ids: jax.Array) -> jax.Array:
+    """f32[T, in]: rows of layer `layer`'s matrix."""
+    panel, place = panel_of_row(row_ids, weights.meta)
+    return weights.arrays[0][layer, panel, :, place].astype(jnp.float32)
