@@ -1,0 +1,206 @@
+"""`python -m jobs.bench host`: what the host spends on a step, beside a device that costs nothing.
+
+Real requests, scheduler, prefix cache, batch builder, results and texts; the device's tokens are drawn with
+numpy before the clock starts. What is left is the time a fast device would be kept waiting, or, where
+the host works while the device does, the shortest step the host can keep up with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from engine.batch import BatchBuilder
+from engine.buckets import choose_bucket, declare_buckets
+from engine.checkpoints import LoadedModel, load_config, load_tokenizer
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import TidemillError
+from engine.in_flight import InFlight, step_results
+from engine.models.config import ModelConfig
+from engine.plan import StepPlan, StepResults
+from engine.sampler import StepOutputs
+from engine.sampling_params import SamplingParams
+from jobs.bench.peer import EMBEDDED
+from jobs.bench.workloads import real_text
+
+NUM_SEQS, STEP_TOKENS, MAX_MODEL_LEN = 256, 1024, 1024
+TEMPLATE_LEN, MIN_OWN, MAX_OWN, MIN_NEW, MAX_NEW = 250, 16, 64, 64, 128
+PARTS = ("add", "schedule", "batch", "results", "update", "text")
+
+
+class Stopwatch:
+    """Seconds of this thread's CPU by part; a part inside another is taken out of the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def watch(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, its time counted."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            inside = sum(self.seconds.values())
+            started = time.thread_time()
+            result = call(*args, **kwargs)
+            taken = time.thread_time() - started
+            self.seconds[part] += taken - (sum(self.seconds.values()) - inside)
+            return result
+
+        return watched
+
+
+class FreeDevice:
+    """Stands in for a StepRunner: builds each step's inputs, and has its tokens at once."""
+
+    num_compiled = 0
+    compile_seconds = 0.0
+    device_name = "none"
+
+    def __init__(self, model: ModelConfig, config: EngineConfig, max_model_len: int, num_pages: int):
+        self.num_pages = num_pages
+        self.num_computed_tokens = self.num_padded_tokens = 0
+        self.buckets = declare_buckets(
+            config.min_token_pad, config.max_num_batched_tokens, config.max_num_seqs
+        )
+        self.batch = BatchBuilder(
+            buckets=self.buckets,
+            vocab_size=model.vocab_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            page_size=config.page_size,
+            device=jax.devices("cpu")[0],
+        )
+        pick = np.random.default_rng(0)
+        self._outputs = [
+            _outputs(pick.integers(300, min(40_000, model.vocab_size), config.max_num_seqs, dtype=np.int32))
+            for _ in range(64)
+        ]
+        self._num_steps = 0
+
+    def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
+        num_tokens = plan.num_tokens
+        bucket = choose_bucket(self.buckets, num_tokens, plan.num_logits)
+        _, draws = self.batch.build(plan, bucket, before)
+        self.num_computed_tokens += num_tokens
+        self.num_padded_tokens += bucket.num_tokens - num_tokens
+        self._num_steps += 1
+        outputs = self._outputs[self._num_steps % len(self._outputs)]
+        return InFlight(plan, outputs, draws, time.monotonic())
+
+    def collect(self, step: InFlight) -> StepResults:
+        return step_results(step, step.outputs)
+
+
+def _outputs(token_ids: np.ndarray) -> StepOutputs:
+    empty = np.zeros((len(token_ids), 1), np.float32)
+    return StepOutputs(*cast("Any", (token_ids, empty[:, 0], empty.astype(np.int32), empty)))
+
+
+def make_engine(source: str, config: EngineConfig, num_pages: int) -> tuple[Engine, FreeDevice]:
+    """An engine whose every part is real but the device; no weights are read."""
+    model = load_config(source)
+    loaded = LoadedModel(cast("Any", None), model, load_tokenizer(source), "", source, source)
+    device = FreeDevice(model, config, config.model_len(model.max_position_embeddings), num_pages)
+    return Engine(loaded, config, runner=cast("Any", device)), device
+
+
+class Crowd:
+    """Requests of one template, each with a part and a length of its own, without end."""
+
+    def __init__(self, text_ids: Sequence[int], seed: int):
+        self._text_ids = text_ids
+        self._pick = random.Random(seed)
+        self._template = self._cut(TEMPLATE_LEN)
+        self._num = 0
+
+    def _cut(self, length: int) -> list[int]:
+        start = self._pick.randrange(len(self._text_ids) - length)
+        return list(self._text_ids[start : start + length])
+
+    def add_to(self, engine: Engine, count: int) -> None:
+        for _ in range(count):
+            prompt = self._template + self._cut(self._pick.randint(MIN_OWN, MAX_OWN))
+            sampling = SamplingParams(
+                temperature=0.0, max_tokens=self._pick.randint(MIN_NEW, MAX_NEW), ignore_eos=True
+            )
+            engine.add_request(f"r{self._num}", prompt, sampling=sampling)
+            self._num += 1
+
+
+def run(source: str = EMBEDDED, num_steps: int = 1000, async_scheduling: bool = True) -> dict[str, Any]:
+    """Measure full steps; returns milliseconds a step, by part in CPU time, and tokens a second."""
+    config = EngineConfig(
+        max_num_seqs=NUM_SEQS,
+        max_num_batched_tokens=STEP_TOKENS,
+        max_model_len=MAX_MODEL_LEN,
+        async_scheduling=async_scheduling,
+    )
+    engine, device = make_engine(source, config, num_pages=4096)
+    text_ids = engine.tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    crowd = Crowd(text_ids, seed=0)
+    crowd.add_to(engine, 2 * NUM_SEQS)
+    for _ in range(MAX_NEW):  # past the first wave, requests begin and end at any step
+        engine.step()
+        crowd.add_to(engine, 2 * NUM_SEQS - engine.num_unfinished)
+    watch = Stopwatch()
+    scheduler: Any = engine._scheduler
+    scheduler.schedule = watch.watch("schedule", scheduler.schedule)
+    scheduler.advance = watch.watch("update", scheduler.advance)
+    scheduler.update = watch.watch("update", scheduler.update)
+    device.dispatch = watch.watch("batch", device.dispatch)  # type: ignore[method-assign]
+    device.collect = watch.watch("results", device.collect)  # type: ignore[method-assign]
+    step = watch.watch("text", engine.step)  # what is left of a step: texts and outputs
+    add = watch.watch("add", crowd.add_to)
+    before = engine.stats()
+    started, cpu_started = time.perf_counter(), time.thread_time()
+    for _ in range(num_steps):
+        step()
+        add(engine, 2 * NUM_SEQS - engine.num_unfinished)
+    seconds, cpu_seconds = time.perf_counter() - started, time.thread_time() - cpu_started
+    after = engine.stats()
+    num_tokens = after.num_generated_tokens - before.num_generated_tokens
+    return {
+        "num_steps": num_steps,
+        "mean_sequences": sum(after.batch_occupancy) / len(after.batch_occupancy),
+        "tokens_per_step": num_tokens / num_steps,
+        "ms_per_step": 1000 * seconds / num_steps,
+        "tokens_per_second": num_tokens / seconds,
+        "cpu_ms_per_step": 1000 * cpu_seconds / num_steps,
+        "cpu_ms_by_part": {part: 1000 * taken / num_steps for part, taken in watch.seconds.items()},
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m jobs.bench host", description=__doc__)
+    made.add_argument("--model", default=EMBEDDED, help="whose tokenizer and sizes are used")
+    made.add_argument("--steps", type=int, default=1000)
+    made.add_argument("--no-overlap", action="store_true", help="engine.async_scheduling=false")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        found = run(options.model, options.steps, not options.no_overlap)
+    except TidemillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{found['ms_per_step']:.3f} ms of host work a step at {found['mean_sequences']:.0f} sequences, "
+        f"{found['tokens_per_second']:,.0f} tokens/s through all of it; "
+        f"{found['cpu_ms_per_step']:.3f} ms of the CPU's time"
+    )
+    for part, taken in found["cpu_ms_by_part"].items():
+        print(f"  {part:9} {taken:.3f} ms")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
