@@ -16,7 +16,7 @@ from engine.buckets import Bucket
 from engine.in_flight import Draws, InFlight
 from engine.plan import StepPlan
 from engine.sampler import MAX_LOGIT_BIAS
-from engine.seats import BIAS, FILTER, HISTORY, LOGPROBS, MASK, PENALTY, RANDOM, Seats
+from engine.seats import BIAS, HISTORY, LOGPROBS, MASK, PENALTY, Seats
 from engine.step_inputs import ANY_FLAGS, StepArrays, StepShape
 from engine.token_masks import mask_width, needs_mask, token_mask
 
@@ -41,6 +41,7 @@ class BatchBuilder:
         self._num_draws = max(bucket.num_logits for bucket in buckets)
         self._device = device
         self._seats = Seats(max_num_seqs, self._table_width, vocab_size)
+        self._range = np.arange(max(bucket.num_tokens for bucket in buckets), dtype=np.int32)
         self._idle: dict[int, dict[str, jax.Array]] = {}
         self._nothing_drawn = jax.device_put(np.zeros(self._num_draws, np.int32), device)
 
@@ -58,13 +59,13 @@ class BatchBuilder:
         views = shape.views(numbers)
         draws = Draws(np.zeros(self._seats.num_seats, np.int32), False, False)
         views["sampled"][:] = self._seats.idle[:, None]
-        views["sources"][:] = np.arange(self._num_draws, self._num_draws + bucket.num_tokens)
-        views["query_start"][:] = plan.num_tokens
+        views["sources"][:] = self._range[: bucket.num_tokens] + self._num_draws
         unusual: dict[str, np.ndarray] = {}
         if plan.rows:
             seats, starts, lens, samples, num_logits = self._read(plan)
-            ends = lens.cumsum()
-            self._fill_tokens(plan, views, seats, starts, lens, ends, before)
+            ends = lens.cumsum(dtype=np.int32)
+            views["query_start"][len(lens) :] = ends[-1]
+            self._fill_tokens(plan, views, seats, starts, lens, ends, samples, before)
             draws, unusual = self._fill_logits(plan, views, seats, starts + lens, ends, samples, num_logits)
         idle = self._idle_arrays(bucket.num_logits)
         if unusual:
@@ -80,23 +81,23 @@ class BatchBuilder:
 
     def _read(self, plan: StepPlan) -> tuple[np.ndarray, ...]:
         """Seat, start, number of tokens, whether it samples, and number of logits of each row."""
+        rows = plan.rows
         of_request, written = self._seats.seat_of, self._seats.page_ids
         seats = []
-        for row in plan.rows:
-            seat = of_request.get(row.request)
+        for row in rows:
+            seat = of_request.get(row[0])
             if seat is None:
-                seat = self._seats.take(row.request)
-            if written[seat] != row.page_ids:
-                self._seats.write_pages(seat, row.page_ids)
+                seat = self._seats.take(row[0])
+            if written[seat] != row[5]:
+                self._seats.write_pages(seat, row[5])
             seats.append(seat)
-        _, starts, lens, samples, num_logits, _ = zip(*plan.rows, strict=True)
-        return (
-            np.array(seats, np.int64),
-            np.array(starts, np.int32),
-            np.array(lens, np.int32),
-            np.array(samples, bool),
-            np.array(num_logits, np.int32),
-        )
+        lens, num_logits = np.ones(len(rows), np.int32), np.ones(len(rows), np.int32)
+        samples = np.ones(len(rows), bool)
+        for index in [index for index, row in enumerate(rows) if row[2] > 1 or not row[3] or row[4] > 1]:
+            row = rows[index]
+            lens[index], samples[index], num_logits[index] = row.num_tokens, row.samples, row.num_logits
+        starts = np.array([row[1] for row in rows], np.int32)
+        return np.array(seats, np.int64), starts, lens, samples, num_logits
 
     def _fill_tokens(
         self,
@@ -106,6 +107,7 @@ class BatchBuilder:
         starts: np.ndarray,
         lens: np.ndarray,
         ends: np.ndarray,
+        samples: np.ndarray,
         before: InFlight | None,
     ) -> None:
         """Tokens, positions and the attention's rows."""
@@ -113,26 +115,18 @@ class BatchBuilder:
         begins = ends - lens
         views["query_start"][:num_rows] = begins
         views["kv_len"][:num_rows] = starts + lens
-        np.take(self._seats.page_tables, seats, axis=0, out=views["page_table"][:num_rows])
-        views["positions"][:num_tokens] = np.repeat(starts - begins, lens) + np.arange(num_tokens)
-        token_ids: list[int] = []
-        drawn_rows: list[int] = []
-        for index, row in enumerate(plan.rows):
-            request = row.request
-            if row.num_tokens > 1:
-                token_ids += request.token_ids(row.start, row.stop)
-            elif row.samples and request.num_pending:
-                drawn_rows.append(index)
-                token_ids.append(0)
-            elif row.start >= request.prompt_len:
-                token_ids.append(request.output_token_ids[row.start - request.prompt_len])
-            else:
-                token_ids.append(request.prompt_token_ids[row.start])
-        views["token_ids"][:num_tokens] = token_ids
-        if drawn_rows:
+        np.take(self._seats.page_tables, seats, axis=0, out=views["page_table"][:num_rows], mode="clip")
+        views["positions"][:num_tokens] = np.repeat(starts - begins, lens) + self._range[:num_tokens]
+        # Only a token that the row samples after can be pending, and then it is the row's only one.
+        drawn = np.array([row[0].num_pending for row in plan.rows], bool) & samples
+        if drawn.any():
             if before is None:
                 raise ValueError("a row continues a token that no step in flight draws")
-            views["sources"][begins[drawn_rows]] = before.draws.logit_of_seat[seats[drawn_rows]]
+            views["sources"][begins[drawn]] = before.draws.logit_of_seat[seats[drawn]]
+        for index in (~drawn).nonzero()[0].tolist():
+            row = plan.rows[index]
+            begin = begins[index]
+            views["token_ids"][begin : begin + row.num_tokens] = row.request.token_ids(row.start, row.stop)
 
     def _fill_logits(
         self,
@@ -146,8 +140,9 @@ class BatchBuilder:
     ) -> tuple[Draws, dict[str, np.ndarray]]:
         """The rows of logits; returns what is known of the draws, and the arrays of unusual sampling."""
         total = int(num_logits.sum())
-        logit_ends = num_logits.cumsum()
-        views["logit_tokens"][:total] = np.repeat(ends - logit_ends, num_logits) + np.arange(total)
+        views["num_logits"][0] = total
+        logit_ends = num_logits.cumsum(dtype=np.int32)
+        views["logit_tokens"][:total] = np.repeat(ends - logit_ends, num_logits) + self._range[:total]
         drawing = samples.nonzero()[0]
         at = logit_ends[drawing] - 1
         seats, stops = seats[drawing], stops[drawing]
@@ -157,7 +152,7 @@ class BatchBuilder:
         masked = ((needs & MASK) > 0) | (stops < self._seats.min_total_len[seats])
         any_need = int(np.bitwise_or.reduce(needs, initial=0))
         has_targets = total > len(drawing)
-        flags = [any_need & bit > 0 for bit in (RANDOM, FILTER, PENALTY, MASK, BIAS, LOGPROBS)]
+        flags = [any_need & bit > 0 for bit in (PENALTY, MASK, BIAS, LOGPROBS)]
         flags[ANY_FLAGS.index("any_mask")] = bool(masked.any())
         flags[ANY_FLAGS.index("any_logprobs")] |= has_targets
         views["any"][:] = flags

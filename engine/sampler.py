@@ -1,10 +1,9 @@
 """Draws one token a row from logits, on the device. Axes: `L` rows of logits, `V` vocabulary.
 
-What no row of a step asks for is skipped at run time (`lax.cond`), so one compiled step serves all of
-it: a step of greedy rows costs an argmax.
+What no row of a step asks for is skipped at run time (`lax.cond`), so one compiled step serves all of it.
 
-A row's draw is the argmax of its filtered logits plus Gumbel noise, whose key is made of the row's
-identity and the token's position: nothing else in the batch can reach it.
+The draw itself is `kernels.sampling.draw`: an argmax of filtered logits plus Gumbel noise, whose key is made of
+the row's identity and the token's position, so nothing else in the batch can reach it.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from engine.models.linear import row_sums
 from engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from kernels.row_sums import row_sums
+from kernels.sampling import Draws, draw
 
 _REMOVED = -jnp.inf
 
@@ -29,6 +29,7 @@ class SamplingInputs(NamedTuple):
     min_p: jax.Array  # f32[L]
     keys: jax.Array  # u32[L, 2], the identity's key
     positions: jax.Array  # i32[L], the drawn token's position in its sequence
+    num_rows: jax.Array  # i32[], rows of logits that the step has; those past them are padding
     repetition_penalty: jax.Array  # f32[L]
     presence_penalty: jax.Array  # f32[L]
     frequency_penalty: jax.Array  # f32[L]
@@ -40,8 +41,6 @@ class SamplingInputs(NamedTuple):
     bias_values: jax.Array  # f32[L, MAX_LOGIT_BIAS]
     targets: jax.Array  # i32[L], the token whose log-probability is wanted where `has_target`
     has_target: jax.Array  # bool[L]: a prompt position, whose next token is known
-    any_random: jax.Array  # bool[]: some row has a temperature
-    any_filter: jax.Array  # bool[]: some row has top_k, top_p or min_p
     any_penalty: jax.Array  # bool[]
     any_mask: jax.Array  # bool[]
     any_bias: jax.Array  # bool[]
@@ -57,8 +56,8 @@ class StepOutputs(NamedTuple):
     top_logprobs: jax.Array  # f32[L, MAX_LOGPROBS]
 
 
-def sample(logits: jax.Array, inputs: SamplingInputs) -> StepOutputs:
-    """Draw from f32[L, V].
+def sample(logits: jax.Array, inputs: SamplingInputs, backend: str = "xla") -> StepOutputs:
+    """Draw from f32[L, V], by one of the backends of `kernels.sampling`.
 
     Order, as vLLM's: bias, penalties, mask, then (rows with a temperature) temperature, min_p, top_k,
     top_p. Log-probabilities are of the logits as the model gave them.
@@ -66,9 +65,10 @@ def sample(logits: jax.Array, inputs: SamplingInputs) -> StepOutputs:
     changed = jax.lax.cond(inputs.any_bias, _add_bias, lambda x, _: x, logits, inputs)
     changed = jax.lax.cond(inputs.any_penalty, _penalise, lambda x, _: x, changed, inputs)
     changed = jax.lax.cond(inputs.any_mask, _mask, lambda x, _: x, changed, inputs)
-    greedy = jnp.argmax(changed, axis=-1).astype(jnp.int32)
-    drawn = jax.lax.cond(inputs.any_random, _draw, lambda x, _: greedy, changed, inputs)
-    token_ids = jnp.where(inputs.temperature > 0, drawn, greedy)
+    draws = Draws(
+        inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.keys, inputs.positions
+    )
+    token_ids = draw(changed, draws, inputs.num_rows, backend)
     token_ids = jnp.where(inputs.has_target, inputs.targets, token_ids)
     return jax.lax.cond(inputs.any_logprobs, _with_logprobs, _without_logprobs, logits, token_ids)
 
@@ -102,64 +102,6 @@ def _mask(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     tokens = jnp.arange(logits.shape[1], dtype=jnp.uint32)[None, :]
     words = jnp.repeat(inputs.token_mask, 32, axis=1)[:, : logits.shape[1]]
     return jnp.where((words >> (tokens % 32)) & 1 > 0, logits, _REMOVED)
-
-
-def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """i32[L]; meaningless for greedy rows."""
-    temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
-    # The likeliest becomes 0, so that no temperature can overflow it and thresholds are relative.
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None]
-    scaled = jax.lax.cond(inputs.any_filter, _filter, lambda x, _: x, scaled, inputs)
-
-    def noise(key: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, (logits.shape[1],), jnp.float32)
-
-    gumbel = jax.vmap(noise)(inputs.keys, inputs.positions)
-    return jnp.argmax(scaled + gumbel, axis=-1).astype(jnp.int32)
-
-
-def _filter(scaled: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """Remove what min_p, then top_k, then top_p leave out; tokens as likely as the last one kept are kept.
-
-    Each is a threshold on the logits. Those of top_k and top_p are found by bisection over the floats'
-    bits, which takes 32 passes and no sort (a sort of V values costs several times that on a CPU).
-    """
-    kept = scaled >= jnp.log(inputs.min_p)[:, None]
-    scaled = jnp.where(kept, scaled, _REMOVED)
-    order = _orderable(scaled)
-
-    def enough_tokens(threshold: jax.Array) -> jax.Array:
-        return jnp.sum(order >= threshold[:, None], axis=-1, dtype=jnp.int32) >= inputs.top_k
-
-    order = jnp.where(order >= _largest(enough_tokens, scaled.shape[0])[:, None], order, 0)
-    weights = jnp.where(order > 0, jnp.exp(scaled), 0.0)
-    wanted = inputs.top_p * row_sums(weights)[:, 0]
-
-    def enough_mass(threshold: jax.Array) -> jax.Array:
-        return row_sums(jnp.where(order >= threshold[:, None], weights, 0.0))[:, 0] >= wanted
-
-    threshold = _largest(enough_mass, scaled.shape[0])
-    # Off must mean off: rounding could make the last sum miss the whole by a bit.
-    threshold = jnp.where(inputs.top_p < 1.0, threshold, 1)
-    return jnp.where(order >= threshold[:, None], scaled, _REMOVED)
-
-
-def _orderable(x: jax.Array) -> jax.Array:
-    """uint32 in the order of the floats, and above 0 for every float but negative NaN."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits >= sign, ~bits, bits | sign)
-
-
-def _largest(holds, num_rows: int) -> jax.Array:
-    """uint32[L]: for each row the largest threshold of which `holds` is true, it being true of all below."""
-
-    def try_bit(index: jax.Array, threshold: jax.Array) -> jax.Array:
-        trial = threshold | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
-        return jnp.where(holds(trial), trial, threshold)
-
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(num_rows, jnp.uint32))
 
 
 def _with_logprobs(logits: jax.Array, token_ids: jax.Array) -> StepOutputs:

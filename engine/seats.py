@@ -14,7 +14,7 @@ from engine.request import Request, RequestStatus
 from engine.step_inputs import SAMPLED_COLUMNS
 
 # What a request's draws need, as bits.
-RANDOM, FILTER, PENALTY, MASK, BIAS, LOGPROBS, HISTORY = (1 << bit for bit in range(7))
+PENALTY, MASK, BIAS, LOGPROBS, HISTORY = (1 << bit for bit in range(5))
 
 _NUMBERS = struct.Struct("=" + "".join(np.dtype(dtype).char for dtype in SAMPLED_COLUMNS.values()))
 
@@ -50,10 +50,6 @@ class Seats:
         sampling = request.sampling
         has_penalty = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
         needs = 0
-        if sampling.temperature > 0:
-            needs |= RANDOM
-            if 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1 or sampling.min_p > 0:
-                needs |= FILTER
         if has_penalty != (1, 0, 0):
             needs |= PENALTY
         if sampling.allowed_token_ids is not None or request.bad_words_token_ids:

@@ -83,6 +83,7 @@ def _fields(shape: StepShape) -> tuple[_Field, ...]:
         ("targets", (num_logits,), np.int32),
         ("has_target", (num_logits,), np.int32),
         ("any", (len(ANY_FLAGS),), np.int32),
+        ("num_logits", (1,), np.int32),
     ]
     fields, start = [], 0
     for name, field_shape, dtype in declared:
@@ -106,7 +107,7 @@ SAMPLED_COLUMNS: dict[str, Any] = {
     "frequency_penalty": np.float32,
     "prompt_len": np.int32,
 }
-ANY_FLAGS = ("any_random", "any_filter", "any_penalty", "any_mask", "any_bias", "any_logprobs")
+ANY_FLAGS = ("any_penalty", "any_mask", "any_bias", "any_logprobs")
 
 
 @jax.tree_util.register_dataclass
@@ -141,6 +142,7 @@ class StepArrays:
             **{name: parts["any"][index] != 0 for index, name in enumerate(ANY_FLAGS)},
             keys=keys,
             positions=parts["sample_positions"],
+            num_rows=parts["num_logits"][0],
             history=self.history,
             history_len=parts["history_len"],
             token_mask=self.token_mask,

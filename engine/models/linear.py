@@ -33,16 +33,6 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     )
 
 
-def row_sums(x: jax.Array) -> jax.Array:
-    """The sum of each row of x f32[T, in]: f32[T, 1].
-
-    As a product with ones, because it then adds in one order at every T. XLA's own reduction on a CPU changes
-    its order with the number of elements (below 4,096 it is another kernel), which would change a row's bits
-    with its batch. The cost is the same within noise.
-    """
-    return project(x, jnp.ones((8, x.shape[-1]), jnp.float32))[:, :1]
-
-
 class Linear(nnx.Module):
     """y = x @ weight.T + bias. `weight` [out, in]; `bias` [out] or absent."""
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engine.models.config import ModelConfig
-from engine.models.linear import Linear, project, row_sums
+from engine.models.linear import Linear, project
 from engine.models.rope import apply_rope, rope_tables
+from kernels.row_sums import row_sums
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """(q [T, N, H], k [T, K, H], v [T, K, H], one layer's pages) -> (out [T, N, H], the pages with k, v written).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,9 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.sampler import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingInputs, sample
+from kernels.sampling import available_backends
 
 NUM_ROWS, VOCAB, MAX_LEN = 16, 101, 24
-run = jax.jit(sample)
+BACKENDS = {name: jax.jit(partial(sample, backend=name)) for name in available_backends()}
+run = BACKENDS["xla"]
+
+
+@pytest.fixture(params=available_backends(), scope="module", autouse=True)
+def _backend(request: pytest.FixtureRequest):
+    """Every law below holds for each backend."""
+    global run
+    run = BACKENDS[request.param]
+    yield
+    run = BACKENDS["xla"]
 
 
 @dataclass
@@ -53,7 +65,6 @@ def make_inputs(rows: list[Row], logprobs: bool = False) -> SamplingInputs:
         return jnp.asarray([getattr(row, name) for row in rows], dtype)
 
     penalised = [row.repetition != 1 or row.presence or row.frequency for row in rows]
-    filtered = [row.top_k or row.top_p < 1 or row.min_p for row in rows]
     return SamplingInputs(
         temperature=column("temperature", jnp.float32),
         top_k=jnp.asarray([row.top_k or VOCAB for row in rows], jnp.int32),
@@ -61,6 +72,7 @@ def make_inputs(rows: list[Row], logprobs: bool = False) -> SamplingInputs:
         min_p=column("min_p", jnp.float32),
         keys=jnp.asarray([row.key for row in rows], jnp.uint32),
         positions=column("position", jnp.int32),
+        num_rows=jnp.int32(NUM_ROWS),
         repetition_penalty=column("repetition", jnp.float32),
         presence_penalty=column("presence", jnp.float32),
         frequency_penalty=column("frequency", jnp.float32),
@@ -72,8 +84,6 @@ def make_inputs(rows: list[Row], logprobs: bool = False) -> SamplingInputs:
         bias_values=jnp.asarray(bias_values),
         targets=jnp.asarray([row.target or 0 for row in rows], jnp.int32),
         has_target=jnp.asarray([row.target is not None for row in rows]),
-        any_random=jnp.asarray(any(row.temperature > 0 for row in rows)),
-        any_filter=jnp.asarray(any(map(bool, filtered))),
         any_penalty=jnp.asarray(any(map(bool, penalised))),
         any_mask=jnp.asarray(any(row.allowed is not None for row in rows)),
         any_bias=jnp.asarray(any(row.bias for row in rows)),

@@ -23,6 +23,7 @@
 #include "simd.h"
 #include "attention.h"
 #include "linear.h"
+#include "sampling.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -32,6 +33,6 @@
 
 namespace tidemill {
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", avx2::attention, avx2::linear};
+const Kernels kAvx2 = {"avx2", avx2::attention, avx2::linear, avx2::sampling};
 }  // namespace tidemill
 #endif

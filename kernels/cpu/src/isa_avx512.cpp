@@ -23,6 +23,7 @@
 #include "simd.h"
 #include "attention.h"
 #include "linear.h"
+#include "sampling.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -32,6 +33,6 @@
 
 namespace tidemill {
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", avx512::attention, avx512::linear};
+const Kernels kAvx512 = {"avx512", avx512::attention, avx512::linear, avx512::sampling};
 }  // namespace tidemill
 #endif

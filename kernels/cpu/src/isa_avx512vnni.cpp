@@ -23,6 +23,7 @@
 #include "simd.h"
 #include "attention.h"
 #include "linear.h"
+#include "sampling.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -32,6 +33,6 @@
 
 namespace tidemill {
 extern const Kernels kAvx512Vnni;
-const Kernels kAvx512Vnni = {"avx512vnni", avx512vnni::attention, avx512vnni::linear};
+const Kernels kAvx512Vnni = {"avx512vnni", avx512vnni::attention, avx512vnni::linear, avx512vnni::sampling};
 }  // namespace tidemill
 #endif

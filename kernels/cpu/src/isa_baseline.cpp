@@ -7,8 +7,9 @@
 #include "simd.h"
 #include "attention.h"
 #include "linear.h"
+#include "sampling.h"
 
 namespace tidemill {
 extern const Kernels kBaseline;
-const Kernels kBaseline = {"baseline", baseline::attention, baseline::linear};
+const Kernels kBaseline = {"baseline", baseline::attention, baseline::linear, baseline::sampling};
 }  // namespace tidemill

@@ -59,10 +59,24 @@ struct Linear {
   void* scratch;  // [T, K] float32 where x is normalised or bfloat16
 };
 
+// Tokens drawn from logits. Axes: L rows of logits, V vocabulary.
+struct Sampling {
+  int64_t num_rows, vocab_size;
+  const float* logits;       // [L, V]
+  const float* temperature;  // [L], 0: greedy
+  const int32_t* top_k;      // [L], V: off
+  const float* top_p;        // [L], 1: off
+  const float* min_p;        // [L], 0: off
+  const uint32_t* keys;      // [L, 2], a threefry key
+  const int32_t* positions;  // [L], folded into the key
+  int32_t* token_ids;        // [L]
+};
+
 struct Kernels {
   const char* name;
   void (*attention)(const Attention&, Pool&);
   void (*linear)(const Linear&, Pool&);
+  void (*sampling)(const Sampling&, Pool&);
 };
 
 // The best this CPU has; TIDEMILL_CPU_ISA names another that it has too, for tests and comparisons.

@@ -32,6 +32,19 @@ TIDEMILL_INLINE vi lane_numbers() {
   return numbers;
 }
 
+// Whether any lane of a comparison holds.
+TIDEMILL_INLINE bool any(vi mask) {
+#if TIDEMILL_LANES == 16
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif TIDEMILL_LANES == 8
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  int32_t folded = 0;
+  for (int lane = 0; lane < kLanes; ++lane) folded |= mask[lane];
+  return folded != 0;
+#endif
+}
+
 TIDEMILL_INLINE float highest(vf x) {
   float best = x[0];
   for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
