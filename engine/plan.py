@@ -41,6 +41,14 @@ class PlannedRow(NamedTuple):
         return self.num_logits - self.samples
 
 
+class PageCopy(NamedTuple):
+    """The first `num_tokens` tokens of page `source` go to page `target` before the step's rows run."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step: rows of one token first, then chunks. No rows: nothing to do."""
@@ -48,6 +56,8 @@ class StepPlan:
     rows: tuple[PlannedRow, ...]
     preempted: tuple[Request, ...] = ()
     """Requests whose pages were taken away; they wait again, outputs kept."""
+    copies: tuple[PageCopy, ...] = ()
+    """No source is a target of another."""
 
     @property
     def num_tokens(self) -> int:

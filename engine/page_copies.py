@@ -1,0 +1,55 @@
+"""Copies the beginnings of pages before a step runs: the part of a prompt that a known page begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from engine.plan import PageCopy
+from kernels.paged_attention import PageLayout, Pages
+
+
+def make_copy(layout: PageLayout, num_layers: int) -> Any:
+    """The pure device function (kv_pages, copies, num_copies) -> kv_pages, for all layers' pages in one pool.
+
+    copies is i32[3, max_copies]: source page, target page, tokens; the first num_copies of them are made, one
+    after the other.
+    """
+
+    def copy(kv_pages: Pages, copies: jax.Array, num_copies: jax.Array) -> Pages:
+        num_pages = kv_pages.keys.shape[0] // num_layers
+
+        def one(index: jax.Array, by_layer: Pages) -> Pages:
+            source, target, num_tokens = copies[:, index]
+            return jax.vmap(layout.copy, (0, None, None, None))(by_layer, source, target, num_tokens)
+
+        by_layer = jax.tree.map(lambda x: x.reshape(num_layers, num_pages, *x.shape[1:]), kv_pages)
+        by_layer = jax.lax.fori_loop(0, num_copies, one, by_layer)
+        return jax.tree.map(lambda x: x.reshape(num_layers * num_pages, *x.shape[2:]), by_layer)
+
+    return copy
+
+
+class PageCopier:
+    """The compiled copy of one runner, for up to `max_copies` a step; the pages are donated."""
+
+    def __init__(self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int):
+        self._max_copies = max_copies
+        kv_pages = jax.eval_shape(lambda: layout.empty(num_layers * num_pages))
+        copy = jax.jit(make_copy(layout, num_layers), donate_argnums=0)
+        self._compiled = copy.lower(kv_pages, *self._arrays(())).compile()
+
+    def run(self, kv_pages: Pages, copies: Sequence[PageCopy]) -> Pages:
+        """Make a step's copies. Raises ValueError when there are more than were declared."""
+        if len(copies) > self._max_copies:
+            raise ValueError(f"{len(copies)} page copies in a step, at most {self._max_copies} were declared")
+        return self._compiled(kv_pages, *self._arrays(copies))
+
+    def _arrays(self, copies: Sequence[PageCopy]) -> tuple[np.ndarray, np.ndarray]:
+        arrays = np.zeros((3, self._max_copies), np.int32)
+        if copies:
+            arrays[:, : len(copies)] = np.transpose(copies)
+        return arrays, np.array(len(copies), np.int32)
