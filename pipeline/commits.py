@@ -19,7 +19,7 @@ from engine.errors import OutputError, RetryLater
 from pipeline.fingerprint import canonical_json
 from pipeline.storage import Outcome, PassingFault, Storage
 
-COMMIT_VERSION = 1
+COMMIT_VERSION = 2
 MAX_TRIES = 5
 _FIRST_PAUSE_S = 0.1
 
@@ -38,10 +38,11 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """One committed chunk: rows [start, stop) of its shard.
+    """One committed chunk: the rows at places [start, stop) of its shard's order.
 
-    `counts` has rows, ok, rejected, duplicates, samples, prompt_tokens, generated_tokens, where
-    rows = ok + rejected + duplicates. `rejects` is None when no row was rejected.
+    `order` is the SHA-256 of its window's record (pipeline/row_order.py). `counts` has rows, ok, rejected,
+    duplicates, samples, prompt_tokens, generated_tokens, where rows = ok + rejected + duplicates. `rejects`
+    is None when no row was rejected.
     """
 
     shard: int
@@ -49,6 +50,7 @@ class CommitRecord:
     attempt: str
     start: int
     stop: int
+    order: str
     data: FileRef
     trace: FileRef
     rejects: FileRef | None

@@ -1,29 +1,30 @@
 """A shard's final files, rebuilt from its commit records alone.
 
 Two finalisers of one shard make the same bytes of data/, rejects/ and trace/, so it does not matter which
-of them wins. Chunks are read in input order, one at a time, and checked against the hashes that were
-committed.
+of them wins. Chunks hold rows in the order that they ran in; here they are put back into input order, a
+window at a time, and each file is checked against the hash that was committed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from engine.errors import OutputError
+from pipeline.chunk_merge import CommittedWindow, committed_windows, merged_rejects, merged_tables
 from pipeline.commits import CommitRecord, FileRef, checked_file, publish_file, retrying, sha256_file
 from pipeline.manifest import ShardRecord, check_balance, part_name, sum_counts
-from pipeline.parquet_files import GroupedWriter, read_tables
+from pipeline.parquet_files import GroupedWriter
 from pipeline.plan import RunPlan
+from pipeline.run_state import RunState
 from pipeline.schema import data_schema, trace_schema
-from pipeline.storage import Storage, explain
+from pipeline.storage import explain
 
 MetricsMerge = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 
@@ -31,10 +32,8 @@ MetricsMerge = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 class Finaliser:
     """Makes the final files of shards. `merge_metrics(chunk summaries)` gives the content of metrics/."""
 
-    def __init__(
-        self, storage: Storage, state: str, plan: RunPlan, spool_dir: Path, merge_metrics: MetricsMerge
-    ):
-        self._storage = storage
+    def __init__(self, state: RunState, plan: RunPlan, spool_dir: Path, merge_metrics: MetricsMerge):
+        self._storage = state.storage
         self._state = state
         self._plan = plan
         self._spool_dir = spool_dir
@@ -51,6 +50,12 @@ class Finaliser:
         bounds = [self._plan.chunk_bounds(shard, chunk) for chunk in range(self._plan.num_chunks(shard))]
         if [(record.start, record.stop) for record in records] != bounds:
             raise OutputError(f"shard {shard} ({planned.name}) has chunks missing and cannot be finished yet")
+        windows = list(committed_windows(self._state.windows(shard, planned.num_rows), records))
+        if sum(len(window.records) for window in windows) != len(records):
+            raise OutputError(
+                f"{self._storage.url}: the order of shard {shard} ({planned.name}) is not on record; "
+                f"remove {self._state.path('commits', f'{shard:05d}')} there and start the same command again"
+            )
         counts = sum_counts(record.counts for record in records)
         check_balance(counts, planned.num_rows, f"shard {shard} ({planned.name})")
         build = {"data": self._data, "rejects": self._rejects, "trace": self._trace, "metrics": self._metrics}
@@ -60,7 +65,7 @@ class Finaliser:
             spool = self._spool_dir / f"final-{path.replace('/', '-')}"
             try:
                 self._spool_dir.mkdir(parents=True, exist_ok=True)
-                num_items = write(spool, records)
+                num_items = write(spool, windows)
                 expected = {"data": "samples", "trace": "samples", "rejects": "rejected"}.get(kind)
                 if expected and num_items != counts[expected]:
                     raise OutputError(
@@ -89,42 +94,45 @@ class Finaliser:
         )
 
     def _chunk_file(self, record: CommitRecord, ref: FileRef) -> Path:
-        commit = f"{self._state}/commits/{record.shard:05d}/{record.chunk:05d}.json"
+        commit = self._state.commit_path(record.shard, record.chunk)
         remedy = f"remove {self._storage.url}/{commit} and start the same command again to redo that chunk"
         return checked_file(self._storage, ref, self._spool_dir, remedy)
 
-    def _data(self, spool: Path, records: Sequence[CommitRecord]) -> int:
+    def _data(self, spool: Path, windows: Sequence[CommittedWindow]) -> int:
         schema = data_schema(self._plan.carried)
         if self._plan.output_format == "jsonl":
             num_rows = 0
             with open(spool, "w", encoding="utf-8", newline="\n") as file:
-                for record in records:
-                    for table in read_tables(self._chunk_file(record, record.data)):
-                        num_rows += table.num_rows
-                        file.writelines(json_line(row) for row in table.to_pylist())
+                for table in self._tables(windows, "data"):
+                    num_rows += table.num_rows
+                    file.writelines(json_line(row) for row in table.to_pylist())
             return num_rows
-        return self._merge(spool, schema, [(record, record.data) for record in records])
+        return self._write(spool, schema, self._tables(windows, "data"))
 
-    def _trace(self, spool: Path, records: Sequence[CommitRecord]) -> int:
-        return self._merge(spool, trace_schema(), [(record, record.trace) for record in records])
+    def _trace(self, spool: Path, windows: Sequence[CommittedWindow]) -> int:
+        return self._write(spool, trace_schema(), self._tables(windows, "trace"))
 
-    def _merge(self, spool: Path, schema: pa.Schema, parts: Sequence[tuple[CommitRecord, FileRef]]) -> int:
+    def _tables(self, windows: Sequence[CommittedWindow], kind: str) -> Iterator[pa.Table]:
+        for window in windows:
+            yield from merged_tables(window, kind, self._chunk_file, self._spool_dir)
+
+    def _write(self, spool: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
         with GroupedWriter(spool, schema) as writer:
-            for record, ref in parts:
-                for table in read_tables(self._chunk_file(record, ref)):
-                    writer.write(table.cast(schema))
+            for table in tables:
+                writer.write(table.cast(schema))
             return writer.num_rows
 
-    def _rejects(self, spool: Path, records: Sequence[CommitRecord]) -> int:
+    def _rejects(self, spool: Path, windows: Sequence[CommittedWindow]) -> int:
+        num_rows = 0
         with open(spool, "wb") as file:
-            for record in records:
-                if record.rejects is not None:
-                    with open(self._chunk_file(record, record.rejects), "rb") as part:
-                        shutil.copyfileobj(part, file)
-        with open(spool, "rb") as file:
-            return sum(1 for _ in file)
+            for window in windows:
+                for line in merged_rejects(window, self._chunk_file):
+                    file.write(line)
+                    num_rows += 1
+        return num_rows
 
-    def _metrics(self, spool: Path, records: Sequence[CommitRecord]) -> int:
+    def _metrics(self, spool: Path, windows: Sequence[CommittedWindow]) -> int:
+        records = [record for window in windows for record in window.records]
         merged = self._merge_metrics([record.metrics for record in records])
         spool.write_text(
             json.dumps(merged, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"

@@ -10,7 +10,8 @@ The intended order of calls, by a worker of one process (several may run at once
             if lease is None: continue
             suspects = ledger.suspects(shard)        # rows to reject as `quarantined`, rows to run alone
             for chunk in ledger.missing_chunks(shard):
-                writer = ledger.writer(lease, chunk)
+                window = ledger.window(shard, start) or ledger.settle_window(planned)
+                writer = ledger.writer(lease, chunk, window)
                 ... lease.set_in_flight(row_ids)     # whenever they change, before the next engine.step()
                 ... writer.add_completion(prompt, output) or writer.add_reject(reject), in any order
                 files = writer.close(metrics)        # BalanceError unless every row is there once
@@ -47,6 +48,7 @@ from pipeline.lease import HEARTBEAT_S, TAKEOVER_S, Lease, LeaseBook, Suspects
 from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
 from pipeline.plan import RunPlan
 from pipeline.process_identity import ProcessIdentity
+from pipeline.row_order import WindowOrder, order_path
 from pipeline.run_state import MANIFEST, RunState
 from pipeline.storage import Storage
 from pipeline.suspects import find_suspects
@@ -80,7 +82,7 @@ class Ledger:
         self._state = RunState(storage, fingerprint)
         self._spool_dir = spool_dir
         self._leases = leases
-        self._finaliser = Finaliser(storage, self._state.folder, plan, spool_dir, merge_metrics)
+        self._finaliser = Finaliser(self._state, plan, spool_dir, merge_metrics)
         self._num_attempts: dict[tuple[int, int], int] = {}
 
     @classmethod
@@ -184,8 +186,25 @@ class Ledger:
         ]
         return sum_counts(count for part in parts for count in part)
 
-    def writer(self, lease: Lease, chunk: int) -> ChunkWriter:
-        """A writer for one attempt at a chunk; the times in trace/ count from now."""
+    def window(self, shard: int, start: int) -> WindowOrder | None:
+        """The recorded order of the window that begins at row `start`; None when it is not planned yet."""
+        return self._state.window(shard, start)
+
+    def settle_window(self, planned: WindowOrder) -> WindowOrder:
+        """Record the order of a window, and return the one that counts: another's, if it was there first."""
+        path = order_path(self._state.folder, planned.shard, planned.start)
+        data = planned.to_bytes()
+        if publish_record(self.storage, path, data) == data:
+            return planned
+        settled = self._state.window(planned.shard, planned.start)
+        if settled is None:
+            raise OutputError(
+                f"{self.storage.url}/{path} was there and is gone; start the same command again"
+            )
+        return settled
+
+    def writer(self, lease: Lease, chunk: int, window: WindowOrder) -> ChunkWriter:
+        """A writer for one attempt at a chunk of a settled window; the times in trace/ count from now."""
         start, stop = self.plan.chunk_bounds(lease.shard, chunk)
         key = (lease.shard, chunk)
         self._num_attempts[key] = self._num_attempts.get(key, 0) + 1
@@ -196,7 +215,8 @@ class Ledger:
             source=self.plan.shards[lease.shard].name,
             chunk=chunk,
             start=start,
-            stop=stop,
+            positions=window.positions(start, stop),
+            order=window.sha256,
             carried=self.plan.carried,
             with_token_ids=self.plan.with_token_ids,
             attempt=f"{lease.epoch:04d}-{lease.attempt[:12]}{again}",
@@ -231,6 +251,7 @@ class Ledger:
             attempt=files.attempt,
             start=files.start,
             stop=files.stop,
+            order=files.order,
             data=refs["data"],
             trace=refs["trace"],
             rejects=refs.get("rejects"),

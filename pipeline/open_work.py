@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from engine.outputs import RequestOutput
 from pipeline.lease import Lease
 from pipeline.metrics import Metrics
+from pipeline.planned_reading import PlacedRow
 from pipeline.rows import Prompt, Reject
 from pipeline.shards import Shard
 from pipeline.suspects import Suspects
@@ -39,12 +40,17 @@ class OpenChunk:
 
     shard: int
     chunk: int
-    num_rows: int
+    start: int  # its places
+    stop: int
     writer: ChunkWriter
     metrics: Metrics = field(default_factory=Metrics)
     num_seen: int = 0  # rows taken from the reader
     num_done: int = 0  # rows in the writer
     num_alone: int = 0  # rows waiting to be run with nothing else in flight
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
 
     @property
     def is_done(self) -> bool:
@@ -63,7 +69,7 @@ class OpenShard:
     lease: Lease
     suspects: Suspects
     num_missing: int  # chunks not committed
-    in_flight: dict[str, Prompt] = field(default_factory=dict)  # by request id
+    in_flight: dict[str, PlacedRow] = field(default_factory=dict)  # by request id
 
 
 def merge_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

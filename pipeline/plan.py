@@ -31,7 +31,8 @@ class PlannedShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """Chunk i of a shard is its rows [i * chunk_rows, (i + 1) * chunk_rows), rejected ones included.
+    """Chunk i of a shard is the rows at places [i * chunk_rows, (i + 1) * chunk_rows) of the shard's order
+    (pipeline/row_order.py), rejected ones included.
 
     `output_format` is "parquet" or "jsonl" and applies to data/ alone; `with_token_ids` fills that column.
     """
@@ -62,7 +63,7 @@ class RunPlan:
         return -(-self.shards[shard].num_rows // self.chunk_rows)
 
     def chunk_bounds(self, shard: int, chunk: int) -> tuple[int, int]:
-        """The half-open row range [start, stop) of a chunk."""
+        """The half-open range [start, stop) of a chunk's places."""
         if not 0 <= chunk < self.num_chunks(shard):
             raise IndexError(f"shard {shard} has {self.num_chunks(shard)} chunks, there is no chunk {chunk}")
         start = chunk * self.chunk_rows

@@ -20,8 +20,9 @@ from pipeline.exit_codes import ExitCode
 from pipeline.id_index import IdIndex
 from pipeline.job_plan import make_plan
 from pipeline.plan_report import Estimate, Measured, RowsPlan, ShardPlan, as_json, report_lines
+from pipeline.planned_reading import BATCH_ROWS
 from pipeline.prompts import PromptBuilder
-from pipeline.read_ahead import BATCH_ROWS, batches
+from pipeline.read_ahead import batches
 from pipeline.rows import Prompt, Reject
 from pipeline.settings import Settings
 from pipeline.shards import Shard, list_shards, read_rows

@@ -1,39 +1,20 @@
-"""Read and tokenise rows ahead of need, in one thread, so that the engine never waits for the input.
+"""Read, tokenise and order rows ahead of need, so that the engine never waits for the input.
 
-One thread for the whole job: shards are assigned to it one after the other, and rows come out in that order
-through a buffer bounded in rows and in tokens.
+Two threads for the whole job. One plans: it reads shards one after the other, a window at a time, and settles
+the window's order. The other puts the rows of planned windows, in that order, into a buffer bounded in rows
+and in tokens. So while a window runs the next one is planned, and no more than one waits.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
+from pipeline.planned_reading import Assignment, PlacedRow, PlannedReader, Portion
 from pipeline.rows import Prompt, Reject, SourceRow
-from pipeline.shards import InputSettings, Shard, read_rows
-
-BATCH_ROWS = 64  # tokenised in one call
-
-
-class Builder(Protocol):
-    """What is needed of a PromptBuilder."""
-
-    @property
-    def columns_needed(self) -> tuple[str, ...] | None: ...
-
-    def build_many(self, rows: list[SourceRow | Reject]) -> list[Prompt | Reject]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """Half-open row ranges of a shard that are still to be run, in order."""
-
-    shard: Shard
-    ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +25,14 @@ class ReadFailure:
     error: Exception
 
 
-Item = Prompt | Reject | ReadFailure
+Item = PlacedRow | ReadFailure
 
 
 class ReadAhead:
-    """A thread that turns assignments into items. Use as a context manager: leaving it ends the thread."""
+    """Turns assignments into items. Use as a context manager: leaving it ends its threads."""
 
-    def __init__(
-        self,
-        builder: Builder,
-        input_settings: InputSettings,
-        *,
-        max_rows: int = 1024,
-        max_tokens: int = 1_000_000,
-    ):
-        self._builder = builder
-        self._settings = input_settings
+    def __init__(self, reader: PlannedReader, *, max_rows: int = 1024, max_tokens: int = 1_000_000):
+        self._reader = reader
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         self._changed = threading.Condition()
@@ -67,41 +40,50 @@ class ReadAhead:
         self._items: deque[Item] = deque()
         self._num_tokens = 0
         self._assigned: deque[Assignment] = deque()
-        self._is_reading = False
+        self._is_planning = False
+        self._planned: deque[tuple[int, Portion | ReadFailure]] = deque()  # with their shard; one at most
+        self._is_putting = False
+        self._num_to_put = 0  # rows of planned portions that are not in the buffer yet
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="tidemill-read-ahead", daemon=True)
+        self._threads = [
+            threading.Thread(target=target, name=f"tidemill-{name}", daemon=True)
+            for name, target in (("plan", self._plan), ("read-ahead", self._put_planned))
+        ]
 
     def __enter__(self) -> ReadAhead:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def assign(self, assignment: Assignment) -> None:
-        """Have these ranges read after what was assigned before."""
+        """Have these rows read after what was assigned before."""
         with self._changed:
             self._assigned.append(assignment)
             self._changed.notify_all()
 
     @property
     def wants_assignment(self) -> bool:
-        """Everything assigned has been read (though not all of it taken): time for the next shard."""
+        """All that was assigned is planned, and soon put into the buffer: time for the next shard."""
         with self._changed:
-            return not self._assigned and not self._is_reading
+            is_planned = not self._assigned and not self._is_planning and not self._planned
+            return is_planned and self._num_to_put <= self._max_rows
 
     @property
     def is_exhausted(self) -> bool:
         """Everything assigned has been read and taken."""
         with self._changed:
-            return not self._assigned and not self._is_reading and not self._items
+            return not self._is_busy and not self._items
 
     def take(self, timeout: float = 0.0) -> Item | None:
         """The next item, or None when none came within `timeout` seconds (or ever will)."""
         with self._changed:
             if not self._items and timeout > 0:
-                self._changed.wait_for(lambda: bool(self._items) or not self._busy, timeout)
+                self._changed.wait_for(lambda: bool(self._items) or not self._is_busy, timeout)
             if not self._items:
                 return None
             item = self._items.popleft()
@@ -114,56 +96,75 @@ class ReadAhead:
         with self._changed:
             self._is_closed = True
             self._assigned.clear()
+            self._planned.clear()
             self._items.clear()
             self._num_tokens = 0
             self._changed.notify_all()
 
     @property
-    def _busy(self) -> bool:
-        return bool(self._assigned) or self._is_reading
+    def _is_busy(self) -> bool:
+        return bool(self._assigned or self._planned) or self._is_planning or self._is_putting
 
-    def _run(self) -> None:
+    def _plan(self) -> None:
         while True:
             with self._changed:
-                self._is_reading = False
+                self._is_planning = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._is_closed or bool(self._assigned))
                 if self._is_closed:
                     return
                 assignment = self._assigned.popleft()
-                self._is_reading = True
+                self._is_planning = True
+            shard = assignment.shard.index
             try:
-                for items in self._read(assignment):
-                    if not self._put(items):
-                        break
-            except (
-                Exception
-            ) as error:  # handed to the worker, which decides whether it ends the shard or the job
-                self._put([ReadFailure(assignment.shard.index, error)])
+                for portion in self._reader.portions(assignment, lambda: self._is_closed):
+                    self._hand_on(shard, portion)
+            except Exception as error:  # the worker decides whether it ends the shard or the job
+                self._hand_on(shard, ReadFailure(shard, error))
 
-    def _read(self, assignment: Assignment) -> Iterator[list[Prompt | Reject]]:
-        if not assignment.ranges:
-            return
-        # One pass from the first wanted row to the last: beginning anew for each range would read a JSONL
-        # file from its first line every time.
-        first, last = assignment.ranges[0][0], assignment.ranges[-1][1]
-        columns = self._builder.columns_needed
-        rows = read_rows(assignment.shard, self._settings, first, last, columns)
-        wanted = (row for row in rows if any(a <= row.position < b for a, b in assignment.ranges))
-        for batch in batches(wanted, BATCH_ROWS):
-            yield self._builder.build_many(batch)
+    def _hand_on(self, shard: int, portion: Portion | ReadFailure) -> None:
+        """Give a portion to the other thread, once it has taken the one before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or not self._planned)
+            if self._is_closed:
+                return
+            self._planned.append((shard, portion))
+            self._num_to_put += portion.num_rows if isinstance(portion, Portion) else 0
+            self._changed.notify_all()
 
-    def _put(self, items: Iterable[Item]) -> bool:
-        """Append, waiting for room; False when closed."""
-        for item in items:
-            tokens = _num_tokens(item)
+    def _put_planned(self) -> None:
+        while True:
             with self._changed:
-                self._changed.wait_for(lambda tokens=tokens: self._is_closed or self._has_room(tokens))
-                if self._is_closed:
-                    return False
-                self._items.append(item)
-                self._num_tokens += tokens
+                self._is_putting = False
                 self._changed.notify_all()
+                self._changed.wait_for(lambda: self._is_closed or bool(self._planned))
+                if self._is_closed:
+                    return
+                shard, portion = self._planned.popleft()
+                self._is_putting = True
+                self._changed.notify_all()
+            num_put = 0
+            try:
+                for item in [portion] if isinstance(portion, ReadFailure) else portion.rows:
+                    if not self._put(item):
+                        return
+                    num_put += isinstance(item, PlacedRow)
+            except Exception as error:
+                self._put(ReadFailure(shard, error))
+            with self._changed:  # what a failure left out will not come
+                self._num_to_put -= portion.num_rows - num_put if isinstance(portion, Portion) else 0
+
+    def _put(self, item: Item) -> bool:
+        """Append, waiting for room; False when closed."""
+        tokens = _num_tokens(item)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._has_room(tokens))
+            if self._is_closed:
+                return False
+            self._items.append(item)
+            self._num_tokens += tokens
+            self._num_to_put -= isinstance(item, PlacedRow)
+            self._changed.notify_all()
         return True
 
     def _has_room(self, tokens: int) -> bool:
@@ -172,7 +173,9 @@ class ReadAhead:
 
 
 def _num_tokens(item: Item) -> int:
-    return len(item.token_ids) if isinstance(item, Prompt) else 0
+    if isinstance(item, PlacedRow) and isinstance(item.row, Prompt):
+        return len(item.row.token_ids)
+    return 0
 
 
 def batches(rows: Iterator[SourceRow | Reject], size: int) -> Iterator[list[SourceRow | Reject]]:

@@ -13,7 +13,7 @@ same with `data_dir="<output>"` (split "part"), or `pyarrow.dataset.dataset("<ou
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from engine.errors import OutputError
-from pipeline.commits import FileRef, parse_record
+from pipeline.chunk_merge import committed_windows, merged_rejects, merged_tables
+from pipeline.commits import CommitRecord, FileRef, parse_record
 from pipeline.lease import epochs, read_claim
 from pipeline.manifest import ShardRecord, sum_counts
 from pipeline.metrics import merge_chunks
@@ -204,25 +205,39 @@ class Run:
         self._schema(kind, columns)  # an unknown column is an error also when there are no rows
         names = None if columns is None else list(columns)
         for shard, finished in self._shards():
-            for ref in self._files(kind, shard, finished):
-                path = self._file(ref)
-                if ref.path.endswith(".parquet"):
-                    yield from read_tables(path, names)
-                else:
-                    for table in _json_tables(path):
-                        yield table if names is None else table.select(names)
+            final = finished.files.get("data" if kind == "rows" else kind) if finished else None
+            committed = tuple(self._state.committed(shard).values())
+            # Chunks are Parquet whatever data/ is, and so keep the types that JSON lines lose.
+            if final is not None and (not committed or kind == "rejects" or final.path.endswith(".parquet")):
+                yield from self._final_tables(self._file(final), names)
+            elif finished is None or kind == "rows":
+                yield from self._chunk_tables(kind, shard, committed, names)
 
-    def _files(self, kind: Kind, shard: int, finished: ShardRecord | None) -> list[FileRef]:
-        """The files that hold a shard's rows of a kind, in order."""
-        final = finished.files.get("data" if kind == "rows" else kind) if finished else None
-        # Chunks are Parquet whatever data/ is, and so keep the types that JSON lines lose.
-        if final is not None and (kind == "rejects" or final.path.endswith(".parquet")):
-            return [final]
-        records = self._state.committed(shard).values()
-        if not records:
-            return [final] if final else []
-        refs = [{"rows": each.data, "rejects": each.rejects, "trace": each.trace}[kind] for each in records]
-        return [ref for ref in refs if ref is not None]
+    def _final_tables(self, path: Path, names: list[str] | None) -> Iterator[pa.Table]:
+        if path.suffix == ".parquet":
+            yield from read_tables(path, names)
+            return
+        with open(path, encoding="utf-8") as file:
+            for table in _json_tables(file):
+                yield table if names is None else table.select(names)
+
+    def _chunk_tables(
+        self, kind: Kind, shard: int, committed: Sequence[CommitRecord], names: list[str] | None
+    ) -> Iterator[pa.Table]:
+        """What is committed of a shard, in input order."""
+        if not committed:
+            return
+        num_rows = self._planned().shards[shard].num_rows
+        for window in committed_windows(self._state.windows(shard, num_rows), committed):
+            if kind == "rejects":
+                lines = merged_rejects(window, self._chunk_file)
+                yield from _json_tables(line.decode() for line in lines)
+            else:
+                source = "data" if kind == "rows" else "trace"
+                yield from merged_tables(window, source, self._chunk_file, None, names)
+
+    def _chunk_file(self, record: CommitRecord, ref: FileRef) -> Path:
+        return self._file(ref)
 
     def _file(self, ref: FileRef) -> Path:
         path = Path(self.path) / ref.path
@@ -246,7 +261,7 @@ class Run:
         return pa.schema([schema.field(name) for name in columns if name in schema.names])
 
 
-def _json_tables(path: Path) -> Iterator[pa.Table]:
-    with open(path, encoding="utf-8") as file:
-        while lines := list(islice(file, READ_ROWS)):
-            yield pa.Table.from_pylist([json.loads(line) for line in lines])
+def _json_tables(lines: Iterable[str]) -> Iterator[pa.Table]:
+    rest = iter(lines)
+    while batch := list(islice(rest, READ_ROWS)):
+        yield pa.Table.from_pylist([json.loads(line) for line in batch])

@@ -27,6 +27,7 @@ from pipeline.job_plan import fingerprint_parts, make_plan
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
 from pipeline.plan import RunPlan
+from pipeline.planned_reading import PlannedReader
 from pipeline.progress import Progress
 from pipeline.prompts import PromptBuilder
 from pipeline.read_ahead import ReadAhead
@@ -120,7 +121,7 @@ def run_job(
         )
         result = WorkResult()
         if ledger.unfinished() and not stop.is_asked:
-            result = _work(settings, ledger, shards, builder, engine(), stop)
+            result = _work(settings, ledger, shards, builder, engine(), stop, spool)
         manifest = ledger.finish()
         return _conclude(settings, ledger, result, manifest is not None, stop, time.monotonic() - started)
 
@@ -154,6 +155,7 @@ def _work(
     builder: PromptBuilder,
     engine: Any,
     stop: StopRequest,
+    spool: Path,
 ) -> WorkResult:
     facts = ChunkFacts(
         attempt=uuid.uuid4().hex[:12],
@@ -162,7 +164,8 @@ def _work(
         fingerprint=ledger.fingerprint,
     )
     stop.begin_work()
-    with ReadAhead(builder, settings.input) as reader:
+    planned = PlannedReader(builder, settings.input, ledger, spool, ledger.plan.chunk_rows)
+    with ReadAhead(planned) as reader:
         worker = Worker(
             ledger,
             shards,
@@ -194,11 +197,12 @@ def _conclude(
     rows_total, url = ledger.plan.num_rows, ledger.storage.url
     code = _exit_code(settings, overall, rows_total, result, is_finished, stop)
     rows = f"{overall.rows_in:,} of {rows_total:,} rows are committed"
+    rejected = max(overall.rows_rejected, result.rows_rejected)
     again = "start the same command again"
     headline = {
         ExitCode.DONE: f"Done: {rows_total:,} rows in {ledger.plan.num_shards} shards.",
         ExitCode.TOO_MANY_REJECTS: (
-            f"{'Finished' if is_finished else 'Stopped early'}: {overall.rows_rejected:,} of {rows_total:,} "
+            f"{'Finished' if is_finished else 'Stopped early'}: {rejected:,} of {rows_total:,} "
             f"rows were rejected, over max_reject_fraction={settings.max_reject_fraction:g}. "
             f"See {url}/rejects; correct the input, or raise the limit and {again}."
         ),
@@ -224,7 +228,7 @@ def _exit_code(
     if result.failed_shards:
         return ExitCode.BAD_CONFIG
     is_over = overall.rows_rejected > settings.max_reject_fraction * rows_total
-    if is_over and (is_finished or result.too_many_rejects):
+    if result.too_many_rejects or (is_over and is_finished):
         return ExitCode.TOO_MANY_REJECTS
     if is_finished:
         return ExitCode.DONE

@@ -4,16 +4,18 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from engine.errors import OutputError
 from pipeline.commits import CommitRecord, damaged, parse_record, retrying
 from pipeline.manifest import ShardRecord
 from pipeline.plan import RunPlan
+from pipeline.row_order import WindowOrder, order_path
 from pipeline.storage import Storage
 
 JOB = "job.json"
-JOB_VERSION = 1
+JOB_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -53,6 +55,37 @@ class RunState:
             return RunPlan.from_json(parse_record(data, place))
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(place) from error
+
+    def window(self, shard: int, start: int) -> WindowOrder | None:
+        """The recorded window that begins at row `start` of a shard; None when nobody has planned it yet.
+
+        Raises OutputError when the record is not the one that the committed chunks were made by.
+        """
+        path = order_path(self.folder, shard, start)
+        data = self.read(path)
+        if data is None:
+            return None
+        window = WindowOrder.from_bytes(data, f"{self.storage.url}/{path}")
+        if (window.shard, window.start) != (shard, start):
+            raise damaged(f"{self.storage.url}/{path}")
+        for record in self.committed(shard).values():
+            if window.start <= record.start < window.stop and record.order != window.sha256:
+                commit = f"{self.storage.url}/{self.commit_path(shard, record.chunk)}"
+                raise OutputError(
+                    f"{self.storage.url}/{path} is not the order that committed chunks were made in; "
+                    f"put the old record back, or remove {commit} and start the same command again"
+                )
+        return window
+
+    def windows(self, shard: int, num_rows: int) -> Iterator[WindowOrder]:
+        """The recorded windows of a shard of `num_rows` rows, in order, up to the first that is not there."""
+        start = 0
+        while start < num_rows:
+            window = self.window(shard, start)
+            if window is None:
+                return
+            yield window
+            start = window.stop
 
     def num_committed(self, shard: int) -> int:
         return len(self._indices("commits", f"{shard:05d}"))

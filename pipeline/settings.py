@@ -121,6 +121,7 @@ HARMLESS = frozenset(
         "plan.json",
         "plan.measure",
         "input.path",
+        "input.order",
         "model.source",
         "model.revision",
         "output.path",

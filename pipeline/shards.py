@@ -31,6 +31,9 @@ class InputSettings:
     format: "auto" goes by each file's extension. In a folder, files of other extensions are left out.
     id_column: a column of unique strings or integers; None makes ids from name, position and content.
     carry_columns: input columns copied to the output; a JSONL row without one carries null.
+    order: how rows run; results are in input order either way. "prefix" runs rows that begin alike one after
+        the other, longer ones first; tens of thousands may be read before the first one runs. "input" runs
+        rows as they come.
     split, revision, rows_per_shard: for datasets alone; a shard is so many rows.
     max_line_bytes: a longer JSONL line is rejected, skipped without being held.
     max_json_depth: nesting of arrays and objects in a JSONL line.
@@ -41,6 +44,7 @@ class InputSettings:
     format: InputFormat = "auto"
     id_column: str | None = None
     carry_columns: tuple[str, ...] = ()
+    order: Literal["prefix", "input"] = "prefix"
     split: str | None = None
     revision: str | None = None
     rows_per_shard: int = 10_000

@@ -1,6 +1,6 @@
 """The worker: keeps one engine full across chunks and shards, and commits a chunk when its last row is done.
 
-    claim a shard → read ahead its missing rows → engine → chunk writer → commit → finalise the shard
+    claim a shard → plan and read ahead its missing rows → engine → chunk writer → commit → finalise the shard
 
 The engine is never drained at a chunk's end: rows of the next chunks, and of the next shard, are admitted
 while the last rows of this one finish, so several chunks are open at once and may commit in any order.
@@ -19,8 +19,9 @@ from pipeline.engine_meter import EngineMeter
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
 from pipeline.open_work import EngineLike, OpenChunk, OpenShard, merge_ranges, quarantine
+from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing
-from pipeline.read_ahead import Assignment, Item, ReadAhead, ReadFailure
+from pipeline.read_ahead import Item, ReadAhead, ReadFailure
 from pipeline.rows import Prompt, Reject
 from pipeline.shards import Shard, current_version
 from pipeline.signals import StopRequest
@@ -37,6 +38,7 @@ class WorkResult:
 
     totals: Metrics = field(default_factory=Metrics)
     too_many_rejects: bool = False
+    rows_rejected: int = 0  # of all attempts, and in chunks that were given up
     failed_shards: dict[int, InputError] = field(default_factory=dict)  # changed, or unreadable
 
 
@@ -72,7 +74,7 @@ class Worker:
         self._held: set[int] = set()
         self._open_shards: dict[int, OpenShard] = {}
         self._open_chunks: dict[tuple[int, int], OpenChunk] = {}  # oldest first
-        self._alone: deque[Prompt] = deque()
+        self._alone: deque[PlacedRow] = deque()
         self._alone_steps: int | None = None  # steps of the row that runs alone now
         self._changed_shards: set[int] = set()  # whose rows in flight changed since their lease was told
         self._failed: dict[int, InputError] = {}
@@ -101,12 +103,11 @@ class Worker:
                 self._unclaimed.extend(sorted(self._held))
                 self._held.clear()
         too_many = self._tally.is_over_limit(self._open_metrics)
+        rows_rejected = self._tally.standing(self._open_metrics).rows_rejected
         if self._stop.is_asked or too_many:
             self._drain()
-        else:
-            self._fail_short_shards()
         self._progress.close()
-        return WorkResult(self._tally.totals, too_many, self._failed)
+        return WorkResult(self._tally.totals, too_many, rows_rejected, self._failed)
 
     # Shards: claim, assign, give up.
 
@@ -123,8 +124,10 @@ class Worker:
                 self._shards[index], lease, self._ledger.suspects(index), len(missing)
             )
             if missing:
-                bounds = [self._ledger.plan.chunk_bounds(index, chunk) for chunk in missing]
-                self._reader.assign(Assignment(self._shards[index], merge_ranges(bounds)))
+                plan = self._ledger.plan
+                ranges = merge_ranges([plan.chunk_bounds(index, chunk) for chunk in missing])
+                num_rows = plan.shards[index].num_rows
+                self._reader.assign(Assignment(self._shards[index], num_rows, ranges))
             else:
                 self._finalise(index)
 
@@ -135,7 +138,7 @@ class Worker:
             self._engine.abort_request(request_id)
         if self._alone_steps is not None and not self._engine.has_unfinished:
             self._alone_steps = None
-        self._alone = deque(prompt for prompt in self._alone if prompt.shard_index != index)
+        self._alone = deque(placed for placed in self._alone if placed.row.shard_index != index)
         for key in [key for key in self._open_chunks if key[0] == index]:
             self._open_chunks.pop(key).writer.abandon()
         opened.lease.release()
@@ -144,12 +147,6 @@ class Worker:
         self._failed[index] = error
         if index in self._open_shards:
             self._drop_shard(index)
-
-    def _fail_short_shards(self) -> None:
-        """Nothing is left to read or run, so what is still open has had fewer rows than planned."""
-        for index in list(self._open_shards):
-            message = "fewer rows were read than it had when the run began; restore it or begin a new output"
-            self._fail_shard(index, InputError(f"{self._shards[index].name}: {message}"))
 
     # Rows: take, admit, complete.
 
@@ -174,32 +171,34 @@ class Worker:
                 raise item.error
             self._fail_shard(item.shard_index, item.error)
             return
-        opened = self._open_shards.get(item.shard_index)
+        row = item.row
+        opened = self._open_shards.get(row.shard_index)
         if opened is None:
             return  # read ahead of a shard that was dropped since
         chunk = self._chunk_of(item)
         chunk.num_seen += 1
-        if isinstance(item, Reject):
-            self._reject(chunk, item)
-        elif item.row_id in opened.suspects.quarantined:
-            self._reject(chunk, quarantine(item, opened.shard))
-        elif item.row_id in opened.suspects.isolate:
+        if isinstance(row, Reject):
+            self._reject(chunk, row)
+        elif row.row_id in opened.suspects.quarantined:
+            self._reject(chunk, quarantine(row, opened.shard))
+        elif row.row_id in opened.suspects.isolate:
             chunk.num_alone += 1
             self._alone.append(item)
         else:
-            self._submit(chunk, opened, item)
+            self._submit(chunk, opened, item, row)
 
-    def _chunk_of(self, item: Prompt | Reject) -> OpenChunk:
+    def _chunk_of(self, placed: PlacedRow) -> OpenChunk:
         plan = self._ledger.plan
-        number = item.position // plan.chunk_rows
-        key = (item.shard_index, number)
+        number = placed.place // plan.chunk_rows
+        key = (placed.row.shard_index, number)
         if key not in self._open_chunks:
             start, stop = plan.chunk_bounds(*key)
-            writer = self._ledger.writer(self._open_shards[item.shard_index].lease, number)
-            self._open_chunks[key] = OpenChunk(*key, num_rows=stop - start, writer=writer)
+            lease = self._open_shards[placed.row.shard_index].lease
+            writer = self._ledger.writer(lease, number, placed.window)
+            self._open_chunks[key] = OpenChunk(*key, start=start, stop=stop, writer=writer)
         return self._open_chunks[key]
 
-    def _submit(self, chunk: OpenChunk, opened: OpenShard, prompt: Prompt) -> None:
+    def _submit(self, chunk: OpenChunk, opened: OpenShard, placed: PlacedRow, prompt: Prompt) -> None:
         request_id = f"{prompt.shard_index}:{prompt.position}"
         try:
             self._engine.add_request(
@@ -209,21 +208,27 @@ class Worker:
                 identity=prompt.row_id,
             )
         except RequestError as error:
-            self._complete(chunk, prompt, None, error)
+            self._complete(chunk, placed, prompt, None, error)
             return
-        opened.in_flight[request_id] = prompt
+        opened.in_flight[request_id] = placed
         self._changed_shards.add(prompt.shard_index)
 
     def _start_alone(self) -> None:
-        prompt = self._alone.popleft()
-        chunk = self._chunk_of(prompt)
+        placed = self._alone.popleft()
+        assert isinstance(placed.row, Prompt), "a rejected row is never run"
+        chunk = self._chunk_of(placed)
         chunk.num_alone -= 1
-        opened = self._open_shards[prompt.shard_index]
-        self._submit(chunk, opened, prompt)
+        opened = self._open_shards[placed.row.shard_index]
+        self._submit(chunk, opened, placed, placed.row)
         self._alone_steps = 0 if opened.in_flight else None
 
     def _complete(
-        self, chunk: OpenChunk, prompt: Prompt, output: RequestOutput | None, error: RequestError | None
+        self,
+        chunk: OpenChunk,
+        placed: PlacedRow,
+        prompt: Prompt,
+        output: RequestOutput | None,
+        error: RequestError | None,
     ) -> None:
         reject = chunk.writer.add_completion(prompt, output, error)
         if reject is not None:
@@ -245,13 +250,13 @@ class Worker:
         for output in outputs:
             shard_index = int(output.request_id.partition(":")[0])
             opened = self._open_shards.get(shard_index)
-            prompt = opened.in_flight.pop(output.request_id, None) if opened else None
-            if prompt is None:
+            placed = opened.in_flight.pop(output.request_id, None) if opened else None
+            if placed is None:
                 continue  # aborted since: its shard or chunk was given up
             self._changed_shards.add(shard_index)
             self._alone_steps = None
-            chunk = self._chunk_of(prompt)
-            self._complete(chunk, prompt, output, None)
+            assert isinstance(placed.row, Prompt), "a rejected row is never run"
+            self._complete(self._chunk_of(placed), placed, placed.row, output, None)
         self._progress.update(self._tally.standing(self._open_metrics))
 
     def _tell_leases(self) -> None:
@@ -262,7 +267,7 @@ class Worker:
                 self._drop_shard(index)
                 self._held.add(index)
                 continue
-            row_ids = [prompt.row_id for prompt in opened.in_flight.values()]
+            row_ids = [placed.row.row_id for placed in opened.in_flight.values() if placed.row.row_id]
             if self._alone_steps is not None and row_ids:
                 opened.lease.set_alone(row_ids[0], self._alone_steps)
             elif index in self._changed_shards:
@@ -330,9 +335,8 @@ class Worker:
     def _abandon(self, key: tuple[int, int]) -> None:
         chunk = self._open_chunks.pop(key)
         opened = self._open_shards[chunk.shard]
-        rows = self._ledger.plan.chunk_bounds(*key)
-        for request_id, prompt in list(opened.in_flight.items()):
-            if rows[0] <= prompt.position < rows[1]:
+        for request_id, placed in list(opened.in_flight.items()):
+            if chunk.start <= placed.place < chunk.stop:
                 self._engine.abort_request(request_id)
                 del opened.in_flight[request_id]
                 self._changed_shards.add(chunk.shard)

@@ -52,6 +52,7 @@ class ChunkFiles:
     attempt: str
     start: int
     stop: int
+    order: str
     data: SpoolFile
     trace: SpoolFile
     rejects: SpoolFile | None
@@ -73,9 +74,10 @@ CHUNK_SUFFIXES = {"data": ".data.parquet", "trace": ".trace.parquet", "rejects":
 
 
 class ChunkWriter:
-    """Collects one attempt at rows [start, stop) of a shard. Get one from `Ledger.writer(lease, chunk)`.
+    """Collects one attempt at a chunk: the rows of a shard at `positions`, which run from place `start` on.
 
-    Times in trace/ are seconds since `started`, a reading of the clock that the engine's metrics use.
+    Get one from `Ledger.writer(lease, chunk, window)`. `order` is the hash of the window's record. Times in
+    trace/ are seconds since `started`, a reading of the clock that the engine's metrics use.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class ChunkWriter:
         shard: int,
         chunk: int,
         start: int,
-        stop: int,
+        positions: Sequence[int],
+        order: str,
         source: str = "",
         carried: Sequence[CarriedColumn] = (),
         with_token_ids: bool = False,
@@ -98,7 +101,8 @@ class ChunkWriter:
         self._source = source
         self._chunk = chunk
         self._start = start
-        self._stop = stop
+        self._positions = frozenset(positions)
+        self._order = order
         self._carried = tuple(carried)
         self._with_token_ids = with_token_ids
         self._started = clock()
@@ -110,7 +114,7 @@ class ChunkWriter:
     @property
     def missing(self) -> list[int]:
         """Positions that are neither completed nor rejected yet."""
-        return [p for p in range(self._start, self._stop) if p not in self._rows and p not in self._rejects]
+        return sorted(p for p in self._positions if p not in self._rows and p not in self._rejects)
 
     def add_completion(
         self,
@@ -168,10 +172,9 @@ class ChunkWriter:
         return reject
 
     def _claim_position(self, shard: int, position: int) -> None:
-        if shard != self._shard or not self._start <= position < self._stop:
+        if shard != self._shard or position not in self._positions:
             raise BalanceError(
-                f"row {position} of shard {shard} is not of chunk {self._chunk} of shard {self._shard}, "
-                f"rows {self._start} to {self._stop}"
+                f"row {position} of shard {shard} is not of chunk {self._chunk} of shard {self._shard}"
             )
         if position in self._rows or position in self._rejects:
             raise BalanceError(f"row {position} of shard {shard} came out twice")
@@ -251,12 +254,13 @@ class ChunkWriter:
             chunk=self._chunk,
             attempt=self.attempt,
             start=self._start,
-            stop=self._stop,
+            stop=self._start + len(self._positions),
+            order=self._order,
             data=files["data"],
             trace=files["trace"],
             rejects=files.get("rejects"),
             counts={
-                "rows": self._stop - self._start,
+                "rows": len(self._positions),
                 "ok": len(self._rows) - len(self._duplicates),
                 "rejected": len(self._rejects),
                 "duplicates": len(self._duplicates),

@@ -11,18 +11,22 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.sampling_params import SamplingParams
 from pipeline.lease import Suspects
 from pipeline.ledger import Ledger
 from pipeline.local_storage import LocalStorage
 from pipeline.plan import PlannedShard, RunPlan
 from pipeline.process_identity import ProcessIdentity
+from pipeline.row_order import PlannedOrder, WindowOrder
 from pipeline.rows import Prompt, Reject
 from pipeline.schema import CarriedColumn, carried_from_values
 from pipeline.storage import Outcome, PassingFault, Storage
 from tests.pipeline.fake_engine import FakeEngine
 
 PARTS = {"config": {"max_tokens": 6}, "model": "m-1", "inputs": [{"url": "a", "version": {"size": 1}}]}
+Propose = Callable[[RunPlan, int, int], WindowOrder]
 _pids = itertools.count(10_000_000)
 
 
@@ -92,12 +96,44 @@ def open_ledger(storage: Storage, spool: Path, plan: RunPlan | None = None, **op
     )
 
 
-def fill(ledger: Ledger, lease: Any, chunk: int, engine: FakeEngine, suspects: Suspects) -> Any:
+def scrambled(plan: RunPlan, shard: int, start: int) -> WindowOrder:
+    """A window of two chunks whose rows run last first: no two chunks hold neighbours."""
+    stop = min(start + 2 * plan.chunk_rows, plan.shards[shard].num_rows)
+    offsets = np.arange(stop - start)[::-1]
+    offsets = np.concatenate([offsets[::2], offsets[1::2]])
+    none = np.zeros(stop - start, dtype=np.int64)
+    planned = PlannedOrder(offsets=offsets, prefix_lens=none, achievable=none)
+    return WindowOrder(shard=shard, start=start, stop=stop, planned=planned)
+
+
+def in_input_order(plan: RunPlan, shard: int, start: int) -> WindowOrder:
+    """All that is left of a shard in one window, as it comes."""
+    return WindowOrder(shard=shard, start=start, stop=plan.shards[shard].num_rows)
+
+
+def window_of(ledger: Ledger, shard: int, chunk: int, propose: Propose) -> WindowOrder:
+    """The settled window that a chunk is in."""
+    start, first = 0, ledger.plan.chunk_bounds(shard, chunk)[0]
+    while True:
+        window = ledger.window(shard, start) or ledger.settle_window(propose(ledger.plan, shard, start))
+        if first < window.stop:
+            return window
+        start = window.stop
+
+
+def fill(
+    ledger: Ledger,
+    lease: Any,
+    chunk: int,
+    engine: FakeEngine,
+    suspects: Suspects,
+    propose: Propose = scrambled,
+) -> Any:
     """Run one chunk's rows; the finished files."""
-    writer = ledger.writer(lease, chunk)
-    rows = [
-        make_row(lease.shard, position) for position in range(*ledger.plan.chunk_bounds(lease.shard, chunk))
-    ]
+    window = window_of(ledger, lease.shard, chunk, propose)
+    writer = ledger.writer(lease, chunk, window)
+    bounds = ledger.plan.chunk_bounds(lease.shard, chunk)
+    rows = [make_row(lease.shard, position) for position in window.positions(*bounds)]
     prompts = {}
     for row in rows:
         if isinstance(row, Reject):
@@ -131,6 +167,7 @@ def work(
     *,
     crash_on: Collection[str] = (),
     crash: Callable[[str], None] | None = None,
+    propose: Propose = scrambled,
     **options: Any,
 ) -> Mapping[str, Any] | None:
     """Open the run, do all that is left of it, and finish; the manifest's content."""
@@ -146,7 +183,7 @@ def work(
                 continue
             suspects = ledger.suspects(shard)
             for chunk in ledger.missing_chunks(shard):
-                files = fill(ledger, lease, chunk, engine, suspects)
+                files = fill(ledger, lease, chunk, engine, suspects, propose)
                 ledger.commit_chunk(lease, files, input_version=ledger.plan.shards[shard].version)
             ledger.finalise_shard(shard)
             lease.release()
@@ -227,5 +264,7 @@ class FaultyStorage(Storage):
 
 
 def undisturbed(folder: Path, plan: RunPlan | None = None) -> dict[str, bytes]:
-    assert work(LocalStorage(folder / "undisturbed"), folder / "spool", plan) is not None
+    """The bytes of a run in input order that nothing befell."""
+    output = LocalStorage(folder / "undisturbed")
+    assert work(output, folder / "spool", plan, propose=in_input_order) is not None
     return results(folder / "undisturbed")

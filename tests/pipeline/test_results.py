@@ -13,7 +13,7 @@ from pipeline.local_storage import LocalStorage
 from pipeline.process_identity import ProcessIdentity
 from pipeline.results import open_run
 from tests.pipeline.fake_engine import FakeEngine
-from tests.pipeline.small_run import Crash, fill, open_ledger, small_plan, work
+from tests.pipeline.small_run import Crash, fill, in_input_order, open_ledger, small_plan, work
 
 NUM_SAMPLES = 18
 
@@ -67,7 +67,7 @@ def test_a_run_in_progress_shows_what_is_committed(tmp_path: Path):
         lease = ledger.claim(0)
         assert lease is not None
         for chunk in (2, 0):
-            files = fill(ledger, lease, chunk, FakeEngine(), ledger.suspects(0))
+            files = fill(ledger, lease, chunk, FakeEngine(), ledger.suspects(0), in_input_order)
             ledger.commit_chunk(lease, files, input_version={"size": 0})
         assert not run.is_finished
         assert [row["row_id"] for row in run.rows(["row_id"])] == ["0-0", "0-1", "0-1", "0-2", "0-6"]
@@ -85,7 +85,7 @@ def test_a_run_in_progress_shows_what_is_committed(tmp_path: Path):
 
 def test_a_dead_worker_holds_nothing(tmp_path: Path):
     with pytest.raises(Crash):
-        work(LocalStorage(tmp_path / "out"), tmp_path / "spool", crash_on=["0-5"])
+        work(LocalStorage(tmp_path / "out"), tmp_path / "spool", crash_on=["0-2"])
     first, _ = open_run(tmp_path / "out").state()
     assert (first.state, first.holder, first.num_chunks_committed) == ("waiting", None, 1)
 

@@ -137,7 +137,12 @@ def test_a_stop_before_the_work_begins_starts_no_engine(tmp_path: Path) -> None:
 def test_a_drain_takes_no_new_rows_and_finishes_open_chunks(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "in", num_shards=1, rows_per_shard=30)
     settings = job_settings(
-        folder, tmp_path / "out", output__chunk_rows=4, sampling__max_tokens=6, sampling__ignore_eos=True
+        folder,
+        tmp_path / "out",
+        input__order="input",
+        output__chunk_rows=4,
+        sampling__max_tokens=6,
+        sampling__ignore_eos=True,
     )
     stop = StopRequest(30.0)
     engine = WatchedEngine(
@@ -152,7 +157,12 @@ def test_a_drain_takes_no_new_rows_and_finishes_open_chunks(tmp_path: Path) -> N
 def test_a_drain_gives_up_rows_of_chunks_that_cannot_complete(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "in", num_shards=1, rows_per_shard=30)
     settings = job_settings(
-        folder, tmp_path / "out", output__chunk_rows=5, sampling__max_tokens=6, sampling__ignore_eos=True
+        folder,
+        tmp_path / "out",
+        input__order="input",
+        output__chunk_rows=5,
+        sampling__max_tokens=6,
+        sampling__ignore_eos=True,
     )
     stop = StopRequest(30.0)
     engine = WatchedEngine(

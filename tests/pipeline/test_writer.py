@@ -33,7 +33,16 @@ from tests.pipeline.small_run import make_row
 
 def writer_of(spool: Path, stop: int = 5, **options: Any) -> ChunkWriter:
     return ChunkWriter(
-        spool, shard=0, source="in-0", chunk=0, start=0, stop=stop, attempt="a1", clock=lambda: 0.0, **options
+        spool,
+        shard=0,
+        source="in-0",
+        chunk=0,
+        start=0,
+        positions=range(stop),
+        order="o",
+        attempt="a1",
+        clock=lambda: 0.0,
+        **options,
     )
 
 
