@@ -9,9 +9,11 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Callable
+from typing import NamedTuple
 
 from engine.page_pool import PagePool
-from engine.prefix_cache import PrefixCache
+from engine.plan import PageCopy
+from engine.prefix_cache import PrefixCache, root_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings
 from engine.step_draft import StepDraft
@@ -28,6 +30,9 @@ class Admission:
         self._waiting: list[tuple[int, int, Request]] = []
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
+        self._num_set_aside = 0  # pages, over all running requests
+        # Requests that count the first tokens of a held page as computed, before they are copied.
+        self._copies: dict[Request, tuple[int, int]] = {}
 
     def order(self, request: Request) -> tuple[int, int]:
         """Who comes first: the lowest."""
@@ -51,8 +56,8 @@ class Admission:
         """Start waiting requests, in order, while the step has room and the pages suffice for all.
 
         A request whose next page is being computed in this very step is passed over: it will find the page
-        in a step or two, and then share it. The claim lasts as long as this step's plan, so an owner that is
-        preempted or aborted leaves nobody waiting.
+        in a step or two, and then share or copy it. The claim lasts as long as this step's plan, so an owner
+        that is preempted or aborted leaves nobody waiting.
 
         Args:
             running: the running requests in order; those that start are put in their places.
@@ -61,7 +66,6 @@ class Admission:
         limits = self._settings
         if not self._waiting:
             return
-        reserved = sum(map(self._num_pages_to_come, running))
         passed_over: list[Request] = []
         while (
             self._waiting
@@ -76,65 +80,153 @@ class Admission:
             if request.num_pending:  # preempted by this plan, which was given up: its last token is to come
                 passed_over.append(request)
                 continue
-            readable = self._num_readable_tokens(request)
-            pages = self._cache.match(request, readable) if self._cache is not None else []
-            if self._is_claimed(request, len(pages), readable, step):
+            found = self._find(request)
+            if self._waits_for_claim(request, found, step):
                 passed_over.append(request)
                 continue
-            # Room for its known tokens and a page more, and for the same of everyone running: a request
-            # admitted into less would soon be preempted, or preempt.
-            num_unheld = sum(not self._pool.is_held(page) for page in pages)
-            to_come = self._num_pages_to_come(request) - len(pages)
-            if reserved + to_come + num_unheld > self._pool.num_available:
+            # Room for what it is expected to need, and for the same of everyone running: a request admitted
+            # into less would soon be preempted, or preempt.
+            num_unheld = sum(not self._pool.is_held(page) for page in found.pages)
+            to_come = self._num_pages_to_come(request) - len(found.pages)
+            num_spare = self._pool.num_available - self._num_set_aside - to_come - num_unheld
+            if num_spare < 0:
                 self.wait(request)
                 break
-            self._start(request, pages, readable, now)
+            if found.num_copied and num_spare == 0 and not self._pool.is_held(found.source):
+                found = found._replace(num_copied=0)  # there is no room to hold what would be copied
+            self._start(request, found, now)
             insort(running, request, key=self.order)
             step.spare_logits -= 1
             plan(request, step)
-            reserved += self._num_pages_to_come(request)
+            self.set_aside(request)
         for request in passed_over:
             self.wait(request)
 
+    def set_aside(self, request: Request) -> None:
+        """Reckon anew what is set aside for a running request, its pages having changed."""
+        num_pages = self._num_pages_to_come(request)
+        self._num_set_aside += num_pages - request.num_pages_to_come
+        request.num_pages_to_come = num_pages
+
+    def release(self, request: Request) -> None:
+        """The request is about to give up its pages: nothing is set aside for it any more, and what they hold
+        behind the last full one is made known."""
+        self._num_set_aside -= request.num_pages_to_come
+        request.num_pages_to_come = 0
+        if request in self._copies:  # not dispatched, so its page does not hold what it counts as computed
+            source, _ = self._copies.pop(request)
+            self._pool.release([source])
+        elif self._cache is not None and request.page_ids:
+            self._cache.insert_rest(request)
+
+    def copies(self) -> tuple[PageCopy, ...]:
+        """The copies that the next step has to make: also those of plans that were given up."""
+        return tuple(
+            PageCopy(source, request.page_ids[request.num_shared_pages], num_tokens)
+            for request, (source, num_tokens) in self._copies.items()
+        )
+
+    def copied(self) -> None:
+        """All copies are dispatched: their sources may be let go."""
+        for source, _ in self._copies.values():
+            self._pool.release([source])
+        self._copies.clear()
+
+    def copy_sources(self) -> list[int]:
+        """Pages that are held to be copied, each as often as it is held."""
+        return [source for source, _ in self._copies.values()]
+
+    def check_integrity(self, running: list[Request]) -> None:
+        """Raises AssertionError unless what is set aside is what the running requests still may take."""
+        if self._num_set_aside != sum(request.num_pages_to_come for request in running):
+            raise AssertionError("pages are set aside for nobody, or twice")
+        for request in running:
+            # Reckoned when its pages last changed: its tokens may have come to one page more since.
+            if not 0 <= self._num_pages_to_come(request) - request.num_pages_to_come <= 1:
+                raise AssertionError(f"{request.request_id} has not the pages set aside that it may take")
+
     def claim(self, request: Request, start: int, stop: int, step: StepDraft) -> None:
-        """Note which pages the step computes by planning tokens [start, stop), so that nobody else does.
+        """Note what the step computes by planning tokens [start, stop), so that nobody else does.
 
-        Every page that the tokens touch and that will be filled from tokens known now: the one the chunk
-        ends in is the request's next chunk.
+        A page counts with all its tokens that are known now, also those of the request's next chunk.
         """
-        if self._cache is not None and self._waiting:
-            page_size = self._settings.page_size
-            last = min(self._settings.num_pages_for(stop), request.num_tokens // page_size)
-            step.claims.update(self._cache.hashes(request, last)[start // page_size : last])
+        if self._cache is None or not self._waiting:
+            return
+        page_size = self._settings.page_size
+        last = self._settings.num_pages_for(stop) - 1
+        hashes = self._cache.hashes(request, last)
+        for index in range(start // page_size, last + 1):
+            stop = min((index + 1) * page_size, request.num_tokens)
+            token_ids = tuple(request.token_ids(index * page_size, stop))
+            step.claims.add(_prefix_hash(request, hashes, index), token_ids, 0)
 
-    def _start(self, request: Request, pages: list[int], readable: int, now: float | None) -> None:
-        self._pool.share(pages)
-        request.page_ids = pages
-        request.num_shared_pages = len(pages)
-        request.num_computed = len(pages) * self._settings.page_size
+    def _start(self, request: Request, found: _Found, now: float | None) -> None:
+        self._pool.share(found.pages)
+        request.page_ids = found.pages
+        request.num_shared_pages = len(found.pages)
+        request.num_computed = len(found.pages) * self._settings.page_size + found.num_copied
+        if found.num_copied:
+            self._pool.share([found.source])
+            self._copies[request] = (found.source, found.num_copied)
         request.status = RequestStatus.RUNNING
         if request.num_preemptions == 0:
             request.first_scheduled_time = now
             request.num_cached_tokens = request.num_computed
-            if readable:
+            if found.num_readable:
                 self.num_prefix_queries += request.prompt_len
                 self.num_prefix_hits += request.num_computed
+
+    def _find(self, request: Request) -> _Found:
+        """What the prefix cache has of the request."""
+        if self._cache is None:
+            return _Found([], 0, 0, 0)
+        readable = self._num_readable_tokens(request)
+        pages = self._cache.match(request, readable)
+        source, num_copied = self._cache.closest(request, pages, readable)
+        if not pages and num_copied < self._settings.min_shared_tokens:
+            num_copied = 0
+        return _Found(pages, source, num_copied, readable)
 
     def _num_readable_tokens(self, request: Request) -> int:
         """Most tokens the request may take from the prefix cache: a logit has to come out of the last token,
         and one out of each prompt position whose log-probability is due."""
-        if self._cache is None:
-            return 0
         if due := request.num_prompt_logprobs_due:
             return request.prompt_len - 1 - due
         return request.num_tokens - 1
 
-    def _is_claimed(self, request: Request, num_found: int, readable: int, step: StepDraft) -> bool:
-        if self._cache is None or not step.claims or (num_found + 1) * self._settings.page_size > readable:
+    def _waits_for_claim(self, request: Request, found: _Found, step: StepDraft) -> bool:
+        """Whether this step computes a page that the request would share, or a good part of one."""
+        page_size = self._settings.page_size
+        start = len(found.pages) * page_size
+        stop = min(start + page_size, found.num_readable)
+        if self._cache is None or not step.claims or stop <= start:
             return False
-        return self._cache.hashes(request, num_found + 1)[num_found] in step.claims
+        prefix = _prefix_hash(request, self._cache.hashes(request, len(found.pages)), len(found.pages))
+        claimed = step.claims.closest(prefix, tuple(request.token_ids(start, stop)))
+        num_claimed = 0 if claimed is None else claimed[1]
+        return num_claimed == page_size or num_claimed >= found.num_copied + self._settings.min_shared_tokens
 
     def _num_pages_to_come(self, request: Request) -> int:
-        """Pages the request lacks for its known tokens and one page more (or its end)."""
-        num_tokens = min(request.num_tokens + self._settings.page_size, request.max_total_len)
-        return max(0, self._settings.num_pages_for(num_tokens) - len(request.page_ids))
+        """Pages the request lacks for what it is expected to come to, or, where that is unknown, for its prompt
+        and a page more; one at least, up to its end. Between two changes of its pages this stays the same."""
+        limits, held = self._settings, len(request.page_ids)
+        expected = max(request.total_len, request.prompt_len + limits.page_size, request.expected_len or 0)
+        most = limits.num_pages_for(request.max_total_len)
+        return min(max(limits.num_pages_for(expected), held + 1), most) - held
+
+
+class _Found(NamedTuple):
+    """What the prefix cache has of a request."""
+
+    pages: list[int]
+    source: int
+    """The page that continues them most like the request does."""
+    num_copied: int
+    """Its tokens that are to be copied; 0 for none."""
+    num_readable: int
+    """Most tokens that the request may take."""
+
+
+def _prefix_hash(request: Request, hashes: list[bytes], num_pages: int) -> bytes:
+    """The hash of the request's first pages, given those of each."""
+    return hashes[num_pages - 1] if num_pages else root_hash(request.cache_salt)

@@ -46,6 +46,8 @@ class Request:
     """Lower runs sooner, under the priority policy."""
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    expected_len: int | None = None
+    """Prompt and output tokens it will probably come to: pages are set aside for these."""
     cache_salt: str | None = None
     """Prompts share pages only with prompts of the same salt."""
 
@@ -57,6 +59,8 @@ class Request:
     """Pages that hold tokens [0, num_computed) and room for those planned."""
     num_pending: int = 0
     """Tokens that the step in flight draws: 1 or 0."""
+    num_pages_to_come: int = 0
+    """Pages set aside for it while it runs, beyond page_ids (admission)."""
     page_hashes: list[bytes] = field(default_factory=list)
     """Content hashes of the first full pages, computed once and kept over preemption (prefix_cache)."""
     num_shared_pages: int = 0

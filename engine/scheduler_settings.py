@@ -24,9 +24,13 @@ class SchedulerSettings:
     enable_prefix_caching: bool = True
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step, so that a long prompt leaves room for others."""
+    min_shared_tokens: int = 8
+    """Most prompts have a token or two in common: fewer than these are not copied at the start of a prompt,
+    nor waited for while another request computes them."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"):
+        names = ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "min_shared_tokens")
+        for name in names:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.max_model_len < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.plan import PlannedRow
+from engine.prefix_index import PrefixIndex
 from engine.request import Request
 
 
@@ -15,8 +16,8 @@ class StepDraft:
         self.singles: list[PlannedRow] = []
         self.chunks: list[PlannedRow] = []
         self.preempted: list[Request] = []
-        # Hashes of the pages that this step's chunks are computing.
-        self.claims: set[bytes] = set()
+        # The known tokens of the pages that this step's rows compute, by the hash of what each continues.
+        self.claims = PrefixIndex()
         self.tokens_left = max_tokens
         # Logits beyond the one that is set aside for each running request.
         self.spare_logits = spare_logits

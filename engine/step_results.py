@@ -26,19 +26,15 @@ def record_logprob(request: Request, logprobs: RowLogprobs) -> None:
         request.output_top_logprobs.append(logprobs.top)
 
 
-def record_token(request: Request, token: int, now: float | None) -> bool:
-    """Append the drawn token; True when the request ends with it, its finish and stop reasons being set.
+def ends_with(request: Request, token: int) -> bool:
+    """Whether the token just appended ends the request; its finish and stop reasons are set if so.
 
     Up to `min_tokens` nothing but a length ends it. A token that would end it in both ways is a "stop".
     """
-    output = request.output_token_ids
-    output.append(token)
-    num_output = len(output)
-    if num_output == 1:
-        request.first_token_time = now
-    if token in request.end_token_ids and num_output >= request.sampling.min_tokens:
+    sampling, num_output = request.sampling, request.num_output_tokens
+    if token in request.end_token_ids and num_output >= sampling.min_tokens:
         request.finish_reason = "stop"
-        if request.sampling.ignore_eos or token not in request.eos_token_ids:
+        if sampling.ignore_eos or token not in request.eos_token_ids:
             request.stop_reason = token
         return True
     if num_output >= request.max_output_len:

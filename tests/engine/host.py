@@ -52,7 +52,9 @@ def pretend(plan: StepPlan, forced: dict[str, int] | None = None) -> StepResults
     for index, row in enumerate(plan.rows):
         request = row.request
         token = None
-        if row.samples:
+        if request.is_finished:  # aborted while the step ran, or ended by the step before: nobody looks
+            token = 0
+        elif row.samples:
             token = (forced or {}).get(request.request_id)
             # The last of them may have been drawn meanwhile, but never more: tokens are told in order.
             token = next_token(request.token_ids(0, row.stop)) if token is None else token
@@ -62,7 +64,7 @@ def pretend(plan: StepPlan, forced: dict[str, int] | None = None) -> StepResults
             (logprob_at(request, position + 1), ((position, -1.0),))
             for position in range(first, first + row.num_prompt_logprobs)
         ]
-        if row.samples or prompt:
+        if (row.samples or prompt) and not request.is_finished:
             logprobs[index] = RowLogprobs(-0.5 if row.samples else None, (), prompt)
     return StepResults(token_ids, logprobs)
 
@@ -71,6 +73,19 @@ def step(scheduler: Scheduler, forced: dict[str, int] | None = None) -> tuple[St
     plan = scheduler.schedule()
     scheduler.check_integrity()
     finished = scheduler.update(plan, pretend(plan, forced))
+    scheduler.check_integrity()
+    return plan, finished
+
+
+def overlapped_step(
+    scheduler: Scheduler, before: StepPlan | None, forced: dict[str, int] | None = None
+) -> tuple[StepPlan, list[Request]]:
+    """The engine's order: plan the next step, then take back the one before it; `forced` as in `pretend`."""
+    plan = scheduler.schedule()
+    scheduler.check_integrity()
+    finished = [] if before is None else scheduler.update(before, pretend(before, forced))
+    scheduler.check_integrity()
+    scheduler.advance(plan)
     scheduler.check_integrity()
     return plan, finished
 

@@ -1,8 +1,9 @@
 """Pages, prefix cache and scheduler under any order of operations, against a memory that remembers contents.
 
-The machine adds, steps, aborts and finishes requests at random over a pool far too small for them. Its
-device is a memory that stores what was written at each place of each page, and refuses to attend to
-anything but exactly the request's own tokens. Checked after every operation:
+The machine adds, steps, aborts and finishes requests at random over a pool far too small for them, one step
+after the other or with one step in flight while the next is planned. Its device is a memory that stores what
+was written at each place of each page, and refuses to attend to anything but exactly the request's own
+tokens. Checked after every operation:
 
 - free + cached + held = total; a page's count is the number of its holders; no page is writable by two;
   every known page can be found, every evicted one cannot (Scheduler.check_integrity)
@@ -49,6 +50,8 @@ class HostMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.sampled_from([True, True, False]),
         threshold=st.sampled_from([None, 1, 2, 3]),
+        min_shared_tokens=st.sampled_from([1, 1, 2, 8]),
+        overlap=st.booleans(),
     )
     def start(
         self,
@@ -59,6 +62,8 @@ class HostMachine(RuleBasedStateMachine):
         policy: str,
         caching: bool,
         threshold: int | None,
+        min_shared_tokens: int,
+        overlap: bool,
     ):
         self.settings = SchedulerSettings(
             max_num_seqs=max_num_seqs,
@@ -70,6 +75,7 @@ class HostMachine(RuleBasedStateMachine):
             policy=policy,
             enable_prefix_caching=caching,
             long_prefill_token_threshold=threshold,
+            min_shared_tokens=min_shared_tokens,
         )
         self.scheduler = Scheduler(self.settings, type(self).hash_page)
         self.memory: list[list[int | None]] = [[None] * page_size for _ in range(self.settings.num_pages)]
@@ -79,7 +85,9 @@ class HostMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.unfinished: list[Request] = []  # as this machine sees it
         self.ends: dict[int, list[str]] = {}
-        self.in_flight: StepPlan | None = None
+        self.overlap = overlap
+        self.planned: StepPlan | None = None
+        self.in_flight: StepPlan | None = None  # dispatched, its results not taken back
         self.num_named = 0
 
     # -- operations --------------------------------------------------------------------------------
@@ -167,7 +175,7 @@ class HostMachine(RuleBasedStateMachine):
     def schedule(self):
         self.plan()
 
-    @precondition(lambda self: self.in_flight is not None)
+    @precondition(lambda self: self.planned is not None)
     @rule()
     def update(self):
         self.finish_step()
@@ -192,12 +200,13 @@ class HostMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort_while_computing(self, data: st.DataObject):
         plan = self.plan()
-        request = data.draw(st.sampled_from([row.request for row in plan.rows]))
-        self.end(self.scheduler.abort(request.request_id))
+        if plan.rows:
+            request = data.draw(st.sampled_from([row.request for row in plan.rows]))
+            self.end(self.scheduler.abort(request.request_id))
         self.everything_adds_up()
         self.finish_step()
 
-    @precondition(lambda self: self.unfinished and self.in_flight is None)
+    @precondition(lambda self: self.unfinished and self.planned is None)
     @rule(data=st.data())
     def stop(self, data: st.DataObject):
         request = data.draw(st.sampled_from(self.unfinished))
@@ -212,6 +221,8 @@ class HostMachine(RuleBasedStateMachine):
                 break
             self.plan()
             self.finish_step()
+        if self.in_flight is not None:  # rows of requests that had ended when their results came
+            self.take_back(self.in_flight)
         assert not self.unfinished
         assert self.scheduler.stats().num_held_pages == 0
         assert (
@@ -236,7 +247,8 @@ class HostMachine(RuleBasedStateMachine):
         total = stats.num_free_pages + stats.num_cached_pages + stats.num_held_pages
         assert total == self.settings.num_pages
         assert stats.num_running <= self.settings.max_num_seqs
-        assert stats.num_running + stats.num_waiting == len(self.unfinished)
+        num_leaving = sum(request.status is RequestStatus.LEAVING for request in self.unfinished)
+        assert stats.num_running + stats.num_waiting + num_leaving == len(self.unfinished)
         assert 0 <= stats.num_prefix_hits <= stats.num_prefix_queries
         for request in self.requests:
             assert self.ends[id(request)] == ([request.finish_reason] if request.is_finished else [])
@@ -249,7 +261,7 @@ class HostMachine(RuleBasedStateMachine):
         first = min(self.unfinished, key=self.order, default=None)
         was_running = first is not None and first.status is RequestStatus.RUNNING
         plan = self.scheduler.schedule()
-        self.in_flight = plan
+        self.planned = plan
         assert plan.num_tokens <= self.settings.max_num_batched_tokens
         assert plan.num_logits <= self.settings.max_num_seqs
         assert len({id(row.request) for row in plan.rows}) == len(plan.rows) <= self.settings.max_num_seqs
@@ -262,8 +274,10 @@ class HostMachine(RuleBasedStateMachine):
             # No livelock: whatever happens to others, the first in order keeps its pages and advances.
             assert first not in plan.preempted
             assert first in [row.request for row in plan.rows]
-        if self.unfinished:
-            assert plan.rows
+        # Those whose last token is in flight have nothing left to compute, those that lost their pages
+        # with a token in flight wait for it.
+        if any(request.status is not RequestStatus.LEAVING for request in self.unfinished):
+            assert plan.rows or any(request.num_pending for request in self.unfinished)
         return plan
 
     def check_row(self, row: PlannedRow):
@@ -271,7 +285,8 @@ class HostMachine(RuleBasedStateMachine):
         assert request.status is RequestStatus.RUNNING
         assert row.start == request.num_computed
         assert 1 <= row.num_tokens <= request.remain_len
-        assert row.samples == (row.stop == request.num_tokens)
+        assert row.samples == (row.stop == request.total_len)
+        assert row.samples or row.stop <= request.num_tokens
         assert len(row.page_ids) == -(-row.stop // self.settings.page_size)
         due = request.num_prompt_logprobs_due
         recorded = request.prompt_len - 1 - due
@@ -281,23 +296,39 @@ class HostMachine(RuleBasedStateMachine):
         assert set(range(row.stop - row.num_logits, row.stop)) == wanted & set(range(row.start, row.stop))
 
     def finish_step(self):
-        assert self.in_flight is not None
-        plan, self.in_flight = self.in_flight, None
+        """Dispatch what was planned, and take back what is due: the step before it, or the step itself."""
+        assert self.planned is not None
+        plan, self.planned = self.planned, None
+        for source, target, num_tokens in plan.copies:
+            self.memory[target][:num_tokens] = self.memory[source][:num_tokens]
         rows = [row for row in plan.rows if not row.request.is_finished]
+        for source, target, num_tokens in plan.copies:
+            self.memory[target][:num_tokens] = self.memory[source][:num_tokens]
         for row in rows:
-            self.write(row)
+            self.write(row, [copy.source for copy in plan.copies])
         for row in rows:
             self.attend(row)
+        if self.in_flight is not None:
+            self.take_back(self.in_flight)
+        if self.overlap:
+            self.scheduler.advance(plan)
+            self.in_flight = plan
+        if not self.overlap or any(row.num_prompt_logprobs for row in plan.rows):
+            self.take_back(plan)
+
+    def take_back(self, plan: StepPlan):
+        self.in_flight = None
         finished = self.scheduler.update(plan, pretend(plan))
-        assert set(finished) <= {row.request for row in rows}
+        assert set(finished) <= {row.request for row in plan.rows}
         self.end(finished)
 
-    def write(self, row: PlannedRow):
-        """Store the row's tokens as its keys would be; only into pages that nobody else reads."""
+    def write(self, row: PlannedRow, copied: list[int]):
+        """Store the row's tokens as its keys would be; only into pages that nobody else reads, but to copy
+        what is before them."""
         size = self.settings.page_size
         for position in range(row.start, row.stop):
             page = row.page_ids[position // size]
-            assert self.scheduler.pool.num_holders(page) == 1
+            assert 1 <= self.scheduler.pool.num_holders(page) <= 1 + copied.count(page)
             assert self.scheduler.cache is None or not self.scheduler.cache.knows(page)
             self.memory[page][position % size] = self.content(row.request, position)
 
@@ -312,7 +343,10 @@ class HostMachine(RuleBasedStateMachine):
         contents = self.contents.setdefault(id(request), [])
         if position < len(contents):
             return contents[position]
-        for token in request.token_ids(len(contents), position + 1):
+        tokens = request.token_ids(0, request.num_tokens)
+        if request.num_pending:  # the device has it already
+            tokens.append(next_token(tokens))
+        for token in tokens[len(contents) : position + 1]:
             before = (request.cache_salt,) if not contents else contents[-1]
             contents.append(self.numbers.setdefault((before, token), len(self.numbers)))
         return contents[position]
