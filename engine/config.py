@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
+KV_DTYPES = (*DTYPES, "int8")
+WEIGHT_DTYPES = (*DTYPES, "int8", "int4")
 CPU_KV_CACHE_BYTES = 2 << 30
 """The default byte budget of the KV cache on a CPU, where no device memory bounds it."""
 
@@ -37,10 +39,16 @@ class EngineConfig:
     dtype: str = "float32"
     """Of weights and activations."""
     kv_dtype: str | None = None
-    """Of the KV pages; None: `dtype`."""
+    """Of the KV pages; None: `dtype`. "int8" has a scale for each token and head."""
     seed: int = 0
     """The run's seed: with a request's identity it makes the random key of its draws."""
+    weight_dtype: str | None = None
+    """Of the matrices: "int8" and "int4" quantise them at the start, and activations within each product;
+    None: `dtype`."""
     attention_backend: str = "auto"
+    """"cpu" is the native library, "xla" XLA's own code; "auto" takes the native library on a CPU that has it."""
+    linear_backend: str = "auto"
+    """The same for products with weights and for drawing tokens."""
     platform: str = "auto"
     compilation_cache_dir: str | None = None
     """Where compiled steps are kept between starts; None: `~/.cache/tidemill/compiled`."""
@@ -64,9 +72,11 @@ class EngineConfig:
             )
         for name, choices in (
             ("dtype", DTYPES),
-            ("kv_dtype", (None, *DTYPES)),
+            ("kv_dtype", (None, *KV_DTYPES)),
             ("scheduling_policy", ("fcfs", "priority")),
-            ("attention_backend", ("auto", "xla")),
+            ("weight_dtype", (None, *WEIGHT_DTYPES)),
+            ("attention_backend", ("auto", "cpu", "xla")),
+            ("linear_backend", ("auto", "cpu", "xla")),
             ("platform", ("auto", "cpu", "gpu", "tpu")),
         ):
             if getattr(self, name) not in choices:
@@ -89,6 +99,10 @@ class EngineConfig:
     @property
     def page_dtype(self) -> str:
         return self.kv_dtype or self.dtype
+
+    @property
+    def weight_format(self) -> str:
+        return self.weight_dtype or self.dtype
 
     def model_len(self, longest: int) -> int:
         """`max_model_len` for a model made for `longest` tokens. Raises ConfigError when it is longer."""

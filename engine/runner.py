@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from engine.backends import Backends
 from engine.batch import BatchBuilder
 from engine.buckets import Bucket, choose_bucket, declare_buckets
 from engine.compilation import counting_compiles
@@ -18,25 +18,26 @@ from engine.errors import RetraceError
 from engine.in_flight import InFlight, step_results
 from engine.memory import num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
-from engine.models.layer_loop import looped_forward
+from engine.models.packed import PackedModel, pack_model
+from engine.page_copies import PageCopier
 from engine.plan import StepPlan, StepResults
 from engine.sampler import StepOutputs, sample
 from engine.step_inputs import StepArrays, StepShape
 from kernels.paged_attention import AttentionOptions, PageLayout, Pages, attend, page_layout
 
 
-def make_step(graph: Any, options: AttentionOptions, layout: PageLayout) -> Any:
-    """The pure device step: (shape, weights, kv_pages, arrays) -> (kv_pages, outputs).
+def make_step(options: AttentionOptions, layout: PageLayout, sampling_backend: str) -> Any:
+    """The pure device step: (shape, model, kv_pages, arrays) -> (kv_pages, outputs).
 
     `kv_pages` are the pages of all layers in one pool, a layer's after the other's. `outputs.token_ids` has
     one length whatever the step's, so that any step can follow any other.
     """
 
     def step(
-        shape: StepShape, weights: Any, kv_pages: Pages, arrays: StepArrays
+        shape: StepShape, model: PackedModel, kv_pages: Pages, arrays: StepArrays
     ) -> tuple[Pages, StepOutputs]:
         inputs = arrays.unpack(shape)
-        model = nnx.merge(graph, weights)
+        num_tokens = inputs.rows.query_start[-1]
         num_pages = kv_pages.keys.shape[0] // model.config.num_layers
 
         def attend_layer(layer, q, k, v, pages):
@@ -44,9 +45,12 @@ def make_step(graph: Any, options: AttentionOptions, layout: PageLayout) -> Any:
             rows = inputs.rows._replace(page_table=inputs.rows.page_table + layer * num_pages)
             return attend(q, k, v, pages, rows, inputs.groups, options, layout)
 
-        hidden, kv_pages = looped_forward(model, inputs.token_ids, inputs.positions, kv_pages, attend_layer)
-        logits = model.logits(hidden.at[inputs.logit_tokens].get(mode="clip"))
-        outputs = sample(logits, inputs.sampling)
+        hidden, kv_pages = model.forward(
+            inputs.token_ids, inputs.positions, kv_pages, attend_layer, num_tokens
+        )
+        hidden = hidden.at[inputs.logit_tokens].get(mode="clip")
+        logits = model.logits(hidden, inputs.sampling.num_rows)
+        outputs = sample(logits, inputs.sampling, sampling_backend)
         drawn = jnp.pad(outputs.token_ids, (0, shape.num_draws - shape.num_logits))
         return kv_pages, outputs._replace(token_ids=drawn)
 
@@ -56,18 +60,32 @@ def make_step(graph: Any, options: AttentionOptions, layout: PageLayout) -> Any:
 class StepRunner:
     """Owns the weights, the KV pages and the compiled steps of one model on one device."""
 
-    def __init__(self, model: Any, model_config: ModelConfig, config: EngineConfig, max_model_len: int):
+    def __init__(
+        self,
+        model: Any,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        max_model_len: int,
+        *,
+        takes_weights: bool = False,
+    ):
+        """`takes_weights`: the model's own arrays may be deleted as they are packed (`pack_model`)."""
         started = time.monotonic()
         self._device = jax.devices()[0]
-        backend = "xla" if config.attention_backend == "auto" else config.attention_backend
+        on_cpu = self._device.platform == "cpu"
+        self.backends = Backends.choose(config, on_cpu)
         self._layout = page_layout(
-            backend, model_config.num_kv_heads, model_config.head_dim, config.page_size, config.page_dtype
+            self.backends.attention, model_config.num_kv_heads, model_config.head_dim, config.page_size, config.page_dtype
         )
         self._num_layers = model_config.num_layers
-        graph, weights = nnx.split(model)
-        self._weights = jax.device_put(weights, self._device)
+        packed = pack_model(
+            model, config.weight_format, self.backends.linear, takes_weights=takes_weights
+        )
+        self._model = jax.device_put(packed, self._device)
         options = AttentionOptions(scale=attention_scale(model_config))
-        self._step = jax.jit(make_step(graph, options, self._layout), donate_argnums=2, static_argnums=0)
+        self._step = jax.jit(
+            make_step(options, self._layout, self.backends.linear), donate_argnums=2, static_argnums=0
+        )
         self.buckets = declare_buckets(
             config.min_token_pad, config.max_num_batched_tokens, config.max_num_seqs
         )
@@ -80,7 +98,6 @@ class StepRunner:
             device=self._device,
         )
         page_bytes = self._layout.page_bytes * self._num_layers
-        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._weights))
         fit = partial(
             num_pages_that_fit,
             config,
@@ -91,8 +108,9 @@ class StepRunner:
         with counting_compiles() as count:
             # The largest step's temporaries decide how many pages fit, and its code depends on that number:
             # so it is compiled for a few pages first where the device bounds memory.
-            self.num_pages = fit(used_bytes=weight_bytes + self._temporary_bytes(config))
+            self.num_pages = fit(used_bytes=self._model.num_bytes + self._temporary_bytes(config))
             self._compiled = {bucket: self._compile(bucket, self.num_pages) for bucket in self.buckets}
+            self._copier = PageCopier(self._layout, self._num_layers, self.num_pages, config.max_num_seqs)
         self.num_compiled = count.num_compiled
         self._kv_pages = self._empty_pages()
         self.num_computed_tokens = 0
@@ -113,6 +131,8 @@ class StepRunner:
         num_tokens = plan.num_tokens
         bucket = choose_bucket(self.buckets, num_tokens, plan.num_logits)
         arrays, draws = self._batch.build(plan, bucket, before)
+        if plan.copies:
+            self._kv_pages = self._copier.run(self._kv_pages, plan.copies)
         self._kv_pages, outputs = self._call(bucket, arrays)
         self.num_computed_tokens += num_tokens
         self.num_padded_tokens += bucket.num_tokens - num_tokens
@@ -129,7 +149,7 @@ class StepRunner:
 
     def _call(self, bucket: Bucket, arrays: StepArrays) -> tuple[Pages, StepOutputs]:
         try:
-            return self._compiled[bucket](self._weights, self._kv_pages, arrays)
+            return self._compiled[bucket](self._model, self._kv_pages, arrays)
         except TypeError as error:
             # A compiled step takes exactly the shapes it was compiled for and its message names the argument.
             raise RetraceError(
@@ -143,7 +163,7 @@ class StepRunner:
     def _compile(self, bucket: Bucket, num_pages: int) -> Any:
         kv_pages = jax.eval_shape(lambda: self._layout.empty(self._num_layers * num_pages))
         arrays, shape = self._batch.idle_arrays(bucket), self._batch.shape(bucket)
-        return self._step.lower(shape, self._weights, kv_pages, arrays).compile()
+        return self._step.lower(shape, self._model, kv_pages, arrays).compile()
 
     def _temporary_bytes(self, config: EngineConfig) -> int:
         """Bytes of the largest step's temporaries, where the number of pages depends on them."""

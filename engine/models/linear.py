@@ -1,24 +1,20 @@
-"""The one matrix product of the model: every weight goes through `project`.
+"""A layer's matrix product: over a plain array, or over weights packed for this machine (`kernels.linear`).
 
-Weights lie [out, in] and the product is x @ w.T. Measured on 2 cores (jax 0.10 on CPU, f32, T = 2 to 512 rows
-against [1536, 576], [576, 1536], [3072, 576] and a [49152, 576] head): x @ w.T and x @ w with w as [in, out]
-are equally fast within noise, but only x @ w.T gives a row the same bits at every T from 2 on, because the
-[in, out] product goes to another kernel at T <= 16, which adds in another order. A token's result must not
-depend on how many others share its step, so it is x @ w.T. T = 1 is the exception (a matrix-vector kernel):
-steps are padded to at least `MIN_STABLE_ROWS`.
+The plain form is the specification, and what the tests' dense model runs; a step always has packed weights.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-MIN_STABLE_ROWS = 8
-"""From this many rows on, a row has the same bits whatever the number of rows (CPU, f32).
+from kernels.linear import PackedWeight, gated_linear, linear
 
-Measured: 2 are enough, at the widths above and at those of a tiny model. 8 is a whole tile, and leaves room.
-"""
+if TYPE_CHECKING:
+    from engine.models.llama import RMSNorm
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -34,15 +30,43 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x @ weight.T + bias. `weight` [out, in]; `bias` [out] or absent."""
+    """y = x @ weight.T + bias. `weight` [out, in], or packed; `bias` [out] or absent."""
 
     def __init__(self, in_dim: int, out_dim: int, *, use_bias: bool, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.zeros((out_dim, in_dim), dtype))
         self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if use_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [T, in] -> [T, out] in x's dtype."""
-        y = project(x, self.weight[...])
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        norm: RMSNorm | None = None,
+        residual: jax.Array | None = None,
+        num_rows: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [T, in], normalised first by `norm` -> [T, out] in x's dtype, plus `residual` [T, out].
+
+        num_rows: i32[], rows past it are padding and whatever comes out.
+        """
+        weight = self.weight.get_value()
+        if isinstance(weight, PackedWeight):
+            scale = None if norm is None else (norm.weight.get_value(), norm.eps)
+            return linear(x, weight, self._bias(), num_rows, residual=residual, norm=scale)
+        y = self._plain(x, weight, norm).astype(x.dtype)
+        return y if residual is None else y + residual
+
+    def gated(self, x: jax.Array, *, norm: RMSNorm, num_rows: jax.Array | None = None) -> jax.Array:
+        """silu(gate) * up, of which `weight` holds the rows, the gate's first: x [T, in] -> [T, out / 2]."""
+        weight = self.weight.get_value()
+        if isinstance(weight, PackedWeight):
+            return gated_linear(x, weight, self._bias(), num_rows, norm=(norm.weight.get_value(), norm.eps))
+        gate, up = jnp.split(self._plain(x, weight, norm).astype(x.dtype), 2, axis=-1)
+        return jax.nn.silu(gate) * up
+
+    def _plain(self, x: jax.Array, weight: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        y = project(x if norm is None else norm(x), weight)
+        bias = self._bias()
+        return y if bias is None else y + bias.astype(jnp.float32)
+
+    def _bias(self) -> jax.Array | None:
+        return None if self.bias is None else self.bias.get_value()

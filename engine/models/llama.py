@@ -1,8 +1,8 @@
 """The Llama architecture (Touvron et al. 2023, arXiv:2302.13971; grouped queries: arXiv:2305.13245).
 
 The model knows nothing of pages: attention is the `attend` it is called with, which writes this step's keys
-and values and attends over everything the sequence holds. Layers are unrolled, so each layer's pages are an
-entry of their own and can be donated and updated in place.
+and values and attends over everything the sequence holds. A step runs the same layers over packed weights, in a
+loop (`engine.models.packed`); `Llama.__call__` unrolls them over plain arrays.
 
 A model is built abstractly (`abstract_llama`, no memory) and filled tensor by tensor by the loader, which
 follows `weight_plan`.
@@ -71,9 +71,10 @@ class MLP(nnx.Module):
         self.gate_up = Linear(config.d_model, 2 * inner, use_bias=bias, dtype=dtype)
         self.down = Linear(inner, config.d_model, use_bias=bias, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+    def __call__(self, x: jax.Array, norm: RMSNorm, num_rows: jax.Array | None = None) -> jax.Array:
+        """The stream [T, D] -> the stream with what the MLP makes of it, normalised, added."""
+        hidden = self.gate_up.gated(x, norm=norm, num_rows=num_rows)
+        return self.down(hidden, residual=x, num_rows=num_rows)
 
 
 class Layer(nnx.Module):
@@ -85,21 +86,20 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.mlp = MLP(config, dtype)
 
-    def before_attention(self, x: jax.Array) -> jax.Array:
-        """The stream [T, D] -> queries, keys and values in one, for `Attention.split`."""
-        return self.attention.qkv(self.attention_norm(x))
-
-    def after_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """The stream [T, D] and what attention gave [T, N, H] -> the stream after this layer."""
-        x = x + self.attention.out(attended.reshape(x.shape[0], -1))
-        return x + self.mlp(self.mlp_norm(x))
-
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], layer_pages: Any, attend: Attend
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        layer_pages: Any,
+        attend: Attend,
+        num_rows: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        q, k, v = self.attention.split(self.before_attention(x), rope)
-        attended, layer_pages = attend(q, k, v, layer_pages)
-        return self.after_attention(x, attended), layer_pages
+        """The stream [T, D] -> (the stream after this layer, the pages). Rows past `num_rows` are padding."""
+        attention = self.attention
+        qkv = attention.qkv(x, norm=self.attention_norm, num_rows=num_rows)
+        attended, layer_pages = attend(*attention.split(qkv, rope), layer_pages)
+        x = attention.out(attended.reshape(x.shape[0], -1), residual=x, num_rows=num_rows)
+        return self.mlp(x, self.mlp_norm, num_rows), layer_pages
 
 
 class Llama(nnx.Module):

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from engine.backends import Backends
 from engine.checkpoints import DEFAULT_MODEL, load
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.models.layer_loop import looped_forward
+from engine.models.packed import PackedModel, pack_model
 from engine.sampling_params import SamplingParams
 from jobs.bench.machine import measure_machine
 from jobs.bench.work import matrix_params
@@ -69,21 +69,20 @@ def engine_steps(engine: Engine, prompts: list[list[int]], num_tokens: int) -> t
 def main() -> int:
     machine = measure_machine()
     loaded = load(DEFAULT_MODEL)
-    graph, weights = nnx.split(loaded.model)
+    packed = pack_model(loaded.model, "float32", Backends.choose(EngineConfig(), on_cpu=True).linear)
     rng = np.random.default_rng(0)
     print(f"{machine.cpu}, {machine.num_cores} cores: {machine.matrix_gflops:.0f} GFLOP/s float32 products")
 
     @jax.jit
-    def layers_alone(weights: Any, token_ids: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, weights)
-        hidden, _ = looped_forward(
-            model, token_ids, token_ids, jnp.int32(0), lambda _, q, k, v, pages: (q, pages)
+    def layers_alone(model: PackedModel, token_ids: jax.Array) -> jax.Array:
+        hidden, _ = model.forward(
+            token_ids, token_ids, jnp.int32(0), lambda _, q, k, v, pages: (q, pages), None
         )
         return hidden
 
     @jax.jit
-    def head_alone(weights: Any, hidden: jax.Array) -> jax.Array:
-        return jnp.argmax(nnx.merge(graph, weights).logits(hidden), axis=-1)
+    def head_alone(model: PackedModel, hidden: jax.Array) -> jax.Array:
+        return jnp.argmax(model.logits(hidden), axis=-1)
 
     def prompts(count: int, length: int) -> list[list[int]]:
         return rng.integers(10, 40_000, (count, length)).tolist()
@@ -105,9 +104,9 @@ def main() -> int:
             taken = [engine_steps(engine, prompts(1, STEP_TOKENS), 1) for _ in range(TRIES)]
             whole, device = (statistics.median(column) for column in zip(*taken, strict=True))
         ids = jnp.asarray(rng.integers(10, 40_000, num_tokens), jnp.int32)
-        layers = median_seconds(lambda ids=ids: layers_alone(weights, ids))
+        layers = median_seconds(lambda ids=ids: layers_alone(packed, ids))
         hidden = jnp.zeros((num_logits, loaded.config.d_model), jnp.float32)
-        head = median_seconds(lambda hidden=hidden: head_alone(weights, hidden))
+        head = median_seconds(lambda hidden=hidden: head_alone(packed, hidden))
         head_params = loaded.config.vocab_size * loaded.config.d_model
         layer_flops = 2 * matrix_params(loaded.config) * num_tokens
         rate = (layer_flops + 2 * head_params * num_logits) / whole / 1e9

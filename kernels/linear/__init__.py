@@ -1,6 +1,6 @@
 """The matrix product of the model, with weights packed once for the backend that multiplies them."""
 
-from kernels.linear.api import available_backends, gated_linear, linear
+from kernels.linear.api import available_backends, gated_linear, linear, weight_rows
 from kernels.linear.layout import PackedWeight, PackedWeights
 from kernels.linear.packing import WEIGHT_FORMATS, pack_weights
 
@@ -12,4 +12,5 @@ __all__ = [
     "gated_linear",
     "linear",
     "pack_weights",
+    "weight_rows",
 ]

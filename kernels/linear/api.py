@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kernels.cpu import native_library
 from kernels.linear import cpu, xla
-from kernels.linear.layout import PackedWeight
+from kernels.linear.layout import PackedWeight, PackedWeights
 
 _BACKENDS = {"cpu": cpu.multiply, "xla": xla.multiply}
 
@@ -89,3 +89,8 @@ def _multiply(
         raise ValueError(f"the norm's weight is {list(norm[0].shape)}; give [{meta.in_dim}]")
     count = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
     return _BACKENDS[meta.backend](x, weight, bias, activation, residual, norm, count)
+
+
+def weight_rows(weights: PackedWeights, row_ids: jax.Array, layer: int = 0) -> jax.Array:
+    """f32[T, in]: the rows `row_ids` i32[T] of a packed matrix, as they were packed (an embedding table's, say)."""
+    return {"cpu": cpu.rows, "xla": xla.rows}[weights.meta.backend](weights, layer, row_ids)

@@ -1,0 +1,45 @@
+"""Which kernels a step runs, and what it costs when the best ones are not there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from kernels.cpu import isa_name, native_library, why_absent
+
+# What XLA's code takes of the native library's time, on two cores with AVX2 (ARCHITECTURE.md has the figures).
+_XLA_COST = "about half the speed"
+
+
+class Backends(NamedTuple):
+    """The backend of each kind of kernel, as `kernels.*.available_backends()` name them."""
+
+    attention: str
+    linear: str
+    """Of the products with weights, and of drawing tokens."""
+
+    @classmethod
+    def choose(cls, config: EngineConfig, on_cpu: bool) -> Backends:
+        """The options' choice; "auto" is the native library on a CPU that has it, and XLA elsewhere.
+
+        Raises ConfigError when the native library is asked for by name and is not there.
+        """
+        best = "cpu" if on_cpu and native_library() is not None else "xla"
+        asked = {"attention": config.attention_backend, "linear": config.linear_backend}
+        for name, choice in asked.items():
+            if choice == "cpu" and best != "cpu":
+                reason = why_absent() or "JAX does not run on a CPU here"
+                raise ConfigError(f"engine.{name}_backend=cpu: {reason}, or choose auto")
+        return cls(**{name: best if choice == "auto" else choice for name, choice in asked.items()})
+
+    def describe(self) -> str:
+        """One line: what runs, and what is lost where it is not the best."""
+        if self.attention == self.linear == "cpu":
+            return f"native CPU kernels ({isa_name()})"
+        if "cpu" in self:
+            return f"attention by {self.attention}, products by {self.linear} (cpu: {isa_name()})"
+        absent = why_absent()
+        if absent is not None:
+            return f"XLA's own code on a CPU, {_XLA_COST} of the native kernels: {absent}"
+        return "XLA's own code"

@@ -1,0 +1,149 @@
+"""A model's weights as a step uses them: packed once for the machine's matrix product, each kind for all layers.
+
+The layers run in one loop whose body is one layer's code (`engine.models.llama.Layer`) over the weights that the
+loop's index picks. Unrolled, a step of thirty layers takes XLA twenty times as long to compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engine.models.config import ModelConfig
+from engine.models.llama import Layer, Llama
+from engine.models.rope import rope_tables
+from kernels.linear import PackedWeight, PackedWeights, linear, pack_weights, weight_rows
+
+AttendLayer = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+"""(layer i32[], q [T, N, H], k [T, K, H], v [T, K, H], pages) -> (out [T, N, H], pages)."""
+
+# The last product is as large as a third of a small model, and its errors go straight into the logits.
+_HEAD_FORMATS = {"int4": "int8"}
+_EXACT_FORMATS = ("float32", "bfloat16")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["layers", "norm", "head", "embed"],
+    meta_fields=["config", "layer_graph"],
+)
+@dataclass(frozen=True, slots=True)
+class PackedModel:
+    """What a step reads of a model. `layers` is keyed by the path of a layer's parameter."""
+
+    layers: dict[str, PackedWeights | jax.Array]
+    """Matrices packed, all else stacked [layers, ...]."""
+    norm: jax.Array  # f32[D], before the head
+    head: PackedWeights
+    embed: jax.Array | None
+    """[V, D]; None where the head's own rows are the embeddings and nothing was lost in packing them."""
+    config: ModelConfig
+    layer_graph: nnx.GraphDef
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def embedded(self, token_ids: jax.Array) -> jax.Array:
+        """i32[T] -> [T, D], what goes into the first layer."""
+        if self.embed is not None:
+            return self.embed.at[token_ids].get(mode="clip")
+        return weight_rows(self.head, token_ids).astype(jnp.dtype(self.head.meta.weight_format))
+
+    def forward(
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        pages: Any,
+        attend: AttendLayer,
+        num_tokens: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """What `Llama.__call__` computes before its last norm, with the layer's number given to `attend`.
+
+        token_ids, positions i32[T] -> (hidden [T, D], pages). `num_tokens` i32[]: tokens past it are padding,
+        and whatever comes out of them.
+        """
+        rope = rope_tables(self.config, positions)
+
+        def run_layer(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            x, pages = carry
+            layer = self._layer(index)
+            return layer(x, rope, pages, partial(attend, index), num_tokens)
+
+        start = (self.embedded(token_ids), pages)
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(self.config.num_layers), run_layer, start)
+
+    def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
+        """hidden [L, D], as `forward` returns it -> f32[L, V]; rows past `num_rows` are unspecified."""
+        norm = (self.norm, self.config.rms_norm_eps)
+        return linear(hidden.astype(jnp.float32), self.head.layer(0), num_rows=num_rows, norm=norm)
+
+    def _layer(self, index: jax.Array) -> Layer:
+        def pick(weights: PackedWeights | jax.Array) -> PackedWeight | jax.Array:
+            return weights.layer(index) if isinstance(weights, PackedWeights) else weights[index]
+
+        state = [(tuple(path.split(".")), nnx.Param(pick(w))) for path, w in self.layers.items()]
+        return nnx.merge(self.layer_graph, nnx.from_flat_state(state))
+
+
+def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights: bool = False) -> PackedModel:
+    """Pack a model's weights for `kernels.linear`.
+
+    weight_format: what the matrices are stored as ("float32", "bfloat16", "int8", "int4"); norms and biases stay
+        as they are, the embeddings too where the format would lose something.
+    takes_weights: each matrix of `model` is deleted once it is packed, so that no two copies of a model are ever
+        held; the model is of no use afterwards.
+    """
+    config = model.config
+    graph, state = nnx.split(model.layers[0])
+    del state
+    flat = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in model.layers]
+    layers: dict[str, PackedWeights | jax.Array] = {}
+    for path in flat[0]:
+        arrays = [variables[path].get_value() for variables in flat]
+        if arrays[0].ndim == 2:
+            matrices = _Matrices(arrays, takes_weights and backend == "cpu")
+            layers[".".join(path)] = pack_weights(
+                matrices, weight_format, backend, is_gated="gate_up" in path
+            )
+        else:
+            layers[".".join(path)] = jnp.stack(arrays)
+    is_tied = model.head is None
+    head = model.embed if model.head is None else model.head.weight
+    head_format = _HEAD_FORMATS.get(weight_format, weight_format)
+    is_embed_kept = not (is_tied and head_format in _EXACT_FORMATS)
+    matrices = _Matrices([head.get_value()], takes_weights and backend == "cpu" and not (is_tied and is_embed_kept))
+    return PackedModel(
+        layers=layers,
+        norm=model.norm.weight.get_value(),
+        head=pack_weights(matrices, head_format, backend),
+        embed=model.embed.get_value() if is_embed_kept else None,
+        config=config,
+        layer_graph=graph,
+    )
+
+
+class _Matrices(Sequence):
+    """Matrices that are read once each, in order; deleted behind the reader if they are its own."""
+
+    def __init__(self, matrices: list[jax.Array], deletes: bool):
+        self._matrices = matrices
+        self._deletes = deletes
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._matrices[index]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        for matrix in self._matrices:
+            yield matrix
+            if self._deletes:
+                matrix.delete()
