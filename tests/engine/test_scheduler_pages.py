@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.plan import PageCopy
 from tests.engine.host import make_request, make_scheduler, next_token, pretend, run, shape, step
 
 # -- shared prefixes -------------------------------------------------------------------------------
@@ -17,10 +18,10 @@ def test_a_shared_prefix_is_computed_once_and_found_by_those_that_waited():
     # b and c would compute what a is computing: they are passed over, x behind them is not.
     assert shape(step(scheduler)[0]) == [("a", 0, 10), ("x", 0, 5)]
     plan, _ = step(scheduler)
-    assert shape(plan) == [("a", 10, 1), ("x", 5, 1), ("b", 8, 2), ("c", 8, 2)]
+    assert shape(plan) == [("a", 10, 1), ("x", 5, 1), ("b", 9, 1), ("c", 9, 1)]
     assert [list(row.page_ids) for row in plan.rows] == [[0, 1, 2], [3, 4], [0, 1, 5], [0, 1, 6]]
-    assert [request.num_cached_tokens for request in (*requests, other)] == [0, 8, 8, 0]
-    assert (scheduler.stats().num_prefix_queries, scheduler.stats().num_prefix_hits) == (35, 16)
+    assert [request.num_cached_tokens for request in (*requests, other)] == [0, 9, 9, 0]
+    assert (scheduler.stats().num_prefix_queries, scheduler.stats().num_prefix_hits) == (35, 18)
 
 
 def test_those_who_wait_for_a_prefix_wait_through_all_its_chunks():
@@ -47,7 +48,7 @@ def test_samples_of_one_prompt_share_its_pages():
         scheduler.add(make_request("a", range(10), sample_index=index))
     assert shape(step(scheduler)[0]) == [("a", 0, 10)]
     plan, _ = step(scheduler)
-    assert shape(plan) == [("a", 10, 1), ("a", 8, 2), ("a", 8, 2)]
+    assert shape(plan) == [("a", 10, 1), ("a", 9, 1), ("a", 9, 1)]
     assert [list(row.page_ids)[:2] for row in plan.rows] == [[0, 1]] * 3
 
 
@@ -57,8 +58,9 @@ def test_a_full_hit_still_computes_the_last_token_in_a_page_of_its_own():
     run(scheduler)
     scheduler.add(make_request("b", range(8), max_tokens=1))
     plan = scheduler.schedule()
-    assert shape(plan) == [("b", 4, 4)]
+    assert shape(plan) == [("b", 7, 1)]
     assert list(plan.rows[0].page_ids) == [0, 2]
+    assert plan.copies == (PageCopy(1, 2, 3),)
     # Once computed, page 2 holds what page 1 does: the cached one stays, the copy is free again.
     scheduler.update(plan, pretend(plan))
     assert (scheduler.stats().num_free_pages, scheduler.stats().num_cached_pages) == (30, 2)
@@ -70,7 +72,8 @@ def test_generated_pages_are_shared_too():
     scheduler.add(first)
     run(scheduler)
     scheduler.add(make_request("b", [*range(4), *first.output_token_ids, 7], max_tokens=1))
-    assert shape(step(scheduler)[0]) == [("b", 8, 3)]
+    # The last of the six was drawn and never computed.
+    assert shape(step(scheduler)[0]) == [("b", 9, 2)]
 
 
 def test_when_the_owner_of_a_prefix_is_aborted_another_computes_it():
@@ -101,7 +104,7 @@ def test_salted_requests_share_only_among_themselves():
     for name, salt in (("a", "x"), ("b", "y"), ("c", "x")):
         scheduler.add(make_request(name, range(8), cache_salt=salt))
     assert shape(step(scheduler)[0]) == [("a", 0, 8), ("b", 0, 8)]
-    assert shape(step(scheduler)[0]) == [("a", 8, 1), ("b", 8, 1), ("c", 4, 4)]
+    assert shape(step(scheduler)[0]) == [("a", 8, 1), ("b", 8, 1), ("c", 7, 1)]
 
 
 # -- out of pages ----------------------------------------------------------------------------------
