@@ -52,7 +52,7 @@ def groups_of(arrays: GroupArrays) -> list[tuple[int, int, int, int]]:
     for array in arrays:
         assert array.dtype == np.int32
         assert not array[used:].any()
-    return [tuple(int(array[index]) for array in arrays) for index in range(used)]
+    return list(zip(*(array[:used].tolist() for array in arrays), strict=True))
 
 
 def grouped(

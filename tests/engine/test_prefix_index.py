@@ -31,10 +31,11 @@ def test_the_closest_of_those_that_are_left(
     entries = [(prefix, tokens, page) for page, (prefix, tokens) in enumerate(known)]
     for entry in entries:
         index.add(*entry)
-    removed = data.draw(st.sets(st.sampled_from(entries))) if entries else set()
-    for entry in removed:
-        index.remove(*entry)
-    left = [entry for entry in entries if entry not in removed]
+    removed = data.draw(st.sets(st.sampled_from(range(len(known))))) if known else set()
+    for prefix, tokens, page in entries:
+        if page in removed:
+            index.remove(prefix, tokens, page)
+    left = [entry for entry in entries if entry[2] not in removed]
     assert index.num_entries() == len(left)
     assert bool(index) == bool(left)
     candidates = {page: common_len(tokens, wanted) for prefix, tokens, page in left if prefix == "a"}
