@@ -241,6 +241,7 @@ def test_a_shape_that_was_not_declared_is_refused_naming_the_argument():
         ({"dtype": "float8"}, "choose one of float32, bfloat16"),
         ({"attention_backend": "cuda"}, "choose one of auto, xla"),
         ({"scheduling_policy": "lifo"}, "choose one of fcfs, priority"),
+        ({"async_scheduling": "no"}, "engine.async_scheduling=.no.: give true or false"),
     ],
 )
 def test_impossible_options_are_refused_by_name(options, message):

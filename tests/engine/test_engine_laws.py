@@ -64,6 +64,7 @@ def test_greedy_tokens_are_the_dense_models():
     "options",
     [
         {"enable_prefix_caching": False},
+        {"async_scheduling": False},
         {"long_prefill_token_threshold": 7},
         {"scheduling_policy": "priority"},
         {"max_num_seqs": 3, "max_num_batched_tokens": 32},
