@@ -10,13 +10,15 @@ then step n is taken back. The tokens that n draws stay on the device for n + 1 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from engine.checkpoints import LoadedModel, encode_text, load, render_chat
 from engine.compilation import use_compilation_cache
 from engine.config import EngineConfig
-from engine.errors import ConfigError, RequestError
+from engine.duplicates import Duplicates, Follower, duplicate_key
+from engine.errors import RequestError
+from engine.inputs import Chat, Prompts, TokenIds, as_list, check_token_ids, is_token_ids, sampling_of_each
 from engine.outputs import EngineStats, RequestOutput
 from engine.platforms import select_platform
 from engine.request import Request, request_key
@@ -27,10 +29,6 @@ from engine.scheduler import Scheduler, SchedulerSettings
 if TYPE_CHECKING:
     from engine.in_flight import InFlight
     from engine.runner import StepRunner
-
-Chat = Sequence[Mapping[str, Any]]
-TokenIds = Sequence[int]
-Prompts = str | TokenIds | Chat | Sequence[str] | Sequence[TokenIds] | Sequence[Chat]
 
 
 class Engine:
@@ -62,6 +60,7 @@ class Engine:
             )
         )
         self._groups: dict[str, RequestGroup] = {}
+        self._duplicates = Duplicates()
         self._ready: list[RequestOutput] = []
         self._num_ids = 0
         # Samples whose text is wanted token by token.
@@ -97,8 +96,8 @@ class Engine:
         Raises:
             RequestError: a prompt cannot run (then none has), naming it.
         """
-        each = _as_list(prompts)
-        samplings = self._samplings(sampling, len(each))
+        each = as_list(prompts)
+        samplings = sampling_of_each(sampling, len(each))
         ids: list[str] = []
         try:
             for prompt, params in zip(each, samplings, strict=True):
@@ -132,7 +131,7 @@ class Engine:
         params = sampling or SamplingParams()
         if params.n != 1:
             raise RequestError("bad_sampling", f"sampling.n is {params.n}: a stream has one completion")
-        request_id = self._add(_as_list(prompt)[0], params, stream=True)
+        request_id = self._add(as_list(prompt)[0], params, stream=True)
         try:
             finished = False
             while not finished:
@@ -162,6 +161,9 @@ class Engine:
     ) -> None:
         """Queue a prompt, as token ids or as text or a chat.
 
+        One that must come out as an unfinished one does (the same tokens, salt and sampling, and greedy or
+        with a seed) is given that one's result, unless it is streamed.
+
         Args:
             request_id: unique among the unfinished.
             priority: lower runs sooner, under the priority policy.
@@ -173,7 +175,7 @@ class Engine:
             RequestError: it cannot run; nothing was queued.
         """
         params = sampling or SamplingParams()
-        if request_id in self._groups:
+        if request_id in self._groups or request_id in self._duplicates:
             raise RequestError("duplicate_request_id", f"request {request_id!r} is unfinished already")
         params.check_vocab(self.loaded.config.vocab_size)
         if prompt is not None and prompt_token_ids is None:
@@ -184,7 +186,11 @@ class Engine:
             raise RequestError(
                 "bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them"
             )
-        self._check_token_ids(request_id, token_ids)
+        check_token_ids(request_id, token_ids, self.loaded.config.vocab_size)
+        text, now = prompt if isinstance(prompt, str) else None, time.monotonic()
+        key = None if stream else duplicate_key(token_ids, cache_salt, params)
+        if key is not None and self._duplicates.follow(key, Follower(request_id, text, now), priority):
+            return
         bad_words = bad_word_token_ids(self.tokenizer, params.bad_words)
         # The samples share their prompt; its log-probabilities are computed once, with the first.
         others = params if params.prompt_logprobs is None else params.replace(prompt_logprobs=None)
@@ -205,14 +211,14 @@ class Engine:
             )
             for index in range(params.n)
         ]
-        text = prompt if isinstance(prompt, str) else None
-        now = time.monotonic()
         for request in requests:  # the first is refused if any is: they differ in their index alone
             self._scheduler.add(request, now)
         group = self._groups[request_id] = RequestGroup(requests, text, self.tokenizer, stream)
         if group.grows:
             self._growing.update(requests)
         self._num_prompt_tokens += len(token_ids) * params.n
+        if key is not None:
+            self._duplicates.lead(key, request_id, priority)
 
     def step(self) -> list[RequestOutput]:
         """Start the next step and take back the one before it.
@@ -229,7 +235,8 @@ class Engine:
         self._in_flight = self._runner.dispatch(plan, before) if plan.rows else None
         if before is not None:
             outputs += self._take_back(before)
-        self._scheduler.advance(plan)
+        if self._in_flight is not None:
+            self._scheduler.advance(self._in_flight.plan)
         # A step of rows that have all ended meanwhile is waited for too: whoever sees that nothing is
         # unfinished need not look again.
         if self._in_flight is not None and not (self.config.async_scheduling and self._groups):
@@ -239,10 +246,31 @@ class Engine:
 
     def abort_request(self, request_id: str) -> bool:
         """Drop a request and free its pages; no output comes of it. False when it is not unfinished."""
-        if self._groups.pop(request_id, None) is None:
+        if request_id in self._duplicates:
+            self._duplicates.leave(request_id)
+            return True
+        group = self._groups.pop(request_id, None)
+        if group is None:
             return False
+        heir = self._duplicates.abdicate(request_id)
+        if heir is not None:
+            group.hand_over(heir.request_id, heir.prompt, heir.arrival_time)
+            self._groups[heir.request_id] = group
+            self._scheduler.rename(request_id, heir.request_id)
+            return True
         self._growing.difference_update(self._scheduler.abort(request_id, time.monotonic()))
         return True
+
+    def pin_prefix(self, token_ids: TokenIds, cache_salt: str | None = None) -> None:
+        """Say that prompts to come begin with these tokens: their full pages, once computed, are evicted only
+        after all that are not pinned. Pins add up; each is undone by one `release_prefix`."""
+        if self._scheduler.cache is not None:
+            self._scheduler.cache.pin(token_ids, cache_salt)
+
+    def release_prefix(self, token_ids: TokenIds, cache_salt: str | None = None) -> None:
+        """Undo one `pin_prefix` of the same tokens. Raises ValueError when they are not pinned."""
+        if self._scheduler.cache is not None:
+            self._scheduler.cache.release(token_ids, cache_salt)
 
     @property
     def has_unfinished(self) -> bool:
@@ -250,7 +278,7 @@ class Engine:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._groups)
+        return len(self._groups) + self._duplicates.num_following
 
     @property
     def num_pages(self) -> int:
@@ -281,6 +309,7 @@ class Engine:
             compile_seconds=runner.compile_seconds,
             num_compiled=runner.num_compiled,
             device=runner.device_name,
+            num_duplicates=self._duplicates.num_duplicates,
         )
 
     def check_integrity(self) -> None:
@@ -305,8 +334,14 @@ class Engine:
                 for row in step.plan.rows
                 if row.samples and (row.request in ended or row.request in self._growing)
             ]
-        outputs = [self._grow(request, now) for request in finished]
-        return [output for output in outputs if output is not None]
+        outputs: list[RequestOutput] = []
+        for request in finished:
+            output = self._grow(request, now)
+            if output is not None:
+                outputs.append(output)
+                if output.finished:
+                    outputs += self._duplicates.finish(output)
+        return outputs
 
     def _grow(self, request: Request, now: float) -> RequestOutput | None:
         """Take a sample's new token, or its whole text at its end; an output if its group has one to give."""
@@ -339,7 +374,7 @@ class Engine:
         """Queue a prompt of `generate` or `stream` under an id of the engine's own."""
         request_id = f"request-{self._num_ids}"
         self._num_ids += 1
-        if _is_token_ids(prompt):
+        if is_token_ids(prompt):
             self.add_request(request_id, prompt, sampling=params, stream=stream)
         else:
             text_or_chat = cast("str | Chat", prompt)
@@ -350,41 +385,3 @@ class Engine:
         if isinstance(prompt, str):
             return tuple(encode_text(self.tokenizer, prompt))
         return tuple(render_chat(self.tokenizer, prompt))
-
-    def _check_token_ids(self, request_id: str, token_ids: tuple[int, ...]) -> None:
-        vocab_size = self.loaded.config.vocab_size
-        if set(map(type, token_ids)) == {int} and 0 <= min(token_ids) and max(token_ids) < vocab_size:
-            return
-        for position, token in enumerate(token_ids):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise RequestError(
-                    "bad_token_id",
-                    f"request {request_id!r}: prompt token {position} is {token!r}; token ids are "
-                    f"whole numbers from 0 to {vocab_size - 1}",
-                )
-
-    def _samplings(
-        self, sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-    ) -> list[SamplingParams]:
-        if sampling is None or isinstance(sampling, SamplingParams):
-            return [sampling or SamplingParams()] * num_prompts
-        if len(sampling) != num_prompts:
-            raise ConfigError(
-                f"{num_prompts} prompts were given {len(sampling)} SamplingParams: one, or one each"
-            )
-        return list(sampling)
-
-
-def _is_token_ids(prompt: Any) -> TypeGuard[TokenIds]:
-    return (
-        not isinstance(prompt, str)
-        and len(prompt) > 0
-        and not isinstance(prompt[0], (str, Mapping, Sequence))
-    )
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or several -> several."""
-    if isinstance(prompts, str) or _is_token_ids(prompts) or (prompts and isinstance(prompts[0], Mapping)):
-        return [prompts]
-    return list(prompts)

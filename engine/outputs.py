@@ -90,3 +90,5 @@ class EngineStats:
     num_compiled: int
     """Steps that had to be compiled, not found in the compilation cache."""
     device: str
+    num_duplicates: int
+    """Requests that were given the result of another one, none of their tokens being computed."""

@@ -57,6 +57,16 @@ class RequestGroup:
             request.finish_reason, request.stop_reason = "stop", stop
         return delta
 
+    def hand_over(self, request_id: str, prompt: str | None, arrival_time: float) -> None:
+        """The request goes on as another one, that came later."""
+        self._prompt = prompt
+        for request in self._requests:
+            request.request_id, request.arrival_time = request_id, arrival_time
+            if request.first_scheduled_time is not None:
+                request.first_scheduled_time = max(request.first_scheduled_time, arrival_time)
+            if request.first_token_time is not None:
+                request.first_token_time = max(request.first_token_time, arrival_time)
+
     @property
     def is_finished(self) -> bool:
         return self._num_open == 0

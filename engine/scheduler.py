@@ -92,6 +92,10 @@ class Scheduler:
             self.finish(request, "abort", now=now)
         return aborted
 
+    def rename(self, request_id: str, new_id: str) -> None:
+        """The unfinished samples with this id have been given another one."""
+        self._unfinished[new_id] = self._unfinished.pop(request_id)
+
     # -- one step ----------------------------------------------------------------------------------
 
     def schedule(self, now: float | None = None) -> StepPlan:

@@ -242,6 +242,7 @@ class FakeEngine:
             compile_seconds=0.0,
             num_compiled=0,
             device="fake",
+            num_duplicates=0,
         )
 
     def close(self) -> None:

@@ -1,0 +1,134 @@
+"""Exact duplicates: requests that must come out alike run once, and each is given the result.
+
+Two requests are duplicates when they have the same prompt tokens, salt and effective sampling, and their
+draws do not depend on who they are: greedy, or with a seed of their own. The first one, the leader, runs;
+those that come while it is unfinished follow it. When a leader is aborted its first follower takes its
+place, with all that was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from engine.outputs import RequestMetrics, RequestOutput
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """A request that waits for another's result."""
+
+    request_id: str
+    prompt: str | None
+    arrival_time: float
+
+
+@dataclass(slots=True)
+class _Leader:
+    key: Hashable
+    priority: int
+    followers: list[Follower]
+
+
+def duplicate_key(token_ids: tuple[int, ...], salt: str | None, sampling: SamplingParams) -> Hashable | None:
+    """What duplicates have in common; None for a request whose draws are its own."""
+    if sampling.is_greedy:
+        sampling = _greedy(sampling)
+    elif sampling.seed is None:
+        return None
+    return token_ids, salt, sampling
+
+
+@lru_cache(maxsize=256)
+def _greedy(sampling: SamplingParams) -> SamplingParams:
+    """Without what shapes a draw, which means nothing where the likeliest token is taken."""
+    return replace(sampling, seed=None, top_k=0, top_p=1.0, min_p=0.0)
+
+
+class Duplicates:
+    """Which unfinished requests lead, and who follows them."""
+
+    def __init__(self) -> None:
+        self._leaders: dict[str, _Leader] = {}
+        self._leading: dict[Hashable, str] = {}
+        self._following: dict[str, str] = {}
+        self.num_duplicates = 0
+        """Requests that were given another one's result."""
+
+    def __contains__(self, request_id: object) -> bool:
+        """Whether this request follows another."""
+        return request_id in self._following
+
+    @property
+    def num_following(self) -> int:
+        return len(self._following)
+
+    def follow(self, key: Hashable, follower: Follower, priority: int) -> bool:
+        """Let a request wait for the leader with this key; False if there is none, or it is less urgent."""
+        leader_id = self._leading.get(key)
+        if leader_id is None or self._leaders[leader_id].priority > priority:
+            return False
+        self._leaders[leader_id].followers.append(follower)
+        self._following[follower.request_id] = leader_id
+        return True
+
+    def lead(self, key: Hashable, request_id: str, priority: int) -> None:
+        """A request with this key runs: those to come may follow it."""
+        if key not in self._leading:
+            self._leading[key] = request_id
+            self._leaders[request_id] = _Leader(key, priority, [])
+
+    def leave(self, request_id: str) -> None:
+        """A follower is aborted."""
+        followers = self._leaders[self._following.pop(request_id)].followers
+        followers[:] = [follower for follower in followers if follower.request_id != request_id]
+
+    def abdicate(self, request_id: str) -> Follower | None:
+        """A request that runs is aborted: the follower that now leads in its place, if there is one."""
+        leader = self._leaders.pop(request_id, None)
+        if leader is None:
+            return None
+        del self._leading[leader.key]
+        if not leader.followers:
+            return None
+        heir = leader.followers.pop(0)
+        del self._following[heir.request_id]
+        for follower in leader.followers:
+            self._following[follower.request_id] = heir.request_id
+        self._leaders[heir.request_id] = leader
+        self._leading[leader.key] = heir.request_id
+        return heir
+
+    def finish(self, output: RequestOutput) -> list[RequestOutput]:
+        """A request has finished: what its followers are given."""
+        leader = self._leaders.pop(output.request_id, None)
+        if leader is None:
+            return []
+        del self._leading[leader.key]
+        for follower in leader.followers:
+            del self._following[follower.request_id]
+        self.num_duplicates += len(leader.followers)
+        return [_as_if_its_own(output, follower) for follower in leader.followers]
+
+
+def _as_if_its_own(output: RequestOutput, follower: Follower) -> RequestOutput:
+    """The leader's result for a follower: all of its prompt was found, and no time is before it came."""
+    arrival, times = follower.arrival_time, output.metrics
+
+    def since(time: float | None) -> float | None:
+        return None if time is None else max(time, arrival)
+
+    return replace(
+        output,
+        request_id=follower.request_id,
+        prompt=follower.prompt,
+        num_cached_tokens=len(output.prompt_token_ids),
+        metrics=RequestMetrics(
+            arrival_time=arrival,
+            first_scheduled_time=since(times.first_scheduled_time),
+            first_token_time=since(times.first_token_time),
+            finished_time=since(times.finished_time),
+        ),
+    )

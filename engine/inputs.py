@@ -1,0 +1,55 @@
+"""The forms in which prompts and their sampling may be given, told apart and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from engine.errors import ConfigError, RequestError
+from engine.sampling_params import SamplingParams
+
+Chat = Sequence[Mapping[str, Any]]
+TokenIds = Sequence[int]
+Prompts = str | TokenIds | Chat | Sequence[str] | Sequence[TokenIds] | Sequence[Chat]
+
+
+def is_token_ids(prompt: Any) -> TypeGuard[TokenIds]:
+    """Whether this is one prompt, as token ids."""
+    return (
+        not isinstance(prompt, str)
+        and len(prompt) > 0
+        and not isinstance(prompt[0], (str, Mapping, Sequence))
+    )
+
+
+def as_list(prompts: Any) -> list[Any]:
+    """One prompt or several -> several."""
+    if isinstance(prompts, str) or is_token_ids(prompts) or (prompts and isinstance(prompts[0], Mapping)):
+        return [prompts]
+    return list(prompts)
+
+
+def sampling_of_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """One for all, or one each. Raises ConfigError when their number is not that of the prompts."""
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * num_prompts
+    if len(sampling) != num_prompts:
+        raise ConfigError(
+            f"{num_prompts} prompts were given {len(sampling)} SamplingParams: one, or one each"
+        )
+    return list(sampling)
+
+
+def check_token_ids(request_id: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+    """Raises RequestError naming the first token that is not in a vocabulary of `vocab_size`."""
+    if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size:
+        return
+    for position, token in enumerate(token_ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise RequestError(
+                "bad_token_id",
+                f"request {request_id!r}: prompt token {position} is {token!r}; token ids are "
+                f"whole numbers from 0 to {vocab_size - 1}",
+            )
