@@ -7,6 +7,7 @@ that need them; all others are given the same idle ones, made once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from engine.buckets import Bucket
 from engine.in_flight import Draws, InFlight
 from engine.plan import StepPlan
+from engine.prefix_groups import Branch, GroupCosts, arrange_rows, find_groups
 from engine.sampler import MAX_LOGIT_BIAS
 from engine.seats import BIAS, HISTORY, LOGPROBS, MASK, PENALTY, Seats
 from engine.step_inputs import ANY_FLAGS, StepArrays, StepShape
@@ -22,7 +24,10 @@ from engine.token_masks import mask_width, needs_mask, token_mask
 
 
 class BatchBuilder:
-    """Builds the inputs of any planned step. Sizes are those the steps are compiled for."""
+    """Builds the inputs of any planned step. Sizes are those the steps are compiled for.
+
+    group_costs: when attention reads a shared prefix once for its rows; None: never.
+    """
 
     def __init__(
         self,
@@ -33,10 +38,13 @@ class BatchBuilder:
         max_model_len: int,
         page_size: int,
         device: Any,
+        group_costs: GroupCosts | None,
     ):
         self._vocab_size = vocab_size
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
+        self._page_size = page_size
+        self._group_costs = group_costs
         self._table_width = -(-max_model_len // page_size)
         self._num_draws = max(bucket.num_logits for bucket in buckets)
         self._device = device
@@ -48,8 +56,18 @@ class BatchBuilder:
     def shape(self, bucket: Bucket) -> StepShape:
         return StepShape(*bucket, self._max_num_seqs, self._table_width, self._num_draws)
 
-    def build(self, plan: StepPlan, bucket: Bucket, before: InFlight | None) -> tuple[StepArrays, Draws]:
-        """The inputs of `plan`, which must fit `bucket`, and what is known of its draws.
+    def arrange(self, plan: StepPlan) -> tuple[StepPlan, list[Branch]]:
+        """The plan with rows that share pages next to each other, and what they share."""
+        if self._group_costs is None:
+            return plan, []
+        order, branches = arrange_rows(plan.rows, self._page_size)
+        rows = plan.rows
+        return replace(plan, rows=tuple([rows[index] for index in order])), branches
+
+    def build(
+        self, plan: StepPlan, branches: Sequence[Branch], bucket: Bucket, before: InFlight | None
+    ) -> tuple[StepArrays, Draws]:
+        """The inputs of an arranged plan, which must fit `bucket`, and what is known of its draws.
 
         before: the step in flight; rows whose last token it draws read the token on the device.
         Raises ValueError when there are such rows and there is no step in flight.
@@ -65,19 +83,21 @@ class BatchBuilder:
             seats, starts, lens, samples, num_logits = self._read(plan)
             ends = lens.cumsum(dtype=np.int32)
             views["query_start"][len(lens) :] = ends[-1]
+            if branches:
+                views["groups"][:] = find_groups(
+                    branches, lens.tolist(), self._page_size, self._group_costs, self._max_num_seqs
+                )
             self._fill_tokens(plan, views, seats, starts, lens, ends, samples, before)
             draws, unusual = self._fill_logits(plan, views, seats, starts + lens, ends, samples, num_logits)
-        idle = self._idle_arrays(bucket.num_logits)
-        if unusual:
-            numbers, unusual = jax.device_put((numbers, unusual), self._device)
-        else:
-            numbers = jax.device_put(numbers, self._device)
+        put = jax.device_put((numbers, unusual) if unusual else numbers, self._device)
+        on_device, special = put if unusual else (put, {})
         drawn = self._nothing_drawn if before is None else before.outputs.token_ids
-        return StepArrays(numbers=numbers, drawn=drawn, **(idle | unusual)), draws
+        rest = self._idle_arrays(bucket.num_logits) | special
+        return StepArrays(numbers=on_device, drawn=drawn, **rest), draws
 
     def idle_arrays(self, bucket: Bucket) -> StepArrays:
         """Inputs of a step with no rows: the shapes to compile for."""
-        return self.build(StepPlan(()), bucket, None)[0]
+        return self.build(StepPlan(()), (), bucket, None)[0]
 
     def _read(self, plan: StepPlan) -> tuple[np.ndarray, ...]:
         """Seat, start, number of tokens, whether it samples, and number of logits of each row."""

@@ -21,6 +21,7 @@ from engine.models.config import ModelConfig, attention_scale
 from engine.models.packed import PackedModel, pack_model
 from engine.page_copies import PageCopier
 from engine.plan import StepPlan, StepResults
+from engine.prefix_groups import GroupCosts
 from engine.sampler import StepOutputs, sample
 from engine.step_inputs import StepArrays, StepShape
 from kernels.paged_attention import AttentionOptions, PageLayout, Pages, attend, page_layout
@@ -75,12 +76,14 @@ class StepRunner:
         on_cpu = self._device.platform == "cpu"
         self.backends = Backends.choose(config, on_cpu)
         self._layout = page_layout(
-            self.backends.attention, model_config.num_kv_heads, model_config.head_dim, config.page_size, config.page_dtype
+            self.backends.attention,
+            model_config.num_kv_heads,
+            model_config.head_dim,
+            config.page_size,
+            config.page_dtype,
         )
         self._num_layers = model_config.num_layers
-        packed = pack_model(
-            model, config.weight_format, self.backends.linear, takes_weights=takes_weights
-        )
+        packed = pack_model(model, config.weight_format, self.backends.linear, takes_weights=takes_weights)
         self._model = jax.device_put(packed, self._device)
         options = AttentionOptions(scale=attention_scale(model_config))
         self._step = jax.jit(
@@ -96,6 +99,7 @@ class StepRunner:
             max_model_len=max_model_len,
             page_size=config.page_size,
             device=self._device,
+            group_costs=GroupCosts() if self.backends.attention == "cpu" else None,
         )
         page_bytes = self._layout.page_bytes * self._num_layers
         fit = partial(
@@ -122,15 +126,17 @@ class StepRunner:
         return f"{self._device.platform}:{self._device.device_kind}"
 
     def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
-        """Start one planned step (with at least one row), without waiting for anything.
+        """Start one planned step (with at least one row), without waiting for anything. Rows that share pages
+        are put next to each other, so the rows of `InFlight.plan` may have another order.
 
         before: the step in flight, if there is one: tokens that it draws are read on the device. Steps run
         in the order of their dispatch, each after all that the one before it reads and writes.
         """
         started = time.monotonic()
+        plan, branches = self._batch.arrange(plan)
         num_tokens = plan.num_tokens
         bucket = choose_bucket(self.buckets, num_tokens, plan.num_logits)
-        arrays, draws = self._batch.build(plan, bucket, before)
+        arrays, draws = self._batch.build(plan, branches, bucket, before)
         if plan.copies:
             self._kv_pages = self._copier.run(self._kv_pages, plan.copies)
         self._kv_pages, outputs = self._call(bucket, arrays)

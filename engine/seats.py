@@ -7,6 +7,7 @@ page table and the numbers it is sampled with, is written once here and gathered
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Seats:
         self.write_pages(seat, request.page_ids)
         return seat
 
-    def write_pages(self, seat: int, page_ids: list[int]) -> None:
+    def write_pages(self, seat: int, page_ids: Sequence[int]) -> None:
         self.page_ids[seat] = list(page_ids)
         self.page_tables[seat, : len(page_ids)] = page_ids
 

@@ -19,16 +19,16 @@ import numpy as np
 
 from engine.batch import BatchBuilder
 from engine.buckets import choose_bucket, declare_buckets
-from engine.checkpoints import LoadedModel, load_config, load_tokenizer
+from engine.checkpoints import DEFAULT_MODEL, LoadedModel, load_config, load_tokenizer
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import TidemillError
 from engine.in_flight import InFlight, step_results
 from engine.models.config import ModelConfig
 from engine.plan import StepPlan, StepResults
+from engine.prefix_groups import GroupCosts
 from engine.sampler import StepOutputs
 from engine.sampling_params import SamplingParams
-from jobs.bench.peer import EMBEDDED
 from jobs.bench.workloads import real_text
 
 NUM_SEQS, STEP_TOKENS, MAX_MODEL_LEN = 256, 1024, 1024
@@ -40,7 +40,7 @@ class Stopwatch:
     """Seconds of this thread's CPU by part; a part inside another is taken out of the outer one."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     def watch(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, its time counted."""
@@ -76,6 +76,7 @@ class FreeDevice:
             max_model_len=max_model_len,
             page_size=config.page_size,
             device=jax.devices("cpu")[0],
+            group_costs=GroupCosts(),
         )
         pick = np.random.default_rng(0)
         self._outputs = [
@@ -85,9 +86,10 @@ class FreeDevice:
         self._num_steps = 0
 
     def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
+        plan, branches = self.batch.arrange(plan)
         num_tokens = plan.num_tokens
         bucket = choose_bucket(self.buckets, num_tokens, plan.num_logits)
-        _, draws = self.batch.build(plan, bucket, before)
+        _, draws = self.batch.build(plan, branches, bucket, before)
         self.num_computed_tokens += num_tokens
         self.num_padded_tokens += bucket.num_tokens - num_tokens
         self._num_steps += 1
@@ -134,7 +136,7 @@ class Crowd:
             self._num += 1
 
 
-def run(source: str = EMBEDDED, num_steps: int = 1000, async_scheduling: bool = True) -> dict[str, Any]:
+def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bool = True) -> dict[str, Any]:
     """Measure full steps; returns milliseconds a step, by part in CPU time, and tokens a second."""
     config = EngineConfig(
         max_num_seqs=NUM_SEQS,
@@ -179,7 +181,7 @@ def run(source: str = EMBEDDED, num_steps: int = 1000, async_scheduling: bool = 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m jobs.bench host", description=__doc__)
-    made.add_argument("--model", default=EMBEDDED, help="whose tokenizer and sizes are used")
+    made.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer and sizes are used")
     made.add_argument("--steps", type=int, default=1000)
     made.add_argument("--no-overlap", action="store_true", help="engine.async_scheduling=false")
     return made

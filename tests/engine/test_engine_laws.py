@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine import batch as batch_module
 from engine.compilation import counting_compiles
 from engine.models.dense import dense_forward
+from engine.prefix_groups import GroupCosts
 from engine.sampling_params import SamplingParams
 from tests.engine.engines import tiny_engine, tokens_of, varied_model
 
@@ -124,10 +126,34 @@ def test_samples_share_their_prompts_pages():
     outputs = engine.generate([prompt], sampling)
     after = engine.stats()
     assert len(set(tokens_of(outputs)[0])) == 4, "four samples that differ"
-    full_pages = len(prompt) // 16 * 16
-    assert after.num_cached_tokens - before.num_cached_tokens == 3 * full_pages
+    # The prompt is computed once; the others compute its last token, which their first draws come from.
+    assert after.num_cached_tokens - before.num_cached_tokens == 3 * (len(prompt) - 1)
     computed = after.num_computed_tokens - before.num_computed_tokens
-    assert computed == full_pages + 4 * (len(prompt) - full_pages + sampling.max_tokens - 1)
+    assert computed == len(prompt) + 3 + 4 * (sampling.max_tokens - 1)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_reading_shared_pages_once_changes_no_bit(sampling):
+    token_ids = prompts()
+    wanted = run(tiny_engine(enable_prefix_caching=False), token_ids, sampling)
+    engine = tiny_engine(num_pages=46)  # an engine of its own: what it counts as cheap is changed
+    if engine._runner.backends.attention != "cpu":
+        pytest.skip("this backend reads shared pages by row")
+    batch, grouped = engine._runner._batch, []
+    batch._group_costs = GroupCosts(token=1.0, query=0.0, group=0.0)
+    find = batch_module.find_groups
+
+    def noting(*args):
+        groups = find(*args)
+        grouped.append(bool((groups.slot_stop > groups.slot_start).any()))
+        return groups
+
+    batch_module.find_groups = noting
+    try:
+        assert run(engine, token_ids, sampling) == wanted
+    finally:
+        batch_module.find_groups = find
+    assert sum(grouped) > 10, "most steps have a group"
 
 
 def test_identity_not_request_id_decides_a_draw():
