@@ -48,7 +48,7 @@ class _Softmax(NamedTuple):
         return cls(jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32), output)
 
     def add(self, logits: jax.Array, seen: jax.Array, values: jax.Array) -> _Softmax:
-        """Take in one span: logits and seen [..., q, span], values [..., span, H] or without the first axis."""
+        """Take in one span: logits and seen [..., q, span], values [..., span, H]."""
         logits = jnp.where(seen, logits, _MASKED)
         maximum = jnp.maximum(self.maximum, logits.max(-1))
         weights = jnp.where(seen, jnp.exp(logits - maximum[..., None]), 0.0)
@@ -205,8 +205,11 @@ def _attend_single_queries(
             return state.add(logits, seen[:, None, None], values)
 
         def add_shared_span(span: jax.Array, state: _Softmax) -> _Softmax:
-            keys, values = spans.read(table[0], span, kv_len[0])  # full pages of every member
-            logits = _cap(jnp.einsum("skgh,kht->skgt", queries, keys), options)
+            # Read once, then multiplied as each member's own: XLA's product of all members with one span
+            # adds in another order when the span is longer than 64.
+            read = spans.read(table[0], span, kv_len[0])  # full pages of every member
+            keys, values = (jnp.broadcast_to(x, (DECODE_GROUP, *x.shape)) for x in read)
+            logits = _cap(jnp.einsum("skgh,skht->skgt", queries, keys), options)
             seen = spans.positions(span, 1) >= first[:, None]
             return state.add(logits, seen[:, None, None], values)
 
