@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jobs.bench.processes import busy_processes
+
 _MATRIX_SIZE = 2048
 _MEMORY_BYTES = 512 << 20
 _TRIES = 5
@@ -45,59 +47,24 @@ def measure_machine() -> Machine:
     )
 
 
+def machine_lines(machine: Machine) -> list[str]:
+    lines = [
+        f"{machine.cpu}, {machine.num_cores} cores ({machine.device}): "
+        f"{machine.matrix_gflops:.0f} GFLOP/s float32 products, {machine.memory_gbs:.1f} GB/s read",
+    ]
+    if machine.load_average > 0.5 or machine.busy_processes:
+        busy = "; ".join(machine.busy_processes) or "none that stands out"
+        lines.append(
+            f"not alone: load average {machine.load_average:.1f} at the start, busy processes: {busy}"
+        )
+    return lines
+
+
 def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return "unknown"
-
-
-def busy_processes(seconds: float = 0.5, share: float = 0.2) -> tuple[str, ...]:
-    """Other processes that use more than `share` of a core, and so spoil a measurement: pid, name, cores."""
-    before = _cpu_seconds()
-    time.sleep(seconds)
-    used = {
-        pid: (name, (now - before[pid][1]) / seconds)
-        for pid, (name, now) in _cpu_seconds().items()
-        if pid in before
-    }
-    busy = [(cores, pid, name) for pid, (name, cores) in used.items() if cores > share and pid != os.getpid()]
-    return tuple(f"{pid} {name} {cores:.1f} cores" for cores, pid, name in sorted(busy, reverse=True)[:8])
-
-
-class OthersMeter:
-    """How many cores everything but the given processes uses, from when it is made."""
-
-    def __init__(self, *own_pids: int):
-        self._own_pids = own_pids
-        self._started = time.perf_counter()
-        self._before = self._others()
-
-    def cores(self) -> float:
-        """The mean so far; what the hypervisor gave to other machines counts too."""
-        return max(0.0, self._others() - self._before) / (time.perf_counter() - self._started)
-
-    def _others(self) -> float:
-        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        own = _cpu_seconds()
-        return busy - sum(own[pid][1] for pid in self._own_pids)
-
-
-def _cpu_seconds() -> dict[int, tuple[str, float]]:
-    """(name, processor seconds used so far) of every process."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            head, _, fields = (folder / "stat").read_text().rpartition(") ")
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended meanwhile
-        user, system = fields.split()[11:13]
-        found[int(folder.name)] = (
-            head.partition("(")[2],
-            (int(user) + int(system)) / os.sysconf("SC_CLK_TCK"),
-        )
-    return found
 
 
 def _best_seconds(run: Callable[[], object]) -> float:

@@ -10,30 +10,14 @@ from typing import Any
 class Measurement:
     """`seconds` is from the first request given to the last token received, without loading and compiling.
 
-    `token_ids` are the new tokens of each request, in the workload's order; `details` is what the engine has
-    to say about the run (step times, batch size, ...), plain values only.
+    `token_ids` are the new tokens of each request's samples, in the workload's order; `details` is what the
+    engine has to say about the run (step times, batch size, ...), plain values only.
     """
 
     engine: str
     seconds: float
     token_ids: tuple[tuple[int, ...], ...]
     details: dict[str, Any] = field(default_factory=dict)
-
-
-def agreement(first: Measurement, second: Measurement) -> dict[str, float]:
-    """How far two engines' tokens agree: shares of equal requests, and of tokens up to each first difference.
-
-    Greedy decoding has one right answer up to near ties, after which a sequence goes its own way.
-    """
-    num_equal = 0
-    num_agreed = 0
-    num_tokens = 0
-    for ours, theirs in zip(first.token_ids, second.token_ids, strict=True):
-        num_equal += ours == theirs
-        num_tokens += len(ours)
-        same = [a == b for a, b in zip(ours, theirs, strict=False)]
-        num_agreed += same.index(False) if False in same else len(same)
-    return {"requests_equal": num_equal / len(first.token_ids), "tokens_agreed": num_agreed / num_tokens}
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

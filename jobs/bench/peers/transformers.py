@@ -1,6 +1,4 @@
-"""transformers' batched `generate` on torch, as a process that answers jobs given on its standard input.
-
-    python -m jobs.bench.peers.transformers      one JSON job a line in, one JSON answer a line out
+"""transformers' batched `generate` on torch, as a process that answers jobs (`serving`).
 
 It gets its best conditions: the batch size and the order of requests that a short search finds fastest, left
 padding, no work after the last token of a batch. torch is imported here and nowhere else.
@@ -8,12 +6,12 @@ padding, no work after the last token of a batch. torch is imported here and now
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from jobs.bench.peers.serving import Generated, Request, Sampling, serve
 
 BATCH_SIZES = (8, 16, 32, 64, 128)
 # So many new tokens show what a decode step costs at a batch size.
@@ -29,13 +27,6 @@ class Plan:
     cache: str  # "dynamic" or "static"
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    index: int
-    prompt: Sequence[int]
-    max_tokens: int
-
-
 def batches(requests: Sequence[Request], plan: Plan) -> Iterator[list[Request]]:
     """Batches of requests that resemble each other, the longest first."""
 
@@ -49,17 +40,16 @@ def batches(requests: Sequence[Request], plan: Plan) -> Iterator[list[Request]]:
 
 
 class Transformers:
-    """The model in float32, and greedy generation that does not stop at end-of-sequence."""
+    """The model in float32."""
 
-    def __init__(self, folder: str, gguf_file: str | None, num_threads: int):
+    def __init__(self, settings: dict[str, Any]):
         import torch  # pyright: ignore[reportMissingImports]
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(settings["num_threads"])
         self._torch = torch
-        options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-        self._model.generation_config.eos_token_id = None
+        self._model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
+        self._eos_token_id = self._model.generation_config.eos_token_id
         self._model.generation_config.pad_token_id = 0
 
     @property
@@ -69,10 +59,20 @@ class Transformers:
         threads = self._torch.get_num_threads()
         return f"transformers {transformers.__version__}, torch {self._torch.__version__}, {threads} threads"
 
-    def generate(self, requests: Sequence[Request], plan: Plan) -> dict[int, list[int]]:
-        """New token ids by request index, each cut to what was asked for."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, plan: dict[str, Any]) -> Generated:
+        found = self._generate(requests, sampling, Plan(**plan))
+        return Generated([ids for request in requests for ids in found[request.index]])
+
+    def _generate(
+        self, requests: Sequence[Request], sampling: Sampling, plan: Plan
+    ) -> dict[int, list[list[int]]]:
+        """New token ids of every sample by request index, each cut to what was asked for."""
         torch = self._torch
-        found: dict[int, list[int]] = {}
+        torch.manual_seed(sampling.seed)
+        end = None if sampling.ignore_eos else self._eos_token_id
+        ends: set[int] = {end} if isinstance(end, int) else set(end or ())
+        self._model.generation_config.eos_token_id = end
+        found: dict[int, list[list[int]]] = {}
         for batch in batches(requests, plan):
             longest = max(len(request.prompt) for request in batch)
             ids = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -80,26 +80,29 @@ class Transformers:
             for row, request in enumerate(batch):
                 ids[row, longest - len(request.prompt) :] = torch.tensor(request.prompt)
                 mask[row, longest - len(request.prompt) :] = 1
-            options = {"cache_implementation": "static"} if plan.cache == "static" else {}
+            options: dict[str, Any] = {"cache_implementation": "static"} if plan.cache == "static" else {}
+            if sampling.temperature > 0:
+                options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+            else:
+                options |= {"do_sample": False}
             with torch.inference_mode():
                 out = self._model.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     max_new_tokens=max(request.max_tokens for request in batch),
-                    do_sample=False,
+                    num_return_sequences=sampling.n,
                     **options,
                 )
             for row, request in enumerate(batch):
-                found[request.index] = out[row, longest : longest + request.max_tokens].tolist()
+                samples = out[row * sampling.n : (row + 1) * sampling.n, longest:].tolist()
+                found[request.index] = [_until(ids[: request.max_tokens], ends) for ids in samples]
         return found
 
-    def timed(self, requests: Sequence[Request], plan: Plan) -> tuple[float, dict[int, list[int]]]:
-        started = time.perf_counter()
-        found = self.generate(requests, plan)
-        return time.perf_counter() - started, found
+    def prepare(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Any]:
+        return asdict(self.best_plan(requests, sampling))
 
-    def best_plan(self, requests: Sequence[Request]) -> tuple[Plan, list[dict[str, Any]]]:
-        """The fastest plan, and what every tried plan reached in tokens a second.
+    def best_plan(self, requests: Sequence[Request], sampling: Sampling) -> Plan:
+        """The fastest plan for such requests.
 
         Batch sizes are tried upwards, a single batch each, until one is slower than the one before.
         """
@@ -111,12 +114,15 @@ class Transformers:
                 Request(request.index, request.prompt, min(request.max_tokens, SEARCH_NEW_TOKENS))
                 for request in requests[::step][:batch_size]
             ]
-            seconds, _ = self.timed(sample, Plan(batch_size, "prompt", cache))
+            started = time.perf_counter()
+            self._generate(sample, sampling, Plan(batch_size, "prompt", cache))
+            seconds = time.perf_counter() - started
             num_tokens = sum(len(request.prompt) + request.max_tokens for request in sample)
             tried.append((num_tokens / seconds, Plan(batch_size, "prompt", cache)))
             return tried[-1][0]
 
-        self.timed(requests[:2], Plan(2, "prompt", "dynamic"))  # whatever happens only once happens here
+        # Whatever happens only once happens here.
+        self._generate(requests[:2], sampling, Plan(2, "prompt", "dynamic"))
         best = 0.0
         for batch_size in BATCH_SIZES:
             if batch_size > len(requests) or attempt(batch_size, "dynamic") < best:
@@ -127,8 +133,7 @@ class Transformers:
         fastest = max(tried, key=lambda entry: entry[0])[1]
         # The order is chosen by arithmetic, since the search cuts the new tokens short.
         by_order = [Plan(fastest.batch_size, order, fastest.cache) for order in ("prompt", "output")]
-        chosen = min(by_order, key=lambda plan: self._rows_computed(requests, plan))
-        return chosen, [asdict(plan) | {"tokens_per_second": rate} for rate, plan in tried]
+        return min(by_order, key=lambda plan: self._rows_computed(requests, plan))
 
     @staticmethod
     def _rows_computed(requests: Sequence[Request], plan: Plan) -> int:
@@ -139,27 +144,11 @@ class Transformers:
         )
 
 
-def main() -> None:
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever a library prints must not mix with the answers
-    peer: Transformers | None = None
-    for line in sys.stdin:
-        job = json.loads(line)
-        requests = [Request(i, prompt, num) for i, (prompt, num) in enumerate(job.get("requests", []))]
-        if job["do"] == "load":
-            peer = Transformers(job["folder"], job["gguf_file"], job["num_threads"])
-            answer: dict[str, Any] = {"about": peer.about}
-        elif peer is None:
-            raise RuntimeError("the first job must be 'load'")
-        elif job["do"] == "search":
-            plan, tried = peer.best_plan(requests)
-            answer = {"plan": asdict(plan), "tried": tried}
-        else:
-            seconds, found = peer.timed(requests, Plan(**job["plan"]))
-            answer = {"seconds": seconds, "token_ids": [found[i] for i in range(len(requests))]}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """A sample up to and with its end-of-sequence; what follows is padding."""
+    stop = next((at for at, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: stop + 1]
 
 
 if __name__ == "__main__":
-    main()
+    serve(Transformers)
