@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "conf": set(),
 }
 WITHOUT_JAX = [
+    "duplicates",
     "admission",
     "page_pool",
     "plan",
