@@ -157,6 +157,7 @@ class Engine:
         priority: int = 0,
         identity: str | None = None,
         cache_salt: str | None = None,
+        expected_output_len: int | None = None,
         stream: bool = False,
     ) -> None:
         """Queue a prompt, as token ids or as text or a chat.
@@ -169,6 +170,9 @@ class Engine:
             priority: lower runs sooner, under the priority policy.
             identity: what the random draws descend from, with the run's seed (default: `request_id`).
             cache_salt: share cached pages only with prompts of the same salt.
+            expected_output_len: tokens it will probably generate, at least 1: so much memory is kept for it
+                once it runs (default: one page more than its prompt's). More running requests than fit would
+                take each other's pages. It changes no output.
             stream: `step` gives an output whenever the text grows, not only the last one.
 
         Raises:
@@ -187,6 +191,8 @@ class Engine:
                 "bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them"
             )
         check_token_ids(request_id, token_ids, self.loaded.config.vocab_size)
+        if expected_output_len is not None and expected_output_len < 1:
+            raise ValueError(f"expected_output_len is {expected_output_len}: give at least 1, or None")
         text, now = prompt if isinstance(prompt, str) else None, time.monotonic()
         key = None if stream else duplicate_key(token_ids, cache_salt, params)
         if key is not None and self._duplicates.follow(key, Follower(request_id, text, now), priority):
@@ -208,6 +214,7 @@ class Engine:
                 eos_token_ids=frozenset(self.loaded.config.eos_token_ids),
                 bad_words_token_ids=bad_words,
                 cache_salt=cache_salt,
+                expected_len=None if expected_output_len is None else len(token_ids) + expected_output_len,
             )
             for index in range(params.n)
         ]
