@@ -89,7 +89,7 @@ class Admission:
             num_unheld = sum(not self._pool.is_held(page) for page in found.pages)
             to_come = self._num_pages_to_come(request) - len(found.pages)
             num_spare = self._pool.num_available - self._num_set_aside - to_come - num_unheld
-            if num_spare < 0:
+            if num_spare < (self._num_wanted(found.pages) if running else 0):
                 self.wait(request)
                 break
             if found.num_copied and num_spare == 0 and not self._pool.is_held(found.source):
@@ -206,9 +206,20 @@ class Admission:
         num_claimed = 0 if claimed is None else claimed[1]
         return num_claimed == page_size or num_claimed >= found.num_copied + self._settings.min_shared_tokens
 
+    def _num_wanted(self, found: list[int]) -> int:
+        """Cached pages to leave alone as long as others run, because requests to come are known to want them.
+
+        At most half of the pool: pins must not keep the requests from running side by side.
+        """
+        num_pinned = self._pool.num_cached_pinned
+        if num_pinned:
+            num_pinned -= sum(self._pool.is_cached_pinned(page) for page in found)
+        return min(num_pinned, self._settings.num_pages // 2)
+
     def _num_pages_to_come(self, request: Request) -> int:
-        """Pages the request lacks for what it is expected to come to, or, where that is unknown, for its prompt
-        and a page more; one at least, up to its end. Between two changes of its pages this stays the same."""
+        """Pages the request lacks for what it is expected to come to, or, where that is unknown, for its
+        prompt and a page more; one at least, up to its end. Between two changes of its pages this stays the
+        same."""
         limits, held = self._settings, len(request.page_ids)
         expected = max(request.total_len, request.prompt_len + limits.page_size, request.expected_len or 0)
         most = limits.num_pages_for(request.max_total_len)

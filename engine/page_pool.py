@@ -49,6 +49,11 @@ class PagePool:
         return len(self._pinned)
 
     @property
+    def num_cached_pinned(self) -> int:
+        """Those of the cached pages that are pinned."""
+        return len(self._cached_pinned)
+
+    @property
     def num_held(self) -> int:
         return self.num_pages - self.num_available
 
@@ -62,6 +67,9 @@ class PagePool:
 
     def is_held(self, page: int) -> bool:
         return self._num_holders[page] > 0
+
+    def is_cached_pinned(self, page: int) -> bool:
+        return page in self._cached_pinned
 
     def allocate(self, num_pages: int) -> list[int]:
         """`num_pages` pages with one holder each. Free pages go first, then the cached that are not pinned,

@@ -1,9 +1,9 @@
 """Pages, prefix cache and scheduler under any order of operations, against a memory that remembers contents.
 
-The machine adds, steps, aborts and finishes requests at random over a pool far too small for them, one step
-after the other or with one step in flight while the next is planned. Its device is a memory that stores what
-was written at each place of each page, and refuses to attend to anything but exactly the request's own
-tokens. Checked after every operation:
+The machine adds, steps, aborts and finishes requests and pins prefixes at random over a pool far too small
+for them, one step after the other or with one step in flight while the next is planned. Its device is a memory
+that stores what was written at each place of each page, and refuses to attend to anything but exactly the
+request's own tokens. Checked after every operation:
 
 - free + cached + held = total; a page's count is the number of its holders; no page is writable by two;
   every known page can be found, every evicted one cannot (Scheduler.check_integrity)
@@ -32,6 +32,7 @@ from engine.scheduler import Scheduler, SchedulerSettings
 from tests.engine.host import logprob_at, make_request, next_token, pretend
 
 MAX_STEPS_TO_DRAIN = 4000
+STEMS = [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8), (1,) * 8, (1, 2, 3, 4, 1, 2, 3, 4)]
 
 
 def weak_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -89,14 +90,13 @@ class HostMachine(RuleBasedStateMachine):
         self.planned: StepPlan | None = None
         self.in_flight: StepPlan | None = None  # dispatched, its results not taken back
         self.num_named = 0
+        self.pins: list[tuple[tuple[int, ...], str | None]] = []
 
     # -- operations --------------------------------------------------------------------------------
 
     @rule(
         # Few stems and few tokens, so that prompts share, branch, repeat and collide.
-        stem=st.sampled_from(
-            [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8), (1,) * 8, (1, 2, 3, 4, 1, 2, 3, 4)]
-        ),
+        stem=st.sampled_from(STEMS),
         tail=st.lists(st.integers(1, 3), max_size=6),
         max_tokens=st.sampled_from([1, 2, 5, 10, 24, 24, 24]),
         min_tokens=st.integers(0, 3),
@@ -185,6 +185,21 @@ class HostMachine(RuleBasedStateMachine):
         for _ in range(num_steps):
             self.plan()
             self.finish_step()
+
+    @precondition(lambda self: self.scheduler.cache is not None)
+    @rule(stem=st.sampled_from(STEMS), salt=st.sampled_from([None, None, "a"]))
+    def pin(self, stem: tuple[int, ...], salt: str | None):
+        assert self.scheduler.cache is not None
+        self.scheduler.cache.pin(stem, salt)
+        self.pins.append((stem, salt))
+
+    @precondition(lambda self: len(self.pins) > 0)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject):
+        assert self.scheduler.cache is not None
+        pinned = data.draw(st.sampled_from(self.pins))
+        self.pins.remove(pinned)
+        self.scheduler.cache.release(*pinned)
 
     @precondition(lambda self: len(self.unfinished) > 0)
     @rule(data=st.data())

@@ -107,6 +107,24 @@ def test_salted_requests_share_only_among_themselves():
     assert shape(step(scheduler)[0]) == [("a", 8, 1), ("b", 8, 1), ("c", 7, 1)]
 
 
+def test_pinned_pages_are_left_alone_while_others_run():
+    """Six pages: two are pinned and cached, "a" takes two. Another two would fit, but for the last one."""
+    for is_pinned in (True, False):
+        scheduler = make_scheduler(num_pages=6)
+        assert scheduler.cache is not None
+        if is_pinned:
+            scheduler.cache.pin(range(8), None)
+        scheduler.add(make_request("past", range(8), max_tokens=1))
+        run(scheduler)
+        assert scheduler.pool.num_cached_pinned == (2 if is_pinned else 0)
+        scheduler.add(make_request("a", range(50, 55), max_tokens=3))
+        scheduler.add(make_request("b", range(60, 69), max_tokens=3))
+        assert len(step(scheduler)[0].rows) == (1 if is_pinned else 2)
+        # One that wants the pinned pages may have them, and nobody waits for ever.
+        scheduler.add(make_request("c", [*range(8), 9], max_tokens=1))
+        assert {request.request_id for request in run(scheduler)} == {"a", "b", "c"}
+
+
 # -- out of pages ----------------------------------------------------------------------------------
 
 
