@@ -1,8 +1,8 @@
 """Pages, prefix cache and scheduler under any order of operations, against a memory that remembers contents.
 
 The machine adds, steps, aborts and finishes requests and pins prefixes at random over a pool far too small
-for them, one step after the other or with one step in flight while the next is planned. Its device is a memory
-that stores what was written at each place of each page, and refuses to attend to anything but exactly the
+for them, one step after the other or with one step in flight while the next is planned. Its device is a
+memory that stores what was written at each place of each page, and refuses to attend to anything but the
 request's own tokens. Checked after every operation:
 
 - free + cached + held = total; a page's count is the number of its holders; no page is writable by two;
