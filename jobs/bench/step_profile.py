@@ -1,4 +1,4 @@
-"""`python -m jobs.bench.step_profile`: where the time of a decode step and of a prefill step goes.
+"""`python -m jobs.bench profile`: where the time of a decode step and of a prefill step goes.
 
 By leaving out: the layers are run with attention that gives its queries back, and the head by itself. What
 the whole step takes beyond the two is attention (with writing keys and values); what the engine's own step
@@ -7,9 +7,10 @@ takes beyond running it is scheduling and text.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,34 +40,48 @@ def median_seconds(call: Callable[[], Any]) -> float:
 
 
 def engine_steps(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[float, float]:
-    """Median seconds of the engine's full steps, and of the device's part of them."""
-    on_device: list[float] = []
-    run = engine._runner.run
+    """Median seconds of the engine's full steps, and of the device's part of them.
 
-    def timed(plan: Any) -> Any:
-        started = time.perf_counter()
-        results = run(plan)
-        on_device.append(time.perf_counter() - started)
+    The engine must run without overlap, so that a step's dispatch and collection lie within one call.
+    """
+    runner = engine._runner
+    dispatch, collect = runner.dispatch, runner.collect
+    began: list[float] = []
+    steps: list[tuple[float, float, int]] = []
+    rows: list[int] = []
+
+    def timed_dispatch(plan: Any, before: Any) -> Any:
+        began.append(time.perf_counter())
+        rows.append(len(plan.rows))
+        return dispatch(plan, before)
+
+    def timed_collect(step: Any) -> Any:
+        results = collect(step)
+        began.append(time.perf_counter())
         return results
 
-    engine._runner.run = timed  # type: ignore[method-assign]
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    for index, prompt in enumerate(prompts):
+        engine.add_request(f"profile-{index}", prompt, sampling=sampling)
+    runner.dispatch, runner.collect = timed_dispatch, timed_collect  # type: ignore[method-assign]
     try:
-        engine.stats()
-        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True))
+        while engine.has_unfinished:
+            began.clear()
+            rows.clear()
+            started = time.perf_counter()
+            engine.step()
+            if rows:
+                steps.append((time.perf_counter() - started, began[-1] - began[0], rows[0]))
     finally:
-        engine._runner.run = run  # type: ignore[method-assign]
-    stats = engine.stats()
-    full = max(stats.batch_occupancy)
-    steps = [
-        (whole, device)
-        for whole, device, rows in zip(stats.step_seconds, on_device, stats.batch_occupancy, strict=True)
-        if rows == full
-    ]
-    steps = steps[len(steps) // 2 :]  # the first full ones still hold prefill chunks
-    return statistics.median(w for w, _ in steps), statistics.median(d for _, d in steps)
+        runner.dispatch, runner.collect = dispatch, collect  # type: ignore[method-assign]
+    full = max(num_rows for _, _, num_rows in steps)
+    kept = [(whole, device) for whole, device, num_rows in steps if num_rows == full]
+    kept = kept[len(kept) // 2 :]  # the first full ones still hold prefill chunks
+    return statistics.median(w for w, _ in kept), statistics.median(d for _, d in kept)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m jobs.bench profile", description=__doc__).parse_args(arguments)
     machine = measure_machine()
     loaded = load(DEFAULT_MODEL)
     packed = pack_model(loaded.model, "float32", Backends.choose(EngineConfig(), on_cpu=True).linear)
@@ -94,7 +109,10 @@ def main() -> int:
         engine = Engine(
             loaded,
             EngineConfig(
-                max_num_seqs=NUM_SEQS, max_num_batched_tokens=STEP_TOKENS, max_model_len=2 * STEP_TOKENS
+                max_num_seqs=NUM_SEQS,
+                max_num_batched_tokens=STEP_TOKENS,
+                max_model_len=2 * STEP_TOKENS,
+                async_scheduling=False,
             ),
         )
         if name == "decode":

@@ -12,6 +12,7 @@ import pytest
 from jobs.bench import growth
 from jobs.bench.__main__ import parser
 from jobs.bench.growth import step_cost
+from jobs.bench.machine import Machine
 from jobs.bench.measurement import percentiles
 from jobs.bench.own import run
 from jobs.bench.processes import OthersMeter
@@ -134,7 +135,11 @@ def test_the_whole_of_it_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureF
         assert f"\n{name}  " in printed
 
 
-def test_growth_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_growth_on_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    machine = Machine("a CPU", 2, 100.0, 20.0, "cpu", 0.0, ())
+    monkeypatch.setattr(growth, "measure_machine", lambda: machine)  # takes seconds, and is run elsewhere
     model = make_tiny_checkpoint(tmp_path, max_position_embeddings=1024)
     options = ["growth", "--model", model, "--max-rows", "1024", "--repeats", "1", "--context-rows", "2"]
     options += ["--max-num-seqs", "16", "--max-num-batched-tokens", "64"]
@@ -158,6 +163,18 @@ def test_the_cost_of_a_step_grows_with_attention_alone(tiny_checkpoint: str):
     one = step_cost(config, 1, 100)
     assert near["step_flops"] == 4 * one["step_flops"]
     assert near["step_bytes"] < 4 * one["step_bytes"], "weights are read once for all"
+
+
+def test_the_profile_takes_the_devices_part_out_of_a_step(tiny_checkpoint: str):
+    from engine.engine import Engine
+    from jobs.bench.step_profile import engine_steps
+
+    engine = Engine.from_pretrained(
+        tiny_checkpoint, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, async_scheduling=False
+    )
+    whole, device = engine_steps(engine, [[5, 6, 7, 8]] * 4, 8)
+    assert 0 < device < whole
+    engine.check_integrity()
 
 
 def test_every_command_is_there(capsys: pytest.CaptureFixture[str]):

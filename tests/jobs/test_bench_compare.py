@@ -201,7 +201,7 @@ def test_agreement_counts_up_to_the_first_difference():
 
 
 def test_a_near_tie_is_one_by_the_reference_models_logits():
-    logits = {
+    logits: dict[tuple[int, ...], np.ndarray] = {
         (1,): np.array([5.0, 5.0 - 5e-4, 1.0], np.float32),  # the top two are a near tie
         (2,): np.array([5.0, 4.0, 1.0], np.float32),
         (3,): np.array([5.0, 2.0, 2.0], np.float32),  # the two are equal, but neither is the largest
@@ -336,8 +336,9 @@ def test_an_engine_option_that_is_not_there_is_named(tmp_path: Path):
         COMPETITORS["tidemill-f32"].launch(conditions, tmp_path)
 
 
-def test_the_whole_of_it_with_our_own_engine(tmp_path: Path):
-    """Real processes, a real engine: two repeats of an eighth of a small W1b."""
+def test_the_whole_of_it_with_our_own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Real processes, a real engine: two repeats of a small W1b."""
+    monkeypatch.setattr(compare, "measure_machine", lambda: MACHINE)  # takes seconds, and is run elsewhere
     model = make_tiny_checkpoint(tmp_path / "model", max_position_embeddings=1024)
     found = options(
         *("--peers", "", "--ours", "tidemill-f32", "--workloads", "W1b", "--repeats", "2", "--model", model),
