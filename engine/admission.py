@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from engine.page_pool import PagePool
 from engine.plan import PageCopy
-from engine.prefix_cache import PrefixCache, root_hash
+from engine.prefix_cache import PrefixCache, root_hash, tokens_of
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings
 from engine.step_draft import StepDraft
@@ -157,7 +157,7 @@ class Admission:
         hashes = self._cache.hashes(request, last)
         for index in range(start // page_size, last + 1):
             stop = min((index + 1) * page_size, request.num_tokens)
-            token_ids = tuple(request.token_ids(index * page_size, stop))
+            token_ids = tokens_of(request, index * page_size, stop)
             step.claims.add(_prefix_hash(request, hashes, index), token_ids, 0)
 
     def _start(self, request: Request, found: _Found, now: float | None) -> None:
@@ -179,13 +179,15 @@ class Admission:
     def _find(self, request: Request) -> _Found:
         """What the prefix cache has of the request."""
         if self._cache is None:
-            return _Found([], 0, 0, 0)
+            return _Found([], 0, 0, 0, ())
         readable = self._num_readable_tokens(request)
         pages = self._cache.match(request, readable)
-        source, num_copied = self._cache.closest(request, pages, readable)
+        start = len(pages) * self._settings.page_size
+        wanted = tokens_of(request, start, max(start, min(start + self._settings.page_size, readable)))
+        source, num_copied = self._cache.closest(pages, wanted, request.cache_salt) if wanted else (0, 0)
         if not pages and num_copied < self._settings.min_shared_tokens:
             num_copied = 0
-        return _Found(pages, source, num_copied, readable)
+        return _Found(pages, source, num_copied, readable, wanted)
 
     def _num_readable_tokens(self, request: Request) -> int:
         """Most tokens the request may take from the prefix cache: a logit has to come out of the last token,
@@ -196,15 +198,14 @@ class Admission:
 
     def _waits_for_claim(self, request: Request, found: _Found, step: StepDraft) -> bool:
         """Whether this step computes a page that the request would share, or a good part of one."""
-        page_size = self._settings.page_size
-        start = len(found.pages) * page_size
-        stop = min(start + page_size, found.num_readable)
-        if self._cache is None or not step.claims or stop <= start:
+        if not step.claims or not found.wanted:
             return False
-        prefix = _prefix_hash(request, self._cache.hashes(request, len(found.pages)), len(found.pages))
-        claimed = step.claims.closest(prefix, tuple(request.token_ids(start, stop)))
+        claimed = step.claims.closest(
+            _prefix_hash(request, request.page_hashes, len(found.pages)), found.wanted
+        )
         num_claimed = 0 if claimed is None else claimed[1]
-        return num_claimed == page_size or num_claimed >= found.num_copied + self._settings.min_shared_tokens
+        limits = self._settings
+        return num_claimed == limits.page_size or num_claimed >= found.num_copied + limits.min_shared_tokens
 
     def _num_wanted(self, found: list[int]) -> int:
         """Cached pages to leave alone as long as others run, because requests to come are known to want them.
@@ -236,6 +237,8 @@ class _Found(NamedTuple):
     """Its tokens that are to be copied; 0 for none."""
     num_readable: int
     """Most tokens that the request may take."""
+    wanted: tuple[int, ...]
+    """Tokens behind the pages, up to a page of them, that the request would take too; none with no cache."""
 
 
 def _prefix_hash(request: Request, hashes: list[bytes], num_pages: int) -> bytes:

@@ -49,6 +49,13 @@ def page_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=_DIGEST_SIZE).digest()
 
 
+def tokens_of(request: Request, start: int, stop: int) -> tuple[int, ...]:
+    """Known tokens [start, stop) of a request, mostly of its prompt alone."""
+    if stop <= request.prompt_len:
+        return request.prompt_token_ids[start:stop]
+    return tuple(request.token_ids(start, stop))
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     """One page whose content is known, with all that a hit has to verify."""
@@ -104,7 +111,7 @@ class PrefixCache:
             size = self.page_size
             parent = hashes[-1] if hashes else root_hash(request.cache_salt)
             for index in range(len(hashes), num_pages):
-                parent = self._hash_page(parent, request.token_ids(index * size, (index + 1) * size))
+                parent = self._hash_page(parent, tokens_of(request, index * size, (index + 1) * size))
                 hashes.append(parent)
         return hashes
 
@@ -116,27 +123,25 @@ class PrefixCache:
         pages: list[int] = []
         max_pages = min(max_tokens, request.num_tokens) // self.page_size
         parent: int | None = None
+        hashes = request.page_hashes
         for index in range(max_pages):
-            # One page at a time: a long prompt that misses at once is not hashed to its end.
-            known = self._by_hash.get(self.hashes(request, index + 1)[index])
+            if index == len(hashes):
+                # One page at a time: a long prompt that misses at once is not hashed to its end.
+                self.hashes(request, index + 1)
+            known = self._by_hash.get(hashes[index])
             if known is None or not self._is_page(known, request, index, parent):
                 break
             parent = known.page
             pages.append(parent)
         return pages
 
-    def closest(self, request: Request, pages: Sequence[int], max_tokens: int) -> tuple[int, int]:
-        """The known page that goes on from `pages` most like the request does, within its first `max_tokens`
-        tokens, and how many tokens they have in common there (0: there is none).
+    def closest(self, pages: Sequence[int], token_ids: tuple[int, ...], salt: str | None) -> tuple[int, int]:
+        """The known page that goes on from `pages` most like `token_ids`, and how many tokens they have in
+        common (0: there is none).
 
         What they have in common is computed. The page is not held yet: `pool.share` it until it is copied.
         """
-        start = len(pages) * self.page_size
-        stop = min(start + self.page_size, max_tokens, request.num_tokens)
-        if stop <= start:
-            return 0, 0
-        prefix = pages[-1] if pages else (request.cache_salt,)
-        return self._continuations.closest(prefix, tuple(request.token_ids(start, stop))) or (0, 0)
+        return self._continuations.closest(pages[-1] if pages else (salt,), token_ids) or (0, 0)
 
     def insert(self, request: Request) -> None:
         """Make the request's full computed pages known, and swap those known already for the known ones.
@@ -185,7 +190,7 @@ class PrefixCache:
         return (
             known.parent == parent
             and known.salt == request.cache_salt
-            and known.token_ids == tuple(request.token_ids(start, start + self.page_size))
+            and known.token_ids == tokens_of(request, start, start + self.page_size)
         )
 
     def _remember(
@@ -194,7 +199,7 @@ class PrefixCache:
         self._unlearn(page)  # what was known of it while it was not full
         start = index * self.page_size
         stop = min(start + self.page_size, request.num_computed)
-        token_ids = tuple(request.token_ids(start, stop))
+        token_ids = tokens_of(request, start, stop)
         known = _Known(page, parent, token_ids, request.cache_salt, digest)
         self._by_page[page] = known
         self._continuations.add(known.prefix, token_ids, page)

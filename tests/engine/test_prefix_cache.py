@@ -35,6 +35,12 @@ def check(pool: PagePool, cache: PrefixCache) -> None:
     cache.check_integrity()
 
 
+def closest(cache: PrefixCache, request: Request, pages: list[int], max_tokens: int) -> tuple[int, int]:
+    return cache.closest(
+        pages, tuple(request.token_ids(len(pages) * PAGE_SIZE, max_tokens)), request.cache_salt
+    )
+
+
 def test_a_hash_covers_the_tokens_the_parent_and_the_salt():
     root = root_hash(None)
     assert page_hash(root, [1, 2, 3]) == page_hash(root, (1, 2, 3))
@@ -175,14 +181,14 @@ def test_the_page_that_begins_most_alike_is_found():
     compute(pool, cache, make_request("b", [*range(4), 10, 11, 20, 21]))
     wanted = make_request("c", [*range(4), 10, 11, 12, 90, 91])
     assert cache.match(wanted, 8) == [0]
-    assert cache.closest(wanted, [0], 8) == (1, 3)
-    assert cache.closest(wanted, [0], 6)[1] == 2
-    assert cache.closest(wanted, [0], 4) == (0, 0)
+    assert closest(cache, wanted, [0], 8) == (1, 3)
+    assert closest(cache, wanted, [0], 6)[1] == 2
+    assert closest(cache, wanted, [0], 4) == (0, 0)
     # The same tokens continue another page, another prompt's beginning, or another salt.
-    assert cache.closest(wanted, [1], 8) == (0, 0)
-    assert cache.closest(make_request("d", [10, 11, 12, 13]), [], 4) == (0, 0)
-    assert cache.closest(make_request("e", [0, 1, 2, 90], cache_salt="x"), [], 4) == (0, 0)
-    assert cache.closest(make_request("f", [0, 1, 2, 90]), [], 4) == (0, 3)
+    assert closest(cache, wanted, [1], 8) == (0, 0)
+    assert closest(cache, make_request("d", [10, 11, 12, 13]), [], 4) == (0, 0)
+    assert closest(cache, make_request("e", [0, 1, 2, 90], cache_salt="x"), [], 4) == (0, 0)
+    assert closest(cache, make_request("f", [0, 1, 2, 90]), [], 4) == (0, 3)
 
 
 def test_what_lies_behind_the_last_full_page_is_found_until_it_is_part_of_a_full_page():
@@ -190,10 +196,10 @@ def test_what_lies_behind_the_last_full_page_is_found_until_it_is_part_of_a_full
     owner = make_request("a", range(7))
     compute(pool, cache, owner)
     wanted = make_request("b", [*range(6), 90])
-    assert cache.closest(wanted, [0], 6) == (0, 0)
+    assert closest(cache, wanted, [0], 6) == (0, 0)
     cache.insert_rest(owner)
     check(pool, cache)
-    assert cache.closest(wanted, [0], 6) == (1, 2)
+    assert closest(cache, wanted, [0], 6) == (1, 2)
     assert cache.match(wanted, 7) == [0]
     assert not cache.knows(1)
     owner.output_token_ids = [7]
@@ -201,7 +207,7 @@ def test_what_lies_behind_the_last_full_page_is_found_until_it_is_part_of_a_full
     cache.insert(owner)
     check(pool, cache)
     assert cache.knows(1)
-    assert cache.closest(wanted, [0], 6) == (1, 2)
+    assert closest(cache, wanted, [0], 6) == (1, 2)
 
 
 def test_the_rest_of_a_request_is_evicted_before_the_pages_it_continues():
