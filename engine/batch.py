@@ -1,5 +1,7 @@
 """StepPlan -> StepArrays: the numbers of one step, in the shape of its bucket. The only `device_put`.
 
+The numbers are one numpy vector that goes to the device with the step's own call.
+
 Arrays that only unusual sampling needs (histories, masks, biases) are put on the device for the steps
 that need them; all others are given the same idle ones, made once.
 """
@@ -89,11 +91,12 @@ class BatchBuilder:
                 )
             self._fill_tokens(plan, views, seats, starts, lens, ends, samples, before)
             draws, unusual = self._fill_logits(plan, views, seats, starts + lens, ends, samples, num_logits)
-        put = jax.device_put((numbers, unusual) if unusual else numbers, self._device)
-        on_device, special = put if unusual else (put, {})
+        # The numbers themselves go to the device with the step's call: a put of their own costs the host
+        # several times what the rest of the call does.
+        special = jax.device_put(unusual, self._device) if unusual else {}
         drawn = self._nothing_drawn if before is None else before.outputs.token_ids
         rest = self._idle_arrays(bucket.num_logits) | special
-        return StepArrays(numbers=on_device, drawn=drawn, **rest), draws
+        return StepArrays(numbers=numbers, drawn=drawn, **rest), draws
 
     def idle_arrays(self, bucket: Bucket) -> StepArrays:
         """Inputs of a step with no rows: the shapes to compile for."""

@@ -160,9 +160,13 @@ class _ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
-        # An id beyond the vocabulary (models pad their last layer) has no text, as in tokenizer.decode.
         table = self._token_bytes
-        return self._utf8.decode(b"".join([table[token] for token in token_ids if token < len(table)]))
+        try:
+            whole = b"".join(map(table.__getitem__, token_ids))
+        except IndexError:
+            # An id beyond the vocabulary (models pad their last layer) has no text, as in tokenizer.decode.
+            whole = b"".join([table[token] for token in token_ids if token < len(table)])
+        return self._utf8.decode(whole)
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

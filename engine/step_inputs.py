@@ -115,7 +115,7 @@ ANY_FLAGS = ("any_penalty", "any_mask", "any_bias", "any_logprobs")
 class StepArrays:
     """The argument of a compiled step; `unpack` gives its `StepInputs`, inside the step."""
 
-    numbers: jax.Array  # i32[shape.size]
+    numbers: jax.Array | np.ndarray  # i32[shape.size]
     drawn: jax.Array  # i32[num_draws], `StepOutputs.token_ids` of the step before
     history: jax.Array  # these four as in SamplingInputs
     token_mask: jax.Array

@@ -20,6 +20,7 @@ import numpy as np
 from engine.batch import BatchBuilder
 from engine.buckets import choose_bucket, declare_buckets
 from engine.checkpoints import DEFAULT_MODEL, LoadedModel, load_config, load_tokenizer
+from engine.collector import spare_long_lived_objects
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import TidemillError
@@ -57,7 +58,8 @@ class Stopwatch:
 
 
 class FreeDevice:
-    """Stands in for a StepRunner: builds each step's inputs, and has its tokens at once."""
+    """Stands in for a StepRunner: builds each step's inputs and calls a compiled step that computes nothing;
+    its tokens are there at once."""
 
     num_compiled = 0
     compile_seconds = 0.0
@@ -78,6 +80,10 @@ class FreeDevice:
             device=jax.devices("cpu")[0],
             group_costs=GroupCosts(),
         )
+        step = jax.jit(lambda arrays: arrays.drawn, keep_unused=True)
+        self._steps = {
+            bucket: step.lower(self.batch.idle_arrays(bucket)).compile() for bucket in self.buckets
+        }
         pick = np.random.default_rng(0)
         self._outputs = [
             _outputs(pick.integers(300, min(40_000, model.vocab_size), config.max_num_seqs, dtype=np.int32))
@@ -89,7 +95,8 @@ class FreeDevice:
         plan, branches = self.batch.arrange(plan)
         num_tokens = plan.num_tokens
         bucket = choose_bucket(self.buckets, num_tokens, plan.num_logits)
-        _, draws = self.batch.build(plan, branches, bucket, before)
+        arrays, draws = self.batch.build(plan, branches, bucket, before)
+        self._steps[bucket](arrays)
         self.num_computed_tokens += num_tokens
         self.num_padded_tokens += bucket.num_tokens - num_tokens
         self._num_steps += 1
@@ -114,26 +121,31 @@ def make_engine(source: str, config: EngineConfig, num_pages: int) -> tuple[Engi
 
 
 class Crowd:
-    """Requests of one template, each with a part and a length of its own, without end."""
+    """Requests of one template, each with a part and a length of its own; made before the clock starts."""
 
-    def __init__(self, text_ids: Sequence[int], seed: int):
-        self._text_ids = text_ids
-        self._pick = random.Random(seed)
-        self._template = self._cut(TEMPLATE_LEN)
-        self._num = 0
+    def __init__(self, text_ids: Sequence[int], seed: int, count: int):
+        pick = random.Random(seed)
 
-    def _cut(self, length: int) -> list[int]:
-        start = self._pick.randrange(len(self._text_ids) - length)
-        return list(self._text_ids[start : start + length])
+        def cut(length: int) -> tuple[int, ...]:
+            start = pick.randrange(len(text_ids) - length)
+            return tuple(text_ids[start : start + length])
+
+        lengths = {
+            length: SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+            for length in range(MIN_NEW, MAX_NEW + 1)
+        }
+        template = cut(TEMPLATE_LEN)
+        self._requests = [
+            (template + cut(pick.randint(MIN_OWN, MAX_OWN)), lengths[pick.randint(MIN_NEW, MAX_NEW)])
+            for _ in range(count)
+        ]
+        self._num_added = 0
 
     def add_to(self, engine: Engine, count: int) -> None:
         for _ in range(count):
-            prompt = self._template + self._cut(self._pick.randint(MIN_OWN, MAX_OWN))
-            sampling = SamplingParams(
-                temperature=0.0, max_tokens=self._pick.randint(MIN_NEW, MAX_NEW), ignore_eos=True
-            )
-            engine.add_request(f"r{self._num}", prompt, sampling=sampling)
-            self._num += 1
+            prompt, sampling = self._requests[self._num_added]
+            engine.add_request(f"r{self._num_added}", prompt, sampling=sampling)
+            self._num_added += 1
 
 
 def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bool = True) -> dict[str, Any]:
@@ -146,11 +158,13 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
     )
     engine, device = make_engine(source, config, num_pages=4096)
     text_ids = engine.tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    crowd = Crowd(text_ids, seed=0)
+    num_steps_before = 2 * MAX_NEW  # past the first waves, requests begin and end at any step
+    crowd = Crowd(text_ids, 0, 2 * NUM_SEQS + (num_steps_before + num_steps) * NUM_SEQS // MIN_NEW)
     crowd.add_to(engine, 2 * NUM_SEQS)
-    for _ in range(MAX_NEW):  # past the first wave, requests begin and end at any step
+    for _ in range(num_steps_before):
         engine.step()
         crowd.add_to(engine, 2 * NUM_SEQS - engine.num_unfinished)
+    spare_long_lived_objects()
     watch = Stopwatch()
     scheduler: Any = engine._scheduler
     scheduler.schedule = watch.watch("schedule", scheduler.schedule)

@@ -239,7 +239,7 @@ def test_a_shape_that_was_not_declared_is_refused_naming_the_argument():
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "at least engine.max_num_seqs"),
         ({"hbm_utilization": 1.5}, "engine.hbm_utilization=1.5"),
         ({"dtype": "float8"}, "choose one of float32, bfloat16"),
-        ({"attention_backend": "cuda"}, "choose one of auto, xla"),
+        ({"attention_backend": "cuda"}, "choose one of auto, cpu, xla"),
         ({"scheduling_policy": "lifo"}, "choose one of fcfs, priority"),
         ({"async_scheduling": "no"}, "engine.async_scheduling=.no.: give true or false"),
     ],
@@ -258,13 +258,13 @@ def test_more_than_the_model_or_the_memory_holds_is_refused_with_the_numbers():
 
 def test_statistics_add_up():
     engine = tiny_engine(num_pages=44)
-    outputs = engine.generate([[7] * 40, [7] * 40, [8] * 5], GREEDY)
+    outputs = engine.generate([[7] * 40, [7] * 39 + [9], [8] * 5], GREEDY)
     stats = engine.stats()
     assert stats.num_steps == len(stats.step_seconds) == len(stats.batch_occupancy)
     assert stats.num_generated_tokens == sum(len(output.outputs[0].token_ids) for output in outputs)
     assert stats.num_prompt_tokens == 85
-    assert stats.num_cached_tokens == sum(output.num_cached_tokens for output in outputs) == 32
-    assert stats.num_computed_tokens == 85 - 32 + stats.num_generated_tokens - 3
+    assert stats.num_cached_tokens == sum(output.num_cached_tokens for output in outputs) == 39
+    assert stats.num_computed_tokens == 85 - 39 + stats.num_generated_tokens - 3
     assert stats.pages_free + stats.pages_cached == engine.num_pages
     assert engine.stats().step_seconds == ()
 
