@@ -39,13 +39,20 @@ class Engine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, config: EngineConfig | None = None, *, runner: StepRunner | None = None
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        takes_weights: bool = False,
+        runner: StepRunner | None = None,
     ):
+        """`takes_weights`: nobody else needs `loaded.model`, whose arrays are then deleted as the engine packs them,
+        so that no two copies of the weights are held."""
         self.config = config or EngineConfig()
-        self.loaded = loaded
+        self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = self.config.model_len(loaded.config.max_position_embeddings)
-        self._runner = runner or self._make_runner()
+        self._runner = runner or self._make_runner(loaded, takes_weights)
         self._in_flight: InFlight | None = None
         self._scheduler = Scheduler(
             SchedulerSettings(
@@ -79,7 +86,7 @@ class Engine:
         """
         config = EngineConfig(**options)
         select_platform(config.platform)
-        return cls(load(source, revision=revision, dtype=config.dtype), config)
+        return cls(load(source, revision=revision, dtype=config.dtype), config, takes_weights=True)
 
     # -- whole calls -------------------------------------------------------------------------------
 
@@ -181,7 +188,7 @@ class Engine:
         params = sampling or SamplingParams()
         if request_id in self._groups or request_id in self._duplicates:
             raise RequestError("duplicate_request_id", f"request {request_id!r} is unfinished already")
-        params.check_vocab(self.loaded.config.vocab_size)
+        params.check_vocab(self.model_config.vocab_size)
         if prompt is not None and prompt_token_ids is None:
             token_ids = self._tokenize(prompt)
         elif prompt_token_ids is not None and prompt is None:
@@ -190,7 +197,7 @@ class Engine:
             raise RequestError(
                 "bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them"
             )
-        check_token_ids(request_id, token_ids, self.loaded.config.vocab_size)
+        check_token_ids(request_id, token_ids, self.model_config.vocab_size)
         if expected_output_len is not None and expected_output_len < 1:
             raise ValueError(f"expected_output_len is {expected_output_len}: give at least 1, or None")
         text, now = prompt if isinstance(prompt, str) else None, time.monotonic()
@@ -211,7 +218,7 @@ class Engine:
                 ),
                 sample_index=index,
                 priority=priority,
-                eos_token_ids=frozenset(self.loaded.config.eos_token_ids),
+                eos_token_ids=frozenset(self.model_config.eos_token_ids),
                 bad_words_token_ids=bad_words,
                 cache_salt=cache_salt,
                 expected_len=None if expected_output_len is None else len(token_ids) + expected_output_len,
@@ -369,13 +376,15 @@ class Engine:
             return group.output(delta)
         return group.output(delta) if group.stream and delta else None
 
-    def _make_runner(self) -> StepRunner:
+    def _make_runner(self, loaded: LoadedModel, takes_weights: bool) -> StepRunner:
         select_platform(self.config.platform)
         use_compilation_cache(self.config.compilation_cache_dir)
         # After the platform is chosen, so that importing this module starts no backend.
         from engine.runner import StepRunner
 
-        return StepRunner(self.loaded.model, self.loaded.config, self.config, self.max_model_len)
+        return StepRunner(
+            loaded.model, loaded.config, self.config, self.max_model_len, takes_weights=takes_weights
+        )
 
     def _add(self, prompt: str | TokenIds | Chat, params: SamplingParams, stream: bool = False) -> str:
         """Queue a prompt of `generate` or `stream` under an id of the engine's own."""

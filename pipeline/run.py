@@ -72,7 +72,7 @@ def make_engine(loaded: Any, settings: Settings) -> Any:
     """An engine with every step compiled."""
     from engine.engine import Engine
 
-    return Engine(loaded, settings.engine)
+    return Engine(loaded, settings.engine, takes_weights=True)
 
 
 def run_job(

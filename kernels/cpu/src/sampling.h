@@ -38,18 +38,13 @@ TIDEMILL_INLINE vf logarithm(vf x) {
 }
 
 template <typename Word>
-struct Pair {
-  Word first, second;
-};
-
-template <typename Word>
 TIDEMILL_INLINE Word rotated(Word x, int by) {
   return (x << by) | (x >> (32 - by));
 }
 
 // Threefry-2x32 with 20 rounds (Salmon et al. 2011): the generator of jax.random's default keys.
 template <typename Word>
-TIDEMILL_INLINE Pair<Word> threefry(uint32_t key0, uint32_t key1, Word x0, Word x1) {
+TIDEMILL_INLINE void threefry(uint32_t key0, uint32_t key1, Word& x0, Word& x1) {
   const uint32_t keys[3] = {key0, key1, key0 ^ key1 ^ 0x1BD11BDAu};
   constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
   x0 = x0 + keys[0];
@@ -64,13 +59,13 @@ TIDEMILL_INLINE Pair<Word> threefry(uint32_t key0, uint32_t key1, Word x0, Word 
     x0 = x0 + keys[(block + 1) % 3];
     x1 = x1 + (keys[(block + 2) % 3] + static_cast<uint32_t>(block + 1));
   }
-  return {x0, x1};
 }
 
 // Standard Gumbel noise of the tokens `index`, as jax.random.gumbel(key, (V,)) has it.
 TIDEMILL_INLINE vf gumbel(uint32_t key0, uint32_t key1, vu index) {
-  const Pair<vu> bits = threefry<vu>(key0, key1, vu{}, index);
-  const vu mantissa = ((bits.first ^ bits.second) >> 9) | splat_bits(0x3f800000u);
+  vu high = vu{};
+  threefry(key0, key1, high, index);
+  const vu mantissa = ((high ^ index) >> 9) | splat_bits(0x3f800000u);
   const vf tiny = splat(std::numeric_limits<float>::min());
   const vf uniform = maximum(reinterpret_cast<vf>(mantissa) - splat(1.0f), tiny);
   return -logarithm(maximum(-logarithm(uniform), tiny));
@@ -108,8 +103,9 @@ class Row {
     float floor = min_p > 0 ? std::log(min_p) : -std::numeric_limits<float>::infinity();
     if (top_k < size_) floor = kth_largest(top_k, floor);
     if (top_p < 1) floor = nucleus(top_p, floor);
-    const Pair<uint32_t> key = threefry<uint32_t>(key0, key1, 0u, static_cast<uint32_t>(position));
-    return noisiest(floor, key.first, key.second, likeliest);
+    uint32_t high = 0, low = static_cast<uint32_t>(position);
+    threefry(key0, key1, high, low);
+    return noisiest(floor, high, low, likeliest);
   }
 
  private:
