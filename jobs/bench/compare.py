@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from engine.checkpoints import DEFAULT_MODEL, load_tokenizer
 from engine.checkpoints.chat import has_chat_template, render_chat_text
 from engine.errors import ConfigError, MissingExtraError
 from jobs.bench.arguments import fraction, lengths, names_of, not_negative, pair, positive
-from jobs.bench.comparison import Comparison, build_comparison
-from jobs.bench.competitors import COMPETITORS, OURS, PEERS, PEERS_FOLDER, Conditions
+from jobs.bench.comparison import Comparison, build_comparison, workload_values
+from jobs.bench.competitors import COMPETITORS, OURS, PEERS, PEERS_FOLDER, Competitor, Conditions
 from jobs.bench.machine import measure_machine
 from jobs.bench.near_ties import dense_logits
 from jobs.bench.peer import PeerProcess
-from jobs.bench.protocol import Entrant, Rules, Run, alternate
+from jobs.bench.protocol import Entrant, Rules, alternate
 from jobs.bench.workloads import SHAPES, WORKLOADS, Shape, Workload, make_workload, real_text
 
 # The warm-up's ids come from a seed that no repeat uses; so many new tokens show what a step costs.
@@ -88,7 +88,11 @@ def _value(text: str) -> Any:
     return text
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> Comparison:
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> Comparison:
     """Build what is absent, measure, judge the tokens, and write the results to --out."""
     _need_matplotlib()
     shares = {name: entry.share for name, entry in COMPETITORS.items()} | dict(options.peer_share)
@@ -109,21 +113,6 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> Comp
     machine = measure_machine()
     make = _maker(options)
     about: dict[str, str] = {}
-    runs: dict[str, list[Run]] = {}
-    workloads: dict[str, list[Workload]] = {}
-    for name in options.workloads:
-        workloads[name] = [make(name, options.seed + repeat) for repeat in range(options.repeats)]
-        warm_up = make(name, WARM_UP_SEED, quick=True)
-        warm_up = replace(warm_up, max_tokens=tuple(min(n, WARM_UP_TOKENS) for n in warm_up.max_tokens))
-        fitting = replace(conditions, max_model_len=_model_len([*workloads[name], warm_up]))
-
-        def start(competitor: Any, conditions: Conditions = fitting) -> PeerProcess:
-            process = PeerProcess(competitor.name, competitor.launch(conditions, options.peers_folder))
-            about[competitor.name] = process.about
-            return process
-
-        entrants = [Entrant(each.name, shares[each.name], partial(start, each)) for each in competitors]
-        runs[name] = alternate(entrants, workloads[name], warm_up, rules, say)
     setup = {
         "command": "python -m jobs.bench compare " + " ".join(sys.argv[2:]),
         "python": sys.version.split()[0],
@@ -134,11 +123,26 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> Comp
         "shares": {competitor.name: shares[competitor.name] for competitor in competitors},
         "about": about,
     }
-    say("judging the tokens")
-    comparison = build_comparison(
-        machine, setup, competitors, workloads, runs, partial(dense_logits, options.model)
-    )
-    comparison.write(options.out)
+    load_logits = cache(partial(dense_logits, options.model))
+    found: dict[str, dict[str, Any]] = {}
+    comparison = build_comparison(machine, setup, found)
+    for name in options.workloads:
+        repeats = [make(name, options.seed + repeat) for repeat in range(options.repeats)]
+        warm_up = make(name, WARM_UP_SEED, quick=True)
+        warm_up = replace(warm_up, max_tokens=tuple(min(n, WARM_UP_TOKENS) for n in warm_up.max_tokens))
+        fitting = replace(conditions, max_model_len=_model_len([*repeats, warm_up]))
+
+        def start(competitor: Competitor, conditions: Conditions = fitting) -> PeerProcess:
+            process = PeerProcess(competitor.name, competitor.launch(conditions, options.peers_folder))
+            about[competitor.name] = process.about
+            return process
+
+        entrants = [Entrant(each.name, shares[each.name], partial(start, each)) for each in competitors]
+        runs = alternate(entrants, repeats, warm_up, rules, say)
+        found[name] = workload_values(competitors, repeats, runs, load_logits)
+        # After every workload: what is measured is kept should a later one fail.
+        comparison = build_comparison(machine, setup, found)
+        comparison.write(options.out)
     return comparison
 
 

@@ -65,53 +65,53 @@ class Comparison:
 
 
 def build_comparison(
-    machine: Machine,
-    setup: dict[str, Any],
-    competitors: Sequence[Competitor],
-    workloads: Mapping[str, Sequence[Workload]],
-    runs: Mapping[str, Sequence[Run]],
-    load_logits: Callable[[], Logits],
+    machine: Machine, setup: dict[str, Any], found: Mapping[str, dict[str, Any]]
 ) -> Comparison:
-    """`load_logits` makes the judge of differing tokens; it is called when there is something to judge."""
-    found: dict[str, Any] = {}
-    logits: list[Logits] = []
-
-    def judged(agreement: Agreement, differences: Sequence[Difference]) -> Agreement:
-        if differences and not logits:
-            logits.append(load_logits())
-        return judge(agreement, differences, logits[0]) if differences else agreement
-
-    for name, repeats in workloads.items():
-        by_engine = {each.name: [run for run in runs[name] if run.name == each.name] for each in competitors}
-        engines = {each.name: _engine_values(each, by_engine[each.name], repeats) for each in competitors}
-        reference = _reference(competitors) if repeats[0].is_fixed else None
-        for each in competitors:
-            if reference is not None and each.name != reference:
-                agreement = _agreement(repeats, by_engine[each.name], by_engine[reference], judged)
-                engines[each.name]["agreement"] = asdict(agreement) | {
-                    "gaps": list(agreement.gaps),
-                    "near_ties": agreement.num_near_ties,
-                    "is_right": agreement.is_right,
-                }
-        found[name] = {
-            "rows": len(repeats[0].prompts),
-            "prompt_tokens": [workload.num_prompt_tokens for workload in repeats],
-            "is_fixed": repeats[0].is_fixed,
-            "reference": reference,
-            "engines": engines,
-            "ratios": {
-                ours.name: {
-                    peer.name: asdict(_ratio(by_engine[ours.name], by_engine[peer.name]))
-                    for peer in competitors
-                    if not peer.is_ours
-                }
-                for ours in competitors
-                if ours.is_ours
-            },
-        }
+    """`found` is what `workload_values` gave, by workload."""
     measured = asdict(machine) | {"busy_processes": list(machine.busy_processes)}
-    data = {"machine": measured, "setup": setup, "workloads": found}
+    data = {"machine": measured, "setup": setup, "workloads": dict(found)}
     return Comparison(data, _table(machine, data))
+
+
+def workload_values(
+    competitors: Sequence[Competitor],
+    repeats: Sequence[Workload],
+    runs: Sequence[Run],
+    load_logits: Callable[[], Logits],
+) -> dict[str, Any]:
+    """All that was found of one workload.
+
+    `load_logits` makes the judge of differing tokens; it is called only when there is something to judge.
+    """
+    by_engine = {each.name: [run for run in runs if run.name == each.name] for each in competitors}
+    engines = {each.name: _engine_values(each, by_engine[each.name], repeats) for each in competitors}
+    reference = _reference(competitors) if repeats[0].is_fixed else None
+    for each in competitors:
+        if reference is not None and each.name != reference:
+            agreement, differences = _agreement(repeats, by_engine[each.name], by_engine[reference])
+            if differences:
+                agreement = judge(agreement, differences, load_logits())
+            engines[each.name]["agreement"] = asdict(agreement) | {
+                "gaps": list(agreement.gaps),
+                "near_ties": agreement.num_near_ties,
+                "is_right": agreement.is_right,
+            }
+    return {
+        "rows": len(repeats[0].prompts),
+        "prompt_tokens": [workload.num_prompt_tokens for workload in repeats],
+        "is_fixed": repeats[0].is_fixed,
+        "reference": reference,
+        "engines": engines,
+        "ratios": {
+            ours.name: {
+                peer.name: asdict(_ratio(by_engine[ours.name], by_engine[peer.name]))
+                for peer in competitors
+                if not peer.is_ours
+            }
+            for ours in competitors
+            if ours.is_ours
+        },
+    }
 
 
 def _reference(competitors: Sequence[Competitor]) -> str | None:
@@ -157,17 +157,15 @@ def _engine_values(
 
 
 def _agreement(
-    repeats: Sequence[Workload],
-    runs: Sequence[Run],
-    reference: Sequence[Run],
-    judged: Callable[[Agreement, Sequence[Difference]], Agreement],
-) -> Agreement:
-    parts, differences = [], []
+    repeats: Sequence[Workload], runs: Sequence[Run], reference: Sequence[Run]
+) -> tuple[Agreement, list[Difference]]:
+    parts: list[Agreement] = []
+    differences: list[Difference] = []
     for workload, run, right in zip(repeats, runs, reference, strict=True):
         part, found = compare_tokens(workload.prompts, run.measured.token_ids, right.measured.token_ids)
         parts.append(part)
         differences += found
-    return judged(together(parts), differences)
+    return together(parts), differences
 
 
 def _table(machine: Machine, data: dict[str, Any]) -> str:

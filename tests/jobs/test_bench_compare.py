@@ -19,7 +19,7 @@ import pytest
 from engine.errors import ConfigError
 from jobs.bench import compare
 from jobs.bench.__main__ import parser
-from jobs.bench.comparison import Spread, build_comparison
+from jobs.bench.comparison import Spread, build_comparison, workload_values
 from jobs.bench.competitors import COMPETITORS, REFERENCE, Conditions, Launch
 from jobs.bench.machine import Machine
 from jobs.bench.measurement import Measurement
@@ -253,9 +253,8 @@ def small_comparison(workload: Workload = WORKLOAD) -> Any:
     competitors = [COMPETITORS["tidemill-f32"], COMPETITORS[REFERENCE]]
     setup = {"command": "the command", "rules": {"repeats": 2}, "about": {REFERENCE: "version 1"}}
     logits = np.zeros(100, np.float32)
-    return build_comparison(
-        MACHINE, setup, competitors, {"W2": [workload] * 2}, {"W2": runs}, lambda: lambda context: logits
-    )
+    found = workload_values(competitors, [workload] * 2, runs, lambda: lambda context: logits)
+    return build_comparison(MACHINE, setup, {"W2": found})
 
 
 def test_ratios_are_of_rates_repeat_by_repeat():
@@ -337,11 +336,11 @@ def test_an_engine_option_that_is_not_there_is_named(tmp_path: Path):
 
 
 def test_the_whole_of_it_with_our_own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Real processes, a real engine: two repeats of a small W1b."""
+    """A real process with a real engine: a small W1b."""
     monkeypatch.setattr(compare, "measure_machine", lambda: MACHINE)  # takes seconds, and is run elsewhere
     model = make_tiny_checkpoint(tmp_path / "model", max_position_embeddings=1024)
     found = options(
-        *("--peers", "", "--ours", "tidemill-f32", "--workloads", "W1b", "--repeats", "2", "--model", model),
+        *("--peers", "", "--ours", "tidemill-f32", "--workloads", "W1b", "--repeats", "1", "--model", model),
         *("--rows", "8", "--prompt-lens", "8-16", "--output-lens", "2-4", "--prefix-len", "64"),
         *("--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--max-others-cores", "64"),
         *("--out", str(tmp_path / "out"), "--engine", "kv_cache_bytes=4000000"),
@@ -349,9 +348,9 @@ def test_the_whole_of_it_with_our_own_engine(tmp_path: Path, monkeypatch: pytest
     said: list[str] = []
     comparison = compare.run(found, said.append)
     engine = comparison.data["workloads"]["W1b"]["engines"]["tidemill-f32"]
-    assert [run["rows"] for run in engine["runs"]] == [8, 8]
+    assert [run["rows"] for run in engine["runs"]] == [8]
     assert engine["peak_memory_bytes"]["min"] > 50 << 20
     assert all(run["prefix_hit"] > 0.3 for run in engine["runs"])
     assert comparison.data["setup"]["conditions"]["engine"] == {"kv_cache_bytes": 4_000_000}
     assert (tmp_path / "out" / "comparison.png").is_file()
-    assert len([line for line in said if "tokens/s" in line]) == 2
+    assert len([line for line in said if "tokens/s" in line]) == 1
