@@ -33,6 +33,11 @@ class Backends(NamedTuple):
                 raise ConfigError(f"engine.{name}_backend=cpu: {reason}, or choose auto")
         return cls(**{name: best if choice == "auto" else choice for name, choice in asked.items()})
 
+    @property
+    def skips_padding(self) -> bool:
+        """Padding rows of a step cost nothing that counts: attention, products and draws leave them out."""
+        return self.attention == self.linear == "cpu"
+
     def describe(self) -> str:
         """One line: what runs, and what is lost where it is not the best."""
         if self.attention == self.linear == "cpu":

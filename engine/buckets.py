@@ -16,18 +16,28 @@ class Bucket(NamedTuple):
     num_logits: int
 
 
-def declare_buckets(min_token_pad: int, max_num_batched_tokens: int, max_num_seqs: int) -> tuple[Bucket, ...]:
+def declare_buckets(
+    min_token_pad: int, max_num_batched_tokens: int, max_num_seqs: int, *, skips_padding: bool = False
+) -> tuple[Bucket, ...]:
     """Buckets in the order they are tried: the first that holds a step is the cheapest that does.
 
-    Below 64 tokens they are 16 apart, above it four to a doubling: a step is padded by 8 % on average and
+    skips_padding: the step's kernels compute no padding rows, so that only what is cheap is done for them:
+        then there are few buckets, each twice as large as the one before or more.
+
+    Otherwise, below 64 tokens they are 16 apart, above it four to a doubling: a step is padded by 8 % on average and
     by a quarter at most. A step of fewer tokens costs little, and a finer grid much to compile.
     """
     sizes = [min_token_pad]
+    most_tokens = _round_up(max_num_batched_tokens, min_token_pad)
+    most_logits = _round_up(max_num_seqs, min_token_pad)
+    if skips_padding:
+        while sizes[-1] < most_tokens:
+            sizes.append(min(sizes[-1] * (4 if sizes[-1] < 256 else 2), most_tokens))
+        return tuple(Bucket(size, min(size, most_logits)) for size in sizes)
     while sizes[-1] < max_num_batched_tokens:
         doubling = 1 << (sizes[-1].bit_length() - 1)  # the power of two at or below
         apart = max(min_token_pad, 16, doubling // 4)
-        sizes.append(min((sizes[-1] // apart + 1) * apart, _round_up(max_num_batched_tokens, min_token_pad)))
-    most_logits = _round_up(max_num_seqs, min_token_pad)
+        sizes.append(min((sizes[-1] // apart + 1) * apart, most_tokens))
     buckets = [Bucket(size, min(size, most_logits)) for size in sizes]
     # A step as large as this is mostly prefill, and often needs few logits: a head of a large vocabulary
     # over rows that nobody asked for would be a good part of it.

@@ -76,7 +76,7 @@ class EngineStats:
     num_computed_tokens: int
     """Tokens fed through the model, recomputed ones included."""
     num_padded_tokens: int
-    """Padding fed through with them."""
+    """Padding fed through with them; none where the kernels leave padding out."""
     num_generated_tokens: int
     running: int
     waiting: int

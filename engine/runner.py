@@ -90,7 +90,10 @@ class StepRunner:
             make_step(options, self._layout, self.backends.linear), donate_argnums=2, static_argnums=0
         )
         self.buckets = declare_buckets(
-            config.min_token_pad, config.max_num_batched_tokens, config.max_num_seqs
+            config.min_token_pad,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            skips_padding=self.backends.skips_padding,
         )
         self._batch = BatchBuilder(
             buckets=self.buckets,
@@ -141,7 +144,8 @@ class StepRunner:
             self._kv_pages = self._copier.run(self._kv_pages, plan.copies)
         self._kv_pages, outputs = self._call(bucket, arrays)
         self.num_computed_tokens += num_tokens
-        self.num_padded_tokens += bucket.num_tokens - num_tokens
+        if not self.backends.skips_padding:
+            self.num_padded_tokens += bucket.num_tokens - num_tokens
         return InFlight(plan, outputs, draws, started)
 
     def collect(self, step: InFlight) -> StepResults:

@@ -17,11 +17,12 @@ from tests.engine.host import make_request, make_scheduler
     pad=st.sampled_from([8, 16, 64]),
     seqs=st.integers(1, 300),
     more=st.integers(0, 4000),
+    skips_padding=st.booleans(),
     data=st.data(),
 )
-def test_every_plan_has_a_bucket_and_gets_the_smallest(pad, seqs, more, data):
+def test_every_plan_has_a_bucket_and_gets_the_smallest(pad, seqs, more, skips_padding, data):
     most_tokens = seqs + more
-    buckets = declare_buckets(pad, most_tokens, seqs)
+    buckets = declare_buckets(pad, most_tokens, seqs, skips_padding=skips_padding)
     assert len(set(buckets)) == len(buckets)
     assert all(bucket.num_tokens % pad == bucket.num_logits % pad == 0 for bucket in buckets)
     num_tokens = data.draw(st.integers(1, most_tokens))
@@ -42,6 +43,10 @@ def test_a_step_is_padded_by_a_quarter_at_most():
         shares.append(1 - num_tokens / bucket.num_tokens)
     assert sum(shares) / len(shares) < 0.085
     assert len(buckets) <= 21, "each costs time at every start"
+
+
+def test_few_steps_are_compiled_where_padding_costs_nothing():
+    assert [size for size, _ in declare_buckets(16, 1024, 256, skips_padding=True)] == [16, 64, 256, 512, 1024]
 
 
 def shared_prefix(pick: random.Random) -> tuple[list[int], int]:
