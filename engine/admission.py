@@ -61,7 +61,7 @@ class Admission:
 
         Args:
             running: the running requests in order; those that start are put in their places.
-            plan: plans a started request's first tokens in the step, taking pages for them.
+            plan: plans a started request's first tokens in the step, taking pages and setting others aside.
         """
         limits = self._settings
         if not self._waiting:
@@ -95,10 +95,12 @@ class Admission:
             if found.num_copied and num_spare == 0 and not self._pool.is_held(found.source):
                 found = found._replace(num_copied=0)  # there is no room to hold what would be copied
             self._start(request, found, now)
-            insort(running, request, key=self.order)
+            if running and self.order(request) < self.order(running[-1]):
+                insort(running, request, key=self.order)
+            else:
+                running.append(request)
             step.spare_logits -= 1
             plan(request, step)
-            self.set_aside(request)
         for request in passed_over:
             self.wait(request)
 
