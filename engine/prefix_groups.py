@@ -96,12 +96,14 @@ def arrange_rows(rows: Sequence[PlannedRow], page_size: int) -> tuple[list[int],
     def place(members: list[int], column: int, outer: int | None, depth: int) -> None:
         """Give slots to rows that share all columns before `column`."""
         heads = [pages[member][column] for member in members]
-        if depth == MAX_DEPTH or len(set(heads)) == len(members):
+        num_heads = len(set(heads))
+        if depth == MAX_DEPTH or num_heads == len(members):
             order.extend(members)
             return
-        below: dict[int, list[int]] = {}
-        for head, member in zip(heads, members, strict=True):
-            below.setdefault(head, []).append(member)
+        below: dict[int, list[int]] = {heads[0]: members} if num_heads == 1 else {}
+        if num_heads > 1:
+            for head, member in zip(heads, members, strict=True):
+                below.setdefault(head, []).append(member)
         for together in below.values():
             if len(together) == 1:
                 order.append(together[0])

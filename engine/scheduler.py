@@ -178,30 +178,32 @@ class Scheduler:
             self.advance(plan)
         self._advanced = None
         finished: list[Request] = []
-        num_drawn = 0
         logprobs, over = results.logprobs, RequestStatus.FINISHED
-        rows = zip(plan.rows, results.token_ids, strict=True)
-        for index, ((request, _, _, samples, num_logits, _), token) in enumerate(rows):
+        num_silent = 0  # rows that draw nothing, or nothing that anybody waits for
+        for index, (row, token) in enumerate(zip(plan.rows, results.token_ids, strict=True)):
+            request = row[0]
             if request.status is over:
+                num_silent += 1
                 continue
-            if num_logits != samples:
-                record_prompt_logprobs(plan.rows[index], logprobs.get(index))
-            if not samples:
+            if row[4] != row[3]:  # logits of prompt positions
+                record_prompt_logprobs(row, logprobs.get(index))
+            if not row[3]:  # it draws nothing
+                num_silent += 1
                 continue
             if token is None:
                 raise ValueError(f"request {request.request_id!r}: its row samples and no token came")
             request.num_pending = 0
-            num_drawn += 1
             output = request.output_token_ids
-            if not output:
-                request.first_token_time = now
             output.append(token)
+            num_output = len(output)
+            if num_output == 1:
+                request.first_token_time = now
             if logprobs and index in logprobs:
                 record_logprob(request, logprobs[index])
-            may_end = len(output) >= request.max_output_len or token in request.end_token_ids
+            may_end = num_output >= request.max_output_len or token in request.end_token_ids
             if may_end and ends_with(request, token):
                 finished.append(request)
-        self._num_generated_tokens += num_drawn
+        self._num_generated_tokens += len(plan.rows) - num_silent
         if finished:
             self._running = [request for request in self._running if request.finish_reason is None]
             for request in finished:
