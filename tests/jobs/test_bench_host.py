@@ -1,0 +1,51 @@
+"""The host's part of a step is measured on steps that are full, and its parts make the whole."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from jobs.bench import host
+
+
+@pytest.fixture
+def collector():
+    thresholds = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
+
+
+@pytest.mark.usefixtures("collector")
+def test_host_work_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host, "NUM_SEQS", 32)
+    monkeypatch.setattr(host, "MAX_NEW", 70)
+    found = host.run(num_steps=20)
+    assert found["num_steps"] == 20
+    assert found["mean_sequences"] > 30
+    assert 30 < found["tokens_per_step"] <= 32
+    parts = found["cpu_ms_by_part"]
+    assert set(parts) == set(host.PARTS)
+    assert all(taken > 0 for taken in parts.values())
+    assert sum(parts.values()) <= found["cpu_ms_per_step"]
+
+
+def test_parts_inside_others_count_once(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(host.time, "thread_time", lambda: now[0])
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    watch = host.Stopwatch()
+    inner = watch.watch("batch", work)
+
+    def outer() -> None:
+        work(1.0)
+        inner(2.0)
+        work(3.0)
+
+    watch.watch("text", outer)()
+    assert watch.seconds["batch"] == 2.0
+    assert watch.seconds["text"] == 4.0
