@@ -14,9 +14,13 @@ from typing import NamedTuple
 from engine.page_pool import PagePool
 from engine.plan import PageCopy
 from engine.prefix_cache import PrefixCache, root_hash, tokens_of
+from engine.prefix_index import num_common_tokens
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings
 from engine.step_draft import StepDraft
+
+# Requests of which one step looks up what is known, only to find that they have to wait for what it computes.
+MAX_LOOKED_UP = 32
 
 
 class Admission:
@@ -31,6 +35,8 @@ class Admission:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self._num_set_aside = 0  # pages, over all running requests
+        # For a waiting request, whose prompt begins alike and is being computed, and how many tokens alike.
+        self._awaited: dict[Request, tuple[Request, int]] = {}
         # Requests that count the first tokens of a held page as computed, before they are copied.
         self._copies: dict[Request, tuple[int, int]] = {}
 
@@ -67,21 +73,28 @@ class Admission:
         if not self._waiting:
             return
         passed_over: list[Request] = []
+        num_looked_up = 0
         while (
             self._waiting
             and step.tokens_left > 0
             and step.spare_logits > 0
             and len(running) < limits.max_num_seqs
-            and len(passed_over) < limits.max_num_seqs  # bounds the work of one step
+            and len(passed_over) < limits.max_num_seqs  # these two bound the work of one step
+            and num_looked_up < MAX_LOOKED_UP
         ):
             request = heapq.heappop(self._waiting)[-1]
             if request.status is RequestStatus.FINISHED:
+                self._awaited.pop(request, None)
+                continue
+            if self._still_waits(request):
+                passed_over.append(request)
                 continue
             if request.num_pending:  # preempted by this plan, which was given up: its last token is to come
                 passed_over.append(request)
                 continue
             found = self._find(request)
             if self._waits_for_claim(request, found, step):
+                num_looked_up += 1
                 passed_over.append(request)
                 continue
             # Room for what it is expected to need, and for the same of everyone running: a request admitted
@@ -160,7 +173,8 @@ class Admission:
         for index in range(start // page_size, last + 1):
             stop = min((index + 1) * page_size, request.num_tokens)
             token_ids = tokens_of(request, index * page_size, stop)
-            step.claims.add(_prefix_hash(request, hashes, index), token_ids, 0)
+            step.claims.add(_prefix_hash(request, hashes, index), token_ids, len(step.owners))
+        step.owners.append(request)
 
     def _start(self, request: Request, found: _Found, now: float | None) -> None:
         self._pool.share(found.pages)
@@ -205,9 +219,25 @@ class Admission:
         claimed = step.claims.closest(
             _prefix_hash(request, request.page_hashes, len(found.pages)), found.wanted
         )
-        num_claimed = 0 if claimed is None else claimed[1]
+        if claimed is None:
+            return False
+        owner, num_claimed = step.owners[claimed[0]], claimed[1]
         limits = self._settings
-        return num_claimed == limits.page_size or num_claimed >= found.num_copied + limits.min_shared_tokens
+        if num_claimed < min(limits.page_size, found.num_copied + limits.min_shared_tokens):
+            return False
+        num_common = num_common_tokens(request.prompt_token_ids, owner.prompt_token_ids)
+        self._awaited[request] = (owner, num_common)
+        return True
+
+    def _still_waits(self, request: Request) -> bool:
+        """Whether the one that the request waits for has yet to compute tokens that both begin with."""
+        owner, num_common = self._awaited.get(request, (None, 0))
+        if owner is None:
+            return False
+        if owner.status is RequestStatus.RUNNING and owner.num_computed < num_common:
+            return True
+        del self._awaited[request]
+        return False
 
     def _num_wanted(self, found: list[int]) -> int:
         """Cached pages to leave alone as long as others run, because requests to come are known to want them.

@@ -10,14 +10,16 @@ from engine.request import Request
 class StepDraft:
     """The plan being made: what is in it and what is left of the step's budgets."""
 
-    __slots__ = ("chunks", "claims", "preempted", "singles", "spare_logits", "tokens_left")
+    __slots__ = ("chunks", "claims", "owners", "preempted", "singles", "spare_logits", "tokens_left")
 
     def __init__(self, max_tokens: int, spare_logits: int):
         self.singles: list[PlannedRow] = []
         self.chunks: list[PlannedRow] = []
         self.preempted: list[Request] = []
-        # The known tokens of the pages that this step's rows compute, by the hash of what each continues.
+        # The known tokens of the pages that this step's rows compute, by the hash of what each continues; in
+        # place of a page they lie in, whose they are: an index into `owners`.
         self.claims = PrefixIndex()
+        self.owners: list[Request] = []
         self.tokens_left = max_tokens
         # Logits beyond the one that is set aside for each running request.
         self.spare_logits = spare_logits

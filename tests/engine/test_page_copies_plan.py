@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.admission import MAX_LOOKED_UP
 from engine.plan import PageCopy
 from tests.engine.host import make_request, make_scheduler, pretend, run, shape, step
 
@@ -92,3 +93,26 @@ def test_without_room_to_hold_the_source_nothing_is_copied():
     plan, _ = step(scheduler)
     assert plan.copies == ()
     assert shape(plan) == [("b", 0, 3)]
+
+
+def test_looking_up_those_who_wait_is_bounded_and_nobody_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    """Sixty wait for one long prompt: each is looked up once or twice, not at every step."""
+    scheduler = make_scheduler(
+        max_num_seqs=64, max_num_batched_tokens=64, max_model_len=512, page_size=16, num_pages=2048
+    )
+    assert scheduler.cache is not None
+    match, looked_up = scheduler.cache.match, []
+    monkeypatch.setattr(
+        scheduler.cache, "match", lambda request, most: looked_up.append(request) or match(request, most)
+    )
+    for index in range(60):
+        scheduler.add(make_request(f"r{index}", [*TEMPLATE, 1000 + index], max_tokens=2))
+    scheduler.add(make_request("other", range(5000, 5004), max_tokens=2))
+    assert [shape(step(scheduler)[0]) for _ in range(3)] == [[("r0", at, 64)] for at in (0, 64, 128)]
+    plan, _ = step(scheduler)  # the last 59 tokens, with room for others: those at the head of the line
+    assert shape(plan)[0] == ("r0", 192, 59)
+    assert len(looked_up) == 1 + MAX_LOOKED_UP
+    plan, _ = step(scheduler)
+    assert shape(plan)[:3] == [("r0", 251, 1), ("r1", 250, 1), ("r2", 250, 1)]
+    assert len(run(scheduler)) == 60  # all but r0, which ended in that step
+    assert len(looked_up) <= 2 * 61
