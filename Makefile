@@ -14,10 +14,10 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_OUTPUT ?= demo-output
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check chaos bench clean
 .DEFAULT_GOAL := demo
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Tidemill needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=python3.11"; exit 1; }
 	@echo "Installing into $(VENV), which takes some minutes"
@@ -36,6 +36,24 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Random calls of the native kernels under the address and undefined-behaviour sanitizers; slower than tests should be.
+# Each instruction set that this CPU has; others answer with the best one it has.
+CHAOS_CASES ?= 400
+KERNEL_SOURCES := $(filter-out %_ffi.cpp,$(wildcard kernels/cpu/src/*.cpp))
+FUZZ_SOURCES := $(wildcard tests/kernels/native/*.cpp)
+
+chaos: build/fuzz
+	TIDEMILL_CPU_ISA=baseline build/fuzz 1 $(CHAOS_CASES)
+	TIDEMILL_CPU_ISA=avx2 build/fuzz 2 $(CHAOS_CASES)
+	TIDEMILL_CPU_ISA=avx512 build/fuzz 3 $(CHAOS_CASES)
+	build/fuzz 4 $(CHAOS_CASES)
+
+build/fuzz: $(KERNEL_SOURCES) $(wildcard kernels/cpu/src/*.h) $(FUZZ_SOURCES)
+	@mkdir -p build
+	$(CXX) -O1 -g -std=c++17 -ffp-contract=fast -fno-math-errno -fno-trapping-math \
+	  -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Ikernels/cpu/src \
+	  -o $@ $(FUZZ_SOURCES) $(KERNEL_SOURCES) -pthread
 
 bench: $(INSTALLED)
 	$(BIN)/python -m jobs.bench $(BENCH_ARGS)

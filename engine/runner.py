@@ -126,7 +126,8 @@ class StepRunner:
 
     @property
     def device_name(self) -> str:
-        return f"{self._device.platform}:{self._device.device_kind}"
+        """The device and the kernels that run on it, in one line."""
+        return f"{self._device.platform}:{self._device.device_kind}, {self.backends.describe()}"
 
     def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
         """Start one planned step (with at least one row), without waiting for anything. Rows that share pages

@@ -163,6 +163,7 @@ def _work(
         versions=package_versions(),
         fingerprint=ledger.fingerprint,
     )
+    print(f"engine: {facts.device}", file=sys.stderr, flush=True)
     stop.begin_work()
     planned = PlannedReader(builder, settings.input, ledger, spool, ledger.plan.chunk_rows)
     with ReadAhead(planned) as reader:
@@ -175,6 +176,7 @@ def _work(
             partial(Progress, settings.progress, line_seconds=settings.progress_line_seconds),
             facts,
             max_num_seqs=settings.engine.max_num_seqs,
+            page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
         )
         return worker.run()

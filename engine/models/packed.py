@@ -118,7 +118,9 @@ def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights:
     head = model.embed if model.head is None else model.head.weight
     head_format = _HEAD_FORMATS.get(weight_format, weight_format)
     is_embed_kept = not (is_tied and head_format in _EXACT_FORMATS)
-    matrices = _Matrices([head.get_value()], takes_weights and backend == "cpu" and not (is_tied and is_embed_kept))
+    matrices = _Matrices(
+        [head.get_value()], takes_weights and backend == "cpu" and not (is_tied and is_embed_kept)
+    )
     return PackedModel(
         layers=layers,
         norm=model.norm.weight.get_value(),

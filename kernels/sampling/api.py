@@ -36,5 +36,7 @@ def draw(logits: jax.Array, draws: Draws, num_rows: jax.Array, backend: str) -> 
     Source: the Gumbel-max trick (Maddison et al. 2014), nucleus sampling (Holtzman et al. 2020).
     """
     if backend not in available_backends():
-        raise ValueError(f"sampling backend {backend!r} does not exist here: {', '.join(available_backends())}")
+        raise ValueError(
+            f"sampling backend {backend!r} does not exist here: {', '.join(available_backends())}"
+        )
     return _BACKENDS[backend](logits, draws, num_rows)

@@ -113,7 +113,9 @@ branches = st.lists(
 )
 
 
-@given(families=st.lists(st.tuples(st.integers(0, 4), branches), min_size=1, max_size=2), seed=st.integers(0, 99))
+@given(
+    families=st.lists(st.tuples(st.integers(0, 4), branches), min_size=1, max_size=2), seed=st.integers(0, 99)
+)
 @settings(max_examples=15, deadline=None)
 def test_any_tree_of_groups(families, seed):
     for backend in available_backends():

@@ -1,0 +1,205 @@
+"""Every backend computes what the reference specifies, and a row's bits are its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.cpu import isa_name
+from kernels.linear import (
+    WEIGHT_FORMATS,
+    available_backends,
+    gated_linear,
+    linear,
+    pack_weights,
+    reference,
+    weight_rows,
+)
+from kernels.linear.quantise import dequantised, quantise, rounded_activations
+
+EPS = 1e-5
+needs_native = pytest.mark.skipif(
+    "cpu" not in available_backends(), reason="the native library was not built"
+)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def used_matrix(matrix: np.ndarray, weight_format: str) -> np.ndarray:
+    """What a product multiplies by, in f32, once the matrix has been packed in a format."""
+    if weight_format in ("int8", "int4"):
+        return dequantised(quantise(matrix, weight_format), matrix.shape[1])
+    return matrix.astype(jnp.dtype(weight_format)).astype(np.float32)
+
+
+def close(got: jax.Array, expected: jax.Array, *, is_rounded: bool) -> None:
+    """Within rounding; where activations are rounded to 8 bits, one of them may fall to the other side."""
+    got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
+    scale = max(1.0, float(np.abs(expected).max()))
+    assert np.abs(got - expected).max() <= (5e-3 if is_rounded else 1e-5) * scale
+    assert np.abs(got - expected).mean() <= 1e-5 * scale
+
+
+@partial(jax.jit, static_argnames=("activation", "eps"))
+def product(x, weight, bias, residual, norm_weight, num_rows, *, activation=None, eps=EPS):
+    norm = None if norm_weight is None else (norm_weight, eps)
+    if activation is not None:
+        return gated_linear(x, weight, bias, num_rows, activation=activation, norm=norm)
+    return linear(x, weight, bias, num_rows, residual=residual, norm=norm)
+
+
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+@pytest.mark.parametrize("backend", available_backends())
+@settings(max_examples=25, deadline=None)
+@given(
+    out_dim=st.integers(1, 100),
+    in_dim=st.one_of(st.integers(1, 200), st.sampled_from([256, 257, 512, 600, 1100])),
+    num_tokens=st.one_of(st.integers(1, 20), st.sampled_from([64, 131, 300])),
+    padding=st.integers(0, 9),
+    layer=st.integers(0, 2),
+    activation=st.sampled_from([None, None, "silu", "gelu_tanh"]),
+    has=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    seed=st.integers(0, 1000),
+)
+def test_a_product_is_what_the_reference_says(
+    backend, weight_format, out_dim, in_dim, num_tokens, padding, layer, activation, has, seed
+):
+    num_matrix_rows = out_dim * (2 if activation else 1)
+    matrices = [normal(seed + i, num_matrix_rows, in_dim) / np.sqrt(in_dim) for i in range(3)]
+    weights = pack_weights(matrices, weight_format, backend, is_gated=activation is not None)
+    x = normal(seed + 10, num_tokens, in_dim)
+    num_rows = max(0, num_tokens - padding)
+    x[num_rows:] = np.nan  # nothing of a padding row reaches a result
+    x = jnp.asarray(x)
+    bias = jnp.asarray(normal(seed + 11, num_matrix_rows)) if has[0] else None
+    residual = jnp.asarray(normal(seed + 12, num_tokens, out_dim)) if has[1] and not activation else None
+    norm_weight = jnp.asarray(normal(seed + 13, in_dim)) if has[2] else None
+    got = product(x, weights.layer(layer), bias, residual, norm_weight, num_rows, activation=activation)
+    matrix = jnp.asarray(used_matrix(matrices[layer], weight_format))
+    is_rounded = backend == "cpu" and weight_format in ("int8", "int4")
+    plain = jnp.nan_to_num(x)
+    if norm_weight is not None:
+        plain = reference.normalise(plain, norm_weight, EPS)
+    if is_rounded:
+        plain = rounded_activations(plain)
+    expected = reference.linear(
+        plain, matrix, bias, activation=activation, residual=residual, num_rows=num_rows
+    )
+    assert np.all(np.asarray(got)[num_rows:] == 0)
+    close(got, expected, is_rounded=is_rounded)
+    ids = jnp.asarray([0, num_matrix_rows - 1, num_matrix_rows // 2])
+    np.testing.assert_allclose(weight_rows(weights, ids, layer), matrix[ids], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+@pytest.mark.parametrize("backend", available_backends())
+def test_bfloat16_activations_are_rounded_once(backend, weight_format):
+    matrix = normal(1, 96, 130) / 11
+    x = jnp.asarray(normal(2, 17, 130), jnp.bfloat16)
+    weight = pack_weights([matrix], weight_format, backend).layer(0)
+    got = product(x, weight, None, None, None, 17)
+    plain = x.astype(jnp.float32)
+    if backend == "cpu" and weight_format in ("int8", "int4"):
+        plain = rounded_activations(plain)
+    expected = reference.linear(plain, jnp.asarray(used_matrix(matrix, weight_format)))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), expected, rtol=2**-7, atol=2e-2 if backend == "xla" else 5e-3
+    )
+
+
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+@pytest.mark.parametrize("backend", available_backends())
+def test_a_rows_bits_depend_on_nothing_else(backend, weight_format):
+    """Not on the number of rows, its place, its company, `num_rows`, or the layers packed beside its own."""
+    in_dim, out_dim = 600, 90
+    matrices = [normal(i, 2 * out_dim, in_dim) / 25 for i in range(3)]
+    norm_weight = jnp.asarray(normal(5, in_dim))
+    x = normal(6, 300, in_dim)
+    for activation in (None, "silu"):
+        is_gated = activation is not None
+        many = pack_weights(matrices, weight_format, backend, is_gated=is_gated)
+        alone = pack_weights(matrices[1:2], weight_format, backend, is_gated=is_gated)
+        run = partial(product, bias=None, residual=None, norm_weight=norm_weight, activation=activation)
+        expected = np.asarray(run(jnp.asarray(x), many.layer(1), num_rows=300))
+        for num_tokens in (1, 2, 5, 7, 13, 64, 133, 300):
+            order = np.random.default_rng(num_tokens).permutation(300)[:num_tokens]
+            got = np.asarray(run(jnp.asarray(x[order]), alone.layer(0), num_rows=num_tokens))
+            np.testing.assert_array_equal(got, expected[order])
+        padded = np.asarray(run(jnp.asarray(x), many.layer(1), num_rows=77))
+        np.testing.assert_array_equal(padded[:77], expected[:77])
+
+
+def test_a_quantised_pair_fits_in_16_bits():
+    """What a CPU without VNNI adds in 16 bits: unsigned bytes up to 255 by two neighbouring weights."""
+    for matrix in (normal(1, 64, 256), np.ones((3, 64), np.float32), np.eye(64, dtype=np.float32)):
+        values = np.abs(quantise(matrix, "int8").values.astype(np.int32))
+        assert 255 * (values[:, 0::2] + values[:, 1::2]).max() <= 2**15 - 1
+
+
+_ISA_SCRIPT = """
+import sys
+import jax.numpy as jnp, numpy as np
+from kernels.cpu import isa_name
+from kernels.linear import gated_linear, linear, pack_weights
+assert isa_name() == sys.argv[1], isa_name()
+rng = np.random.default_rng(0)
+results = []
+for weight_format in ("float32", "bfloat16", "int8", "int4"):
+    for out_dim, in_dim, num_tokens in ((70, 600, 29), (32, 64, 1), (96, 70, 150)):
+        matrix = rng.standard_normal((out_dim, in_dim)).astype(np.float32) / in_dim**0.5
+        x = jnp.asarray(rng.standard_normal((num_tokens, in_dim)).astype(np.float32))
+        norm = (jnp.ones(in_dim), 1e-5)
+        results.append(linear(x, pack_weights([matrix], weight_format, "cpu").layer(0)))
+        weight = pack_weights([matrix], weight_format, "cpu", is_gated=True).layer(0)
+        results.append(gated_linear(x, weight, norm=norm))
+np.savez(sys.argv[2], *[np.asarray(result) for result in results])
+"""
+
+
+@needs_native
+def test_every_instruction_set_here_agrees(tmp_path):
+    """The best one, whose results the other tests hold, and the baseline."""
+    found = {}
+    for isa in {isa_name(), "baseline"}:
+        path = tmp_path / f"{isa}.npz"
+        environment = {**os.environ, "TIDEMILL_CPU_ISA": isa}
+        subprocess.run([sys.executable, "-c", _ISA_SCRIPT, isa, path], check=True, env=environment)
+        with np.load(path) as loaded:
+            found[isa] = [loaded[name] for name in loaded.files]
+    for best, plain in zip(found[isa_name()], found["baseline"], strict=True):
+        assert np.abs(best - plain).mean() <= 1e-5
+        np.testing.assert_allclose(best, plain, atol=2e-2)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    backend = available_backends()[0]
+    weight = pack_weights([normal(0, 8, 4)], "float32", backend).layer(0)
+    x = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match="weight format 'int3' is unknown"):
+        pack_weights([normal(0, 8, 4)], "int3", backend)
+    with pytest.raises(ValueError, match="linear backend 'gpu' is unknown"):
+        pack_weights([normal(0, 8, 4)], "int8", "gpu")
+    with pytest.raises(ValueError, match=r"layer's matrix is \(8, 5\)"):
+        pack_weights([normal(0, 8, 4), normal(0, 8, 5)], "float32", backend)
+    with pytest.raises(ValueError, match="7 rows"):
+        pack_weights([normal(0, 7, 4)], "float32", backend, is_gated=True)
+    with pytest.raises(ValueError, match="call linear"):
+        gated_linear(x, weight)
+    with pytest.raises(ValueError, match=r"give float32 or bfloat16 \[T, 4\]"):
+        linear(jnp.ones((2, 5)), weight)
+    with pytest.raises(ValueError, match="residual is"):
+        linear(x, weight, residual=jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="bias is"):
+        linear(x, weight, jnp.ones(4))

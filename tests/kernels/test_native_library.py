@@ -1,0 +1,102 @@
+"""The native library is built where there is a compiler, missed politely where there is none, and right on every CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kernels.cpu.native
+from engine.backends import Backends
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from kernels.cpu import isa_name, native_library, why_absent
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SOURCES = REPOSITORY / "kernels" / "cpu" / "src"
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(kernels.cpu.native, "_load", lambda: "it was not built; install g++")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+def test_it_is_there_where_there_is_a_compiler():
+    assert native_library() is not None
+    assert why_absent() is None
+    assert isa_name() in ("baseline", "avx2", "avx512", "avx512vnni")
+
+
+def test_installing_without_a_compiler_succeeds(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(SOURCES, tmp_path / "kernels" / "cpu" / "src")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=os.environ | {"CC": "/absent/cc", "CXX": "/absent/c++"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_without_it_xla_serves_and_says_so(no_library):
+    backends = Backends.choose(EngineConfig(), on_cpu=True)
+    assert backends == ("xla", "xla")
+    assert not backends.skips_padding
+    line = backends.describe()
+    assert "XLA" in line
+    assert "install g++" in line
+    assert "speed" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("name", ["attention_backend", "linear_backend"])
+def test_asked_for_by_name_it_is_never_replaced(no_library, name):
+    with pytest.raises(ConfigError, match=f"engine.{name}=cpu: it was not built; install g\\+\\+"):
+        Backends.choose(EngineConfig(**{name: "cpu"}), on_cpu=True)
+
+
+def test_an_accelerator_has_no_use_for_it():
+    assert Backends.choose(EngineConfig(), on_cpu=False) == ("xla", "xla")
+    with pytest.raises(ConfigError, match="does not run on a CPU"):
+        Backends.choose(EngineConfig(attention_backend="cpu"), on_cpu=False)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])
+def test_every_instruction_set_of_this_cpu_is_right(isa, tmp_path):
+    """Random calls, compared with plain loops: `make chaos` has more, with sanitizers."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    binary = _fuzz_binary(compiler, tmp_path.parent)
+    done = subprocess.run(
+        [binary, "7", "60"],
+        env=os.environ | {"TIDEMILL_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    used = done.stdout.partition(":")[0]
+    if used != isa:
+        pytest.skip(f"this CPU has no {isa}")
+
+
+def _fuzz_binary(compiler: str, folder: Path) -> Path:
+    """Built once for all instruction sets; with the optimisation of the product, so its very code is tested."""
+    binary = folder / "fuzz"
+    if not binary.exists():
+        sources = [str(path) for path in SOURCES.glob("*.cpp") if not path.stem.endswith("_ffi")]
+        sources += [str(path) for path in (REPOSITORY / "tests" / "kernels" / "native").glob("*.cpp")]
+        options = "-O3 -g0 -std=c++17 -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread".split()
+        subprocess.run([compiler, *options, f"-I{SOURCES}", "-o", str(binary), *sources], check=True)
+    return binary
