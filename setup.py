@@ -1,6 +1,7 @@
 """Builds the native CPU kernels; everything else about the package is in pyproject.toml.
 
-The extension is optional: without a C++ compiler the install succeeds, and the engine uses XLA's code and says so.
+The extension is optional: without a C++ compiler the install succeeds, and the engine uses XLA's code and
+says so.
 """
 
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ def native_kernels() -> list[Extension]:
     """One shared library; every instruction set is a source file of its own, chosen when it runs."""
     jaxlib = find_spec("jaxlib")
     if jaxlib is None or jaxlib.origin is None:
-        return []  # built without isolation where jaxlib is absent: its headers are what a kernel is called by
+        return []  # built without isolation and without jaxlib, whose headers say how a kernel is called
     source = Path("kernels/cpu/src")
     return [
         Extension(

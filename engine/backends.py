@@ -8,7 +8,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from kernels.cpu import isa_name, native_library, why_absent
 
-# What XLA's code takes of the native library's time, on two cores with AVX2 (ARCHITECTURE.md has the figures).
+# On two cores with AVX2; ARCHITECTURE.md has the figures.
 _XLA_COST = "about half the speed"
 
 

@@ -24,8 +24,8 @@ def declare_buckets(
     skips_padding: the step's kernels compute no padding rows, so that only what is cheap is done for them:
         then there are few buckets, each twice as large as the one before or more.
 
-    Otherwise, below 64 tokens they are 16 apart, above it four to a doubling: a step is padded by 8 % on average and
-    by a quarter at most. A step of fewer tokens costs little, and a finer grid much to compile.
+    Otherwise, below 64 tokens they are 16 apart, above it four to a doubling: a step is padded by 8 % on
+    average and by a quarter at most. A step of fewer tokens costs little, and a finer grid much to compile.
     """
     sizes = [min_token_pad]
     most_tokens = _round_up(max_num_batched_tokens, min_token_pad)

@@ -46,7 +46,7 @@ class EngineConfig:
     """Of the matrices: "int8" and "int4" quantise them at the start, and activations within each product;
     None: `dtype`."""
     attention_backend: str = "auto"
-    """"cpu" is the native library, "xla" XLA's own code; "auto" takes the native library on a CPU that has it."""
+    """"cpu" is the native library, "xla" XLA's code; "auto" takes the library on a CPU that has it."""
     linear_backend: str = "auto"
     """The same for products with weights and for drawing tokens."""
     platform: str = "auto"

@@ -46,8 +46,8 @@ class Engine:
         takes_weights: bool = False,
         runner: StepRunner | None = None,
     ):
-        """`takes_weights`: nobody else needs `loaded.model`, whose arrays are then deleted as the engine packs them,
-        so that no two copies of the weights are held."""
+        """`takes_weights`: nobody else needs `loaded.model`, whose arrays are then deleted as the engine
+        packs them, so that no two copies of the weights are held."""
         self.config = config or EngineConfig()
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer

@@ -2,8 +2,8 @@
 
 What no row of a step asks for is skipped at run time (`lax.cond`), so one compiled step serves all of it.
 
-The draw itself is `kernels.sampling.draw`: an argmax of filtered logits plus Gumbel noise, whose key is made of
-the row's identity and the token's position, so nothing else in the batch can reach it.
+The draw itself is `kernels.sampling.draw`: an argmax of filtered logits plus Gumbel noise, whose key is made
+of the row's identity and the token's position, so nothing else in the batch can reach it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Llama architecture (Touvron et al. 2023, arXiv:2302.13971; grouped queries: arXiv:2305.13245).
 
 The model knows nothing of pages: attention is the `attend` it is called with, which writes this step's keys
-and values and attends over everything the sequence holds. A step runs the same layers over packed weights, in a
-loop (`engine.models.packed`); `Llama.__call__` unrolls them over plain arrays.
+and values and attends over everything the sequence holds. A step runs the same layers over packed weights,
+in a loop (`engine.models.packed`); `Llama.__call__` unrolls them over plain arrays.
 
 A model is built abstractly (`abstract_llama`, no memory) and filled tensor by tensor by the loader, which
 follows `weight_plan`.

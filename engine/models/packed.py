@@ -1,7 +1,7 @@
-"""A model's weights as a step uses them: packed once for the machine's matrix product, each kind for all layers.
+"""A model's weights as a step uses them: packed once for the machine's products, each kind for all layers.
 
-The layers run in one loop whose body is one layer's code (`engine.models.llama.Layer`) over the weights that the
-loop's index picks. Unrolled, a step of thirty layers takes XLA twenty times as long to compile.
+The layers run in one loop whose body is one layer's code (`engine.models.llama.Layer`) over the weights that
+the loop's index picks. Unrolled, a step of thirty layers takes XLA twenty times as long to compile.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class PackedModel:
 def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights: bool = False) -> PackedModel:
     """Pack a model's weights for `kernels.linear`.
 
-    weight_format: what the matrices are stored as ("float32", "bfloat16", "int8", "int4"); norms and biases stay
-        as they are, the embeddings too where the format would lose something.
-    takes_weights: each matrix of `model` is deleted once it is packed, so that no two copies of a model are ever
-        held; the model is of no use afterwards.
+    weight_format: what the matrices are stored as ("float32", "bfloat16", "int8", "int4"); norms and biases
+        stay as they are, the embeddings too where the format would lose something.
+    takes_weights: each matrix of `model` is deleted once it is packed, so that no two copies of a model are
+        ever held; the model is of no use afterwards.
     """
     config = model.config
     graph, state = nnx.split(model.layers[0])

@@ -24,8 +24,8 @@ def available_backends() -> tuple[str, ...]:
 def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, dtype: str) -> PageLayout:
     """The layout `backend` wants for its pages; the layout then names its backend.
 
-    `dtype` is one of `PAGE_DTYPES`. Raises ValueError for an unknown backend or dtype, or a page size that is not
-    a power of two from 8 to 512.
+    `dtype` is one of `PAGE_DTYPES`. Raises ValueError for an unknown backend or dtype, or a page size that
+    is not a power of two from 8 to 512.
     """
     known = available_backends()
     if backend not in known:

@@ -55,10 +55,10 @@ class Rows(NamedTuple):
 class Groups(NamedTuple):
     """Which slots of a step share leading pages, so that attention may read those once for all of them.
 
-    The slots [slot_start, slot_stop) of a group have the same page ids in the columns [page_start, page_stop) of
-    their page tables: full pages, all before each slot's first query. Groups may be nested along a
-    prefix tree: a group's slots lie inside its parent's, and its pages begin where its parent's stop; a group without
-    a parent begins with page 0. Unused entries have slot_start == slot_stop.
+    The slots [slot_start, slot_stop) of a group have the same page ids in the columns [page_start,
+    page_stop) of their page tables: full pages, all before each slot's first query. Groups may be nested
+    along a prefix tree: a group's slots lie inside its parent's, and its pages begin where its parent's
+    stop; a group without a parent begins with page 0. Unused entries have slot_start == slot_stop.
     """
 
     slot_start: jax.Array  # i32[G]

@@ -1,4 +1,5 @@
-"""Memory is kept for what requests are expected to generate: full batches without preemption, same outputs."""
+"""Memory is kept for what requests are expected to generate: full batches without preemption, same
+outputs."""
 
 from __future__ import annotations
 

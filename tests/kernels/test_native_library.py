@@ -1,4 +1,5 @@
-"""The native library is built where there is a compiler, missed politely where there is none, and right on every CPU."""
+"""The native library is built where there is a compiler, missed politely where there is none, and right on
+every CPU."""
 
 from __future__ import annotations
 
@@ -92,11 +93,13 @@ def test_every_instruction_set_of_this_cpu_is_right(isa, tmp_path):
 
 
 def _fuzz_binary(compiler: str, folder: Path) -> Path:
-    """Built once for all instruction sets; with the optimisation of the product, so its very code is tested."""
+    """Built once for all instruction sets; with the optimisation of the product, so its very code is
+    tested."""
     binary = folder / "fuzz"
     if not binary.exists():
         sources = [str(path) for path in SOURCES.glob("*.cpp") if not path.stem.endswith("_ffi")]
         sources += [str(path) for path in (REPOSITORY / "tests" / "kernels" / "native").glob("*.cpp")]
-        options = "-O3 -g0 -std=c++17 -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread".split()
+        options = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+        options += ["-pthread"]
         subprocess.run([compiler, *options, f"-I{SOURCES}", "-o", str(binary), *sources], check=True)
     return binary
