@@ -28,14 +28,20 @@ class EngineMeter:
         self._evictions = 0
         self._preemptions = 0
         self._compile_seconds = 0.0
+        self._computed_tokens = 0
+        self._padded_tokens = 0
+        self._duplicates = 0
         self._recent: deque[float] = deque(maxlen=8)
 
     def step(self) -> list[Any]:
         """One engine step, counted."""
         started = self._clock()
         outputs = self._engine.step()
-        self._recent.append(self._clock() - started)
+        seconds = self._clock() - started
+        self._recent.append(seconds)
         stats = self._look()
+        if not stats.waiting and 2 * stats.running < self._max_num_seqs:
+            self._pending.tail_seconds += seconds
         num_pages = stats.pages_free + stats.pages_cached + stats.pages_held
         if num_pages:
             self._pending.page_use.add(stats.pages_held / num_pages)
@@ -64,6 +70,11 @@ class EngineMeter:
         pending.num_steps += stats.num_steps - self._num_steps
         pending.evictions += stats.evictions - self._evictions
         pending.preemptions += stats.preemptions - self._preemptions
+        pending.computed_tokens += stats.num_computed_tokens - self._computed_tokens
+        pending.padded_tokens += stats.num_padded_tokens - self._padded_tokens
+        self._computed_tokens, self._padded_tokens = stats.num_computed_tokens, stats.num_padded_tokens
+        pending.duplicates += stats.num_duplicates - self._duplicates
+        self._duplicates = stats.num_duplicates
         pending.compile_seconds += stats.compile_seconds - self._compile_seconds
         self._num_steps, self._evictions = stats.num_steps, stats.evictions
         self._preemptions, self._compile_seconds = stats.preemptions, stats.compile_seconds

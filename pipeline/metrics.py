@@ -9,15 +9,38 @@ exact, but a shard that shares its steps with the next one keeps all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.histogram import Histogram
 
 if TYPE_CHECKING:
     from engine.outputs import RequestMetrics, RequestOutput
+    from pipeline.hints import Template
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
+
+# Templates that a sum keeps and that a shard's metrics show, those first that save most.
+MAX_TEMPLATES = 64
+SHOWN_TEMPLATES = 10
+
+
+@dataclass(slots=True)
+class TemplateCounts:
+    """Rows that share a beginning of `num_tokens` tokens; `text` is how they begin."""
+
+    num_tokens: int
+    text: str
+    rows: int = 0
+    prompt_tokens: int = 0
+    achievable_tokens: int = 0
+    cached_tokens: int = 0
+
+    def merge(self, other: TemplateCounts) -> None:
+        self.rows += other.rows
+        self.prompt_tokens += other.prompt_tokens
+        self.achievable_tokens += other.achievable_tokens
+        self.cached_tokens += other.cached_tokens
 
 
 @dataclass(slots=True)
@@ -30,9 +53,12 @@ class Metrics:
     samples: int = 0  # completions; n of them a row
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    # Those that a cache which forgets nothing would have held; 0 for rows whose order was not planned.
+    achievable_tokens: int = 0
     generated_tokens: int = 0
     finish_reasons: dict[str, int] = field(default_factory=dict)
     preempted_rows: int = 0
+    templates: dict[str, TemplateCounts] = field(default_factory=dict)  # by the hash of their tokens
     # From when a request was handed to the engine: until first scheduled, until its first token.
     queue_seconds: Histogram = field(default_factory=Histogram)
     first_token_seconds: Histogram = field(default_factory=Histogram)
@@ -49,14 +75,36 @@ class Metrics:
     page_use: Histogram = field(default_factory=Histogram)  # pages held / all pages, once a step
     evictions: int = 0
     preemptions: int = 0
+    computed_tokens: int = 0  # fed through the model, recomputed ones included
+    duplicates: int = 0  # requests that were given the result of an identical one
+    padded_tokens: int = 0  # fed through with them, to fill a step's declared size
+    # Of steps with fewer than half of the sequences and nothing waiting: what the end of a run costs.
+    tail_seconds: float = 0.0
 
     def reject(self, reason: str) -> None:
         """Count one rejected row."""
         self.rows_in += 1
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
 
-    def complete(self, output: RequestOutput) -> None:
-        """Count one row that ran, with its samples."""
+    def complete(
+        self, output: RequestOutput, achievable_tokens: int = 0, template: Template | None = None
+    ) -> None:
+        """Count one row that ran, with its samples.
+
+        `achievable_tokens` of its prompt could have come from the prefix cache; `template` is what it shares
+        with many others.
+        """
+        self.achievable_tokens += achievable_tokens
+        if template is not None:
+            counts = TemplateCounts(
+                template.num_tokens,
+                template.text,
+                rows=1,
+                prompt_tokens=len(output.prompt_token_ids),
+                achievable_tokens=achievable_tokens,
+                cached_tokens=output.num_cached_tokens,
+            )
+            self._count_template(template.key, counts)
         self.rows_in += 1
         self.rows_ok += 1
         self.prompt_tokens += len(output.prompt_token_ids)
@@ -80,6 +128,13 @@ class Metrics:
                 seconds = (times.finished_time - times.first_token_time) / (num_tokens - 1)
                 self.token_seconds.add(seconds, times=num_tokens - 1)
 
+    def _count_template(self, key: str, counts: TemplateCounts) -> None:
+        known = self.templates.get(key)
+        if known is None:
+            self.templates[key] = replace(counts)
+        else:
+            known.merge(counts)
+
     @property
     def rows_rejected(self) -> int:
         return sum(self.rejected.values())
@@ -90,11 +145,17 @@ class Metrics:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
     def merge(self, other: Metrics) -> None:
-        """Add everything `other` has counted."""
+        """Add everything `other` has counted; of templates no more are kept than the most rewarding ones."""
+        for key, counts in other.templates.items():
+            self._count_template(key, counts)
+        if len(self.templates) > 2 * MAX_TEMPLATES:
+            self.templates = dict(_by_saving(self.templates)[:MAX_TEMPLATES])
         for each in fields(self):
             mine, theirs = getattr(self, each.name), getattr(other, each.name)
             if isinstance(mine, Histogram):
                 mine.merge(theirs)
+            elif each.name == "templates":
+                continue
             elif isinstance(mine, dict):
                 for key, count in theirs.items():
                     mine[key] = mine.get(key, 0) + count
@@ -107,7 +168,8 @@ class Metrics:
             each.name: value.to_json() if isinstance(value := getattr(self, each.name), Histogram) else value
             for each in fields(self)
         }
-        return values | {"metrics_version": METRICS_VERSION}
+        templates = {key: asdict(counts) for key, counts in self.templates.items()}
+        return values | {"templates": templates, "metrics_version": METRICS_VERSION}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Metrics:
@@ -117,6 +179,7 @@ class Metrics:
             if isinstance(getattr(result, each.name), Histogram):
                 value = Histogram.from_json(value)
             setattr(result, each.name, dict(value) if isinstance(value, Mapping) else value)
+        result.templates = {key: TemplateCounts(**value) for key, value in values["templates"].items()}
         return result
 
     @classmethod
@@ -161,23 +224,38 @@ def summarise(metrics: Metrics) -> dict[str, Any]:
         "cached_tokens": metrics.cached_tokens,
         "generated_tokens": metrics.generated_tokens,
         "prefix_hit_rate": metrics.hit_rate,
+        "achievable_tokens": metrics.achievable_tokens,
+        "achieved_share": _share(metrics.cached_tokens, metrics.achievable_tokens),
+        "templates": [asdict(counts) for _, counts in _by_saving(metrics.templates)[:SHOWN_TEMPLATES]],
         "prompt_tokens_per_second": rate(metrics.prompt_tokens),
         "generated_tokens_per_second": rate(metrics.generated_tokens),
         "wall_seconds": wall,
         "compile_seconds": metrics.compile_seconds,
         "wait_seconds": metrics.wait_seconds,
+        "tail_seconds": metrics.tail_seconds,
         "queue_seconds": metrics.queue_seconds.summary(),
         "time_to_first_token_seconds": metrics.first_token_seconds.summary(),
         "time_per_token_seconds": metrics.token_seconds.summary(),
         "num_steps": metrics.num_steps,
         "step_seconds": metrics.step_seconds.summary(),
         "batch_occupancy": metrics.occupancy.summary(),
+        "padding_share": _share(metrics.padded_tokens, metrics.computed_tokens + metrics.padded_tokens),
         "page_use": metrics.page_use.summary(),
+        "duplicates_fanned_out": metrics.duplicates,
         "evictions": metrics.evictions,
         "preemptions": metrics.preemptions,
         "preempted_rows": metrics.preempted_rows,
         "finish_reasons": dict(sorted(metrics.finish_reasons.items())),
     }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _by_saving(templates: Mapping[str, TemplateCounts]) -> list[tuple[str, TemplateCounts]]:
+    """The most rewarding first."""
+    return sorted(templates.items(), key=lambda item: (-item[1].achievable_tokens, item[0]))
 
 
 def merge_chunks(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

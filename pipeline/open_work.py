@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine.outputs import RequestOutput
+from engine.outputs import EngineStats, RequestOutput
+from engine.sampling_params import SamplingParams
 from pipeline.lease import Lease
 from pipeline.metrics import Metrics
 from pipeline.planned_reading import PlacedRow
@@ -20,18 +21,37 @@ class EngineLike(Protocol):
     """What the worker needs of an engine."""
 
     @property
+    def num_pages(self) -> int: ...
+
+    @property
     def has_unfinished(self) -> bool: ...
 
     @property
     def num_unfinished(self) -> int: ...
 
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], **options: Any) -> Any: ...
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        *,
+        sampling: SamplingParams,
+        identity: str,
+        expected_output_len: int | None,
+    ) -> Any: ...
+
+    def pin_prefix(self, token_ids: Sequence[int]) -> Any:
+        """Prompts that begin so are to come: give the pages of this beginning up last."""
+        ...
+
+    def release_prefix(self, token_ids: Sequence[int]) -> Any:
+        """Undo one `pin_prefix` of the same tokens."""
+        ...
 
     def step(self) -> list[RequestOutput]: ...
 
     def abort_request(self, request_id: str) -> Any: ...
 
-    def stats(self) -> Any: ...
+    def stats(self) -> EngineStats: ...
 
 
 @dataclass(slots=True)

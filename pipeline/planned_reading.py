@@ -180,6 +180,7 @@ class PlannedReader:
         number_of: Callable[[int], int],
     ) -> Portion:
         """Rows from a spool; `number_of` says where in it the row at a position is."""
+        _ = window.groups  # found here, in this thread's time
 
         def rows() -> Iterator[PlacedRow]:
             for a, b in ranges:

@@ -22,7 +22,7 @@ class ReadFailure:
     """Reading a shard ended with this error; no more of its rows will come."""
 
     shard_index: int
-    error: Exception
+    error: BaseException
 
 
 Item = PlacedRow | ReadFailure
@@ -119,7 +119,7 @@ class ReadAhead:
             try:
                 for portion in self._reader.portions(assignment, lambda: self._is_closed):
                     self._hand_on(shard, portion)
-            except Exception as error:  # the worker decides whether it ends the shard or the job
+            except BaseException as error:  # the worker decides whether it ends the shard or the job
                 self._hand_on(shard, ReadFailure(shard, error))
 
     def _hand_on(self, shard: int, portion: Portion | ReadFailure) -> None:
@@ -149,7 +149,7 @@ class ReadAhead:
                     if not self._put(item):
                         return
                     num_put += isinstance(item, PlacedRow)
-            except Exception as error:
+            except BaseException as error:
                 self._put(ReadFailure(shard, error))
             with self._changed:  # what a failure left out will not come
                 self._num_to_put -= portion.num_rows - num_put if isinstance(portion, Portion) else 0

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from engine.errors import InputError, RequestError
 from engine.outputs import RequestOutput
 from pipeline.engine_meter import EngineMeter
+from pipeline.hints import KEPT_SHARE, OutputLengths, Templates, WantedPrefixes
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
 from pipeline.open_work import EngineLike, OpenChunk, OpenShard, merge_ranges, quarantine
@@ -56,6 +57,7 @@ class Worker:
         facts: ChunkFacts,
         *,
         max_num_seqs: int,
+        page_size: int,
         max_reject_fraction: float,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -69,6 +71,12 @@ class Worker:
         self._meter = EngineMeter(engine, max_num_seqs, clock)
         # As many waiting as running: the scheduler always has a next row, and others if that one must wait.
         self._max_unfinished = 2 * max_num_seqs
+
+        self._wanted = WantedPrefixes(
+            engine, self._max_unfinished, max_kept_tokens=int(KEPT_SHARE * engine.num_pages * page_size)
+        )
+        self._templates = Templates()
+        self._lengths = OutputLengths()
 
         self._unclaimed = deque(ledger.unfinished())
         self._held: set[int] = set()
@@ -106,6 +114,7 @@ class Worker:
         rows_rejected = self._tally.standing(self._open_metrics).rows_rejected
         if self._stop.is_asked or too_many:
             self._drain()
+        self._wanted.release_all()
         self._progress.close()
         return WorkResult(self._tally.totals, too_many, rows_rejected, self._failed)
 
@@ -172,6 +181,7 @@ class Worker:
             self._fail_shard(item.shard_index, item.error)
             return
         row = item.row
+        self._wanted.take(item)
         opened = self._open_shards.get(row.shard_index)
         if opened is None:
             return  # read ahead of a shard that was dropped since
@@ -206,6 +216,9 @@ class Worker:
                 prompt_token_ids=prompt.token_ids,
                 sampling=prompt.sampling,
                 identity=prompt.row_id,
+                expected_output_len=self._lengths.expected(
+                    self._templates.of(placed), prompt.sampling.max_tokens
+                ),
             )
         except RequestError as error:
             self._complete(chunk, placed, prompt, None, error)
@@ -234,7 +247,10 @@ class Worker:
         if reject is not None:
             chunk.metrics.reject(reject.reason)
         elif output is not None:
-            chunk.metrics.complete(output)
+            template = self._templates.of(placed)
+            chunk.metrics.complete(output, placed.window.achievable(placed.place), template)
+            for sample in output.outputs:
+                self._lengths.add(template, len(sample.token_ids))
         self._row_done(chunk)
 
     def _reject(self, chunk: OpenChunk, reject: Reject) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,8 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.num_pages = 1024
         self.max_in_flight = 0
+        self.pinned: Counter[tuple[int, ...]] = Counter()
+        self.expected: dict[str, int] = {}
         self._crash_on = frozenset(crash_on)
         self._crash_at_step = crash_at_step
         self._crash = crash
@@ -130,7 +133,11 @@ class FakeEngine:
         sampling: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
         priority: int = 0,
         identity: str | None = None,
+        expected_output_len: int | None = None,
     ) -> None:
+        if expected_output_len is not None:
+            assert 1 <= expected_output_len <= sampling.max_tokens
+            self.expected[request_id] = expected_output_len
         if prompt_token_ids is None:
             prompt_token_ids = self.tokenizer.encode(prompt or "")
         if len(prompt_token_ids) >= self.max_model_len:
@@ -214,6 +221,14 @@ class FakeEngine:
             finished=True,
             metrics=RequestMetrics(each.arrival, each.first_scheduled, each.first_token, self._clock()),
         )
+
+    def pin_prefix(self, token_ids: Sequence[int]) -> None:
+        self.pinned[tuple(token_ids)] += 1
+
+    def release_prefix(self, token_ids: Sequence[int]) -> None:
+        if not self.pinned[tuple(token_ids)]:
+            raise ValueError("a prefix is released that is not pinned")
+        self.pinned[tuple(token_ids)] -= 1
 
     def abort_request(self, request_id: str) -> None:
         self._waiting = [each for each in self._waiting if each.request_id != request_id]
