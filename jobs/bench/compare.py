@@ -44,14 +44,14 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--model", default=DEFAULT_MODEL, help="what model.source takes")
     made.add_argument("--out", type=Path, default=Path("outputs/bench"), help="the folder for the results")
     made.add_argument("--peers-folder", type=Path, default=PEERS_FOLDER, help="where environments are kept")
+    slow = ", ".join(f"{each.name}={each.share}" for each in COMPETITORS.values() if each.share < 1)
     made.add_argument(
         "--peer-share",
         type=pair(fraction),
         action="append",
         default=[],
         metavar="NAME=SHARE",
-        help="let a slow peer run only this share of a workload's rows "
-        f"(default: {', '.join(f'{c.name}={c.share}' for c in COMPETITORS.values() if c.share < 1)})",
+        help=f"let a slow peer run only this share of a workload's rows (default: {slow}; on W3 less)",
     )
     made.add_argument(
         "--threads", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores"
@@ -95,8 +95,8 @@ def _say(line: str) -> None:
 def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> Comparison:
     """Build what is absent, measure, judge the tokens, and write the results to --out."""
     _need_matplotlib()
-    shares = {name: entry.share for name, entry in COMPETITORS.items()} | dict(options.peer_share)
-    if unknown := sorted(shares.keys() - COMPETITORS.keys()):
+    chosen = dict(options.peer_share)
+    if unknown := sorted(chosen.keys() - COMPETITORS.keys()):
         raise ConfigError(f"--peer-share {unknown[0]}: known are {', '.join(COMPETITORS)}")
     conditions = Conditions(
         source=options.model,
@@ -120,7 +120,6 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> Compa
         "seed": options.seed,
         "conditions": asdict(conditions),
         "rules": asdict(rules),
-        "shares": {competitor.name: shares[competitor.name] for competitor in competitors},
         "about": about,
     }
     load_logits = cache(partial(dense_logits, options.model))
@@ -137,7 +136,10 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = _say) -> Compa
             about[competitor.name] = process.about
             return process
 
-        entrants = [Entrant(each.name, shares[each.name], partial(start, each)) for each in competitors]
+        entrants = []
+        for each in competitors:
+            share = each.share if repeats[0].is_fixed else each.sampled_share
+            entrants.append(Entrant(each.name, chosen.get(each.name, share), partial(start, each)))
         runs = alternate(entrants, repeats, warm_up, rules, say)
         found[name] = workload_values(competitors, repeats, runs, load_logits)
         # After every workload: what is measured is kept should a later one fail.

