@@ -73,3 +73,35 @@ def test_samples_of_a_prompt_compute_it_once():
     assert engine.stats().num_computed_tokens - before == 41 + 3 + 4 * 7
     plain = tiny_engine(enable_prefix_caching=False)
     assert drawn_of([output]) == drawn_of(run(plain, [prompt], DRAWN.replace(n=4)))
+
+
+def test_a_pinned_prefix_is_still_there_after_a_flood_and_changes_no_bit():
+    rng = np.random.default_rng(9)
+    template = rng.integers(4, 250, 64).tolist()
+    rows = [template + rng.integers(4, 250, 5).tolist() for _ in range(2)]
+    flood = [rng.integers(4, 250, 100).tolist() for _ in range(8)]
+    plain = drawn_of(run(tiny_engine(enable_prefix_caching=False), rows, GREEDY))
+    found = {}
+    for is_pinned in (True, False):
+        engine = tiny_engine(num_pages=20, seed=7)
+        salt = f"{GREEDY.temperature} {GREEDY.n}"
+        if is_pinned:
+            engine.pin_prefix(template, salt)
+        outputs = run(engine, rows[:1], GREEDY)
+        run(engine, flood, GREEDY)
+        outputs += run(engine, rows[1:], GREEDY)
+        assert drawn_of(outputs) == plain
+        found[is_pinned] = outputs[-1].num_cached_tokens
+        if is_pinned:
+            engine.release_prefix(template, salt)
+            with pytest.raises(ValueError, match="released but not pinned"):
+                engine.release_prefix(template, salt)
+            run(engine, flood, GREEDY)  # nothing of it is left for the run without a pin
+        engine.check_integrity()
+    assert found == {True: 64, False: 0}
+
+
+def test_without_a_cache_pins_mean_nothing():
+    engine = tiny_engine(enable_prefix_caching=False)
+    engine.pin_prefix([5] * 64)
+    engine.release_prefix([5] * 64)
