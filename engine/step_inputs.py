@@ -127,9 +127,9 @@ class StepArrays:
 
         `sources[t]` says which: below num_draws it is an index into `drawn`, else num_draws + t.
         """
+        numbers = jnp.asarray(self.numbers)
         parts = {
-            field.name: self.numbers[field.start : field.stop].reshape(field.shape)
-            for field in _fields(shape)
+            field.name: numbers[field.start : field.stop].reshape(field.shape) for field in _fields(shape)
         }
         columns = {
             name: jax.lax.bitcast_convert_type(parts["sampled"][index], dtype)

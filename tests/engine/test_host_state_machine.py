@@ -289,10 +289,8 @@ class HostMachine(RuleBasedStateMachine):
             # No livelock: whatever happens to others, the first in order keeps its pages and advances.
             assert first not in plan.preempted
             assert first in [row.request for row in plan.rows]
-        # Those whose last token is in flight have nothing left to compute, those that lost their pages
-        # with a token in flight wait for it.
-        if any(request.status is not RequestStatus.LEAVING for request in self.unfinished):
-            assert plan.rows or any(request.num_pending for request in self.unfinished)
+        # Those that leave, or lost their pages with a token in flight, have nothing to compute now.
+        assert plan.rows or all(request.num_pending for request in self.unfinished)
         return plan
 
     def check_row(self, row: PlannedRow):
