@@ -32,7 +32,7 @@ class PeerProcess:
     def __init__(self, name: str, launch: Launch):
         self.name = name
         self._plan: dict[str, Any] = {}
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (lives as long as the process)
         started = time.perf_counter()
         try:
             self._process = subprocess.Popen(
