@@ -213,7 +213,8 @@ class Admission:
         return request.num_tokens - 1
 
     def _waits_for_claim(self, request: Request, found: _Found, step: StepDraft) -> bool:
-        """Whether this step computes a page that the request would share, or a good part of one."""
+        """Whether this step computes a page that the request would share, or a good part of one, for somebody
+        before it in the order: for one behind it, it might wait long."""
         if not step.claims or not found.wanted:
             return False
         claimed = step.claims.closest(
@@ -223,7 +224,8 @@ class Admission:
             return False
         owner, num_claimed = step.owners[claimed[0]], claimed[1]
         limits = self._settings
-        if num_claimed < min(limits.page_size, found.num_copied + limits.min_shared_tokens):
+        is_worth_it = num_claimed >= min(limits.page_size, found.num_copied + limits.min_shared_tokens)
+        if not is_worth_it or self.order(owner) > self.order(request):
             return False
         num_common = num_common_tokens(request.prompt_token_ids, owner.prompt_token_ids)
         self._awaited[request] = (owner, num_common)

@@ -107,6 +107,18 @@ def test_salted_requests_share_only_among_themselves():
     assert shape(step(scheduler)[0]) == [("a", 8, 1), ("b", 8, 1), ("c", 7, 1)]
 
 
+def test_an_urgent_request_does_not_wait_for_what_a_less_urgent_one_computes():
+    scheduler = make_scheduler(policy="priority", max_num_batched_tokens=12)
+    scheduler.add(make_request("later", range(17), priority=2))
+    scheduler.schedule()
+    scheduler.add(make_request("urgent", range(17), priority=0))
+    scheduler.add(make_request("patient", range(17), priority=3))
+    assert shape(step(scheduler)[0]) == [("later", 0, 12)]
+    # "later" runs, so it goes on first; there is room for one more; "patient" waits for what both compute.
+    assert shape(step(scheduler)[0]) == [("later", 12, 5), ("urgent", 12, 5)]
+    assert shape(step(scheduler)[0]) == [("urgent", 17, 1), ("later", 17, 1), ("patient", 16, 1)]
+
+
 def test_pinned_pages_are_left_alone_while_others_run():
     """Six pages: two are pinned and cached, "a" takes two. Another two would fit, but for the last one."""
     for is_pinned in (True, False):
