@@ -86,6 +86,8 @@ class Request:
     prompt_len: int = field(init=False)
     max_output_len: int = field(init=False)
     """Output tokens stop here: the lesser of `max_tokens` and what `max_total_len` leaves."""
+    max_computed_len: int = field(init=False)
+    """Tokens that are ever computed: all but the last one drawn."""
     end_token_ids: frozenset[int] = field(init=False)
     """Tokens that end it, once there are `min_tokens`."""
 
@@ -93,6 +95,7 @@ class Request:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
         self.prompt_len = len(self.prompt_token_ids)
         self.max_output_len = min(self.sampling.max_tokens, self.max_total_len - self.prompt_len)
+        self.max_computed_len = self.prompt_len + self.max_output_len - 1
         ends = frozenset() if self.sampling.ignore_eos else self.eos_token_ids
         self.end_token_ids = ends.union(self.sampling.stop_token_ids)
 

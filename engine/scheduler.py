@@ -111,12 +111,12 @@ class Scheduler:
         num_decodes = 0
         add, make_row = step.singles.append, tuple.__new__  # a third of the time of PlannedRow(...)
         for request in tuple(self._running):
-            num_computed, page_ids = request.num_computed, request.page_ids
+            num_computed = request.num_computed
             if not request.num_pending and request.remain_len > 1:
                 chunked.append(request)
             # The common case, in line: one token, and the last page has room for it.
-            elif num_computed < len(page_ids) * page_size:
-                add(make_row(PlannedRow, (request, num_computed, 1, True, 1, page_ids)))
+            elif num_computed % page_size:
+                add(make_row(PlannedRow, (request, num_computed, 1, True, 1, request.page_ids)))
                 num_decodes += 1
             elif request.status is RequestStatus.RUNNING:  # it may have lost its place to one before it
                 self._plan_running(request, step)
@@ -158,7 +158,7 @@ class Scheduler:
                 if cache is not None and num_tokens > 1:
                     cache.insert_rest(request)
                 request.num_pending = 1
-                if len(request.output_token_ids) + 1 >= request.max_output_len:
+                if num_computed >= request.max_computed_len:
                     self._leave(request)
                     is_leaving = True
         if is_leaving:
