@@ -114,7 +114,7 @@ class Duplicates:
 
 
 def _as_if_its_own(output: RequestOutput, follower: Follower) -> RequestOutput:
-    """The leader's result for a follower: all of its prompt was found, and no time is before it came."""
+    """The leader's result for a follower: found as much of its prompt as can be, and no time before it came."""
     arrival, times = follower.arrival_time, output.metrics
 
     def since(time: float | None) -> float | None:
@@ -124,7 +124,7 @@ def _as_if_its_own(output: RequestOutput, follower: Follower) -> RequestOutput:
         output,
         request_id=follower.request_id,
         prompt=follower.prompt,
-        num_cached_tokens=len(output.prompt_token_ids),
+        num_cached_tokens=len(output.prompt_token_ids) - 1,  # of a prompt's last token nothing is ever found
         metrics=RequestMetrics(
             arrival_time=arrival,
             first_scheduled_time=since(times.first_scheduled_time),
