@@ -70,9 +70,12 @@ def load_text_side(settings: Settings) -> Any:
 
 def make_engine(loaded: Any, settings: Settings) -> Any:
     """An engine with every step compiled."""
+    from engine.collector import spare_long_lived_objects
     from engine.engine import Engine
 
-    return Engine(loaded, settings.engine, takes_weights=True)
+    engine = Engine(loaded, settings.engine, takes_weights=True)
+    spare_long_lived_objects()
+    return engine
 
 
 def run_job(

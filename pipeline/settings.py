@@ -131,6 +131,7 @@ HARMLESS = frozenset(
         "prompt.system_template",
         "engine.hbm_utilization",
         "engine.kv_cache_bytes",
+        "engine.async_scheduling",
         "engine.compilation_cache_dir",
         "engine.platform",
     }

@@ -237,6 +237,7 @@ def test_the_harmless_keys_exist_and_leave_the_fingerprint_alone(composed: dict[
         "progress": "off",
         "resume.on_change": "fork",
         "engine.kv_cache_bytes": 1_000_000,
+        "engine.async_scheduling": False,
         "engine.hbm_utilization": 0.5,
     }.items():
         changed = with_value(changed, key, value)
