@@ -64,7 +64,7 @@ def plan_job(
             id_index=id_index,
         )
         make_plan(settings, shards)  # refuses what a run would refuse
-        shared = SharedPrefixes(settings.engine.page_size)
+        shared = SharedPrefixes()
         rows, sample = read_all(settings, shards, builder, shared)
         measured = None
         if measures and sample:
@@ -101,15 +101,16 @@ def read_all(
         for batch in batches(rows, BATCH_ROWS):
             for item in builder.build_many(batch):
                 num_rows += 1
+                shared.add(item)
                 if isinstance(item, Reject):
                     num_rejected += 1
                     plan.rejected_by_reason[item.reason] = plan.rejected_by_reason.get(item.reason, 0) + 1
                     continue
                 plan.add(item)
-                shared.add(item.token_ids)
                 if num_sampled < most and len(sample) < settings.engine.max_num_seqs:
                     sample.append(item)
                     num_sampled += len(item.token_ids)
+        shared.end_shard()
         plan.shards.append(ShardPlan(shard.name, num_rows, num_rejected))
     return plan, sample
 

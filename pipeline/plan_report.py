@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.histogram import Histogram
+from pipeline.metrics import SHOWN_TEMPLATES
 from pipeline.progress import duration
 from pipeline.rows import Prompt
 from pipeline.settings import Settings
@@ -116,6 +117,7 @@ def as_json(
         "shared_prefix_tokens": shared.num_shared,
         "shared_prefix_share": shared.share,
         "shared_prefix_is_exact": shared.is_exact,
+        "templates": [asdict(template) for template in shared.templates[:SHOWN_TEMPLATES]],
         "page_size": settings.engine.page_size,
         "longest_request_tokens": rows.longest_request,
         "measured": None if measured is None else asdict(measured),
@@ -150,9 +152,16 @@ def report_lines(
     found += _length_lines(rows)
     at_least = "" if shared.is_exact else "at least "
     found.append(
-        f"  shared    {at_least}{shared.num_shared:,} prompt tokens ({shared.share:.0%}) repeat whole pages "
-        f"of {settings.engine.page_size} tokens of an earlier prompt"
+        f"  shared    {at_least}{shared.num_shared:,} prompt tokens ({shared.share:.0%}) can come from the "
+        "prefix cache: they begin a prompt as they began an earlier one"
     )
+    if shared.num_shared and settings.input.order == "input":
+        found.append("            in input order fewer may: see input.order")
+    for template in shared.templates[:3]:
+        found.append(
+            f"            {template.rows:,} rows begin with the same {template.num_tokens:,} tokens: "
+            f"{template.text[:40]}"
+        )
     if measured is None or estimate is None:
         why = missing_platform or ("no prompt can run" if settings.plan.measure else "plan.measure=false")
         found.append(f"  time      not estimated: {why}")

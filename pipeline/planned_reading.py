@@ -165,7 +165,7 @@ class PlannedReader:
                 planner.add(row)
             if len(spool) % self._step:
                 continue
-            if len(spool) >= prefix_plan.MAX_WINDOW_ROWS or spool.is_full:
+            if planner.is_full or spool.is_full:
                 break
             is_early = len(spool) - self._step < prefix_plan.EARLY_ROWS <= len(spool)
             if is_early and not planner.is_worth_planning():

@@ -23,7 +23,8 @@ from pipeline.row_order import PlannedOrder, WindowOrder
 from pipeline.rows import Prompt, Reject
 
 MAX_WINDOW_ROWS = 32_768
-"""Rows planned as one: all of them are tokenised before the first runs."""
+MAX_WINDOW_TOKENS = 2**28
+"""Rows and tokens planned as one: all of them are tokenised before the first runs."""
 
 EARLY_ROWS = 4096
 EARLY_SHARE = 0.01
@@ -73,6 +74,11 @@ class WindowPlanner:
     @property
     def num_rows(self) -> int:
         return len(self._prompts) + len(self._rejects)
+
+    @property
+    def is_full(self) -> bool:
+        """Time to end the window: so many rows, or so many tokens (a byte is held for each)."""
+        return self.num_rows >= MAX_WINDOW_ROWS or self.num_prompt_tokens >= MAX_WINDOW_TOKENS
 
     def add(self, row: Prompt | Reject) -> None:
         """Take the next row of the window."""

@@ -1,48 +1,87 @@
-"""Count how many prompt tokens a run could take from earlier prompts' pages, in bounded memory."""
+"""What the rows of a run have in common, planned as a run would plan them and never run."""
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-# About 100 bytes each: 400 MB at most, for 4 million different pages.
-MAX_PAGES = 4_000_000
+from pipeline.metrics import MAX_TEMPLATES
+from pipeline.prefix_hashes import SeenPrefixes
+from pipeline.prefix_plan import WindowPlanner
+from pipeline.row_order import PrefixGroup
+from pipeline.rows import Prompt, Reject, excerpt
+
+# Of prompts in one window, how their beginnings are shown.
+_SHOWN_CHARS = 80
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTemplate:
+    """A beginning of `num_tokens` tokens that `rows` rows of a window share; `text` is how it begins."""
+
+    rows: int
+    num_tokens: int
+    text: str
+
+    @property
+    def saving(self) -> int:
+        """Tokens that need not be computed, at most."""
+        return (self.rows - 1) * self.num_tokens
 
 
 class SharedPrefixes:
-    """Remembers each different page by a hash of the whole prefix that ends with it.
+    """Counts how many prompt tokens a cache that forgets nothing would hold, and finds the templates.
 
-    A page counts as shared when an earlier prompt began with the same tokens up to its end. Only whole pages
-    count, and never a prompt's last token, which is always computed for its logits. What is counted is what a
-    cache that never evicts would save; past `max_pages` different pages it is a lower bound.
+    In the planned order a cache of few pages comes close to that. `is_exact` is False once there were more
+    different beginnings than are remembered: then it is a lower bound.
     """
 
-    def __init__(self, page_size: int, max_pages: int = MAX_PAGES):
-        self._page_size = page_size
-        self._max_pages = max_pages
-        self._seen: set[bytes] = set()
+    def __init__(self) -> None:
+        self._seen = SeenPrefixes()
+        self._planner: WindowPlanner | None = None
+        self._texts: list[str] = []
+        self._templates: list[PlannedTemplate] = []
         self.num_tokens = 0
         self.num_shared = 0
-        self.is_exact = True
 
-    def add(self, token_ids: Sequence[int]) -> int:
-        """Count one prompt; returns how many of its tokens earlier prompts hold."""
-        self.num_tokens += len(token_ids)
-        raw = array("I", token_ids)
-        chain, shared = b"", 0
-        for start in range(0, len(token_ids) - self._page_size, self._page_size):
-            page = raw[start : start + self._page_size].tobytes()
-            chain = hashlib.blake2b(chain + page, digest_size=16).digest()
-            if chain in self._seen:
-                shared += self._page_size
-            elif len(self._seen) < self._max_pages:
-                self._seen.add(chain)
-            else:
-                self.is_exact = False
-        self.num_shared += shared
-        return shared
+    @property
+    def is_exact(self) -> bool:
+        return self._seen.is_exact
 
     @property
     def share(self) -> float:
         return self.num_shared / self.num_tokens if self.num_tokens else 0.0
+
+    @property
+    def templates(self) -> list[PlannedTemplate]:
+        """Those that save most, first."""
+        return self._templates
+
+    def add(self, row: Prompt | Reject) -> None:
+        """Take the next row of a shard."""
+        if self._planner is None:
+            self._planner = WindowPlanner(row.shard_index, row.position, self._seen)
+        self._planner.add(row)
+        self._texts.append((row.text or "")[:_SHOWN_CHARS] if isinstance(row, Prompt) else "")
+        if self._planner.is_full:
+            self.end_shard()
+
+    def end_shard(self) -> None:
+        """The rows so far are planned; those to come are another window's."""
+        if self._planner is None:
+            return
+        window = self._planner.plan()
+        self.num_tokens += self._planner.num_prompt_tokens
+        self.num_shared += sum(window.achievable(place) for place in range(window.start, window.stop))
+        found: dict[int, PrefixGroup] = {}
+        for place in range(window.start, window.stop):
+            group = window.group(place)
+            group = None if group is None else group.template
+            if group is not None:
+                found[id(group)] = group
+        for group in found.values():
+            [first] = window.positions(group.start, group.start + 1)
+            text = excerpt(self._texts[first - window.start])
+            self._templates.append(PlannedTemplate(group.num_rows, group.prefix_len, text))
+        self._templates.sort(key=lambda template: -template.saving)
+        del self._templates[MAX_TEMPLATES:]
+        self._planner, self._texts = None, []

@@ -181,6 +181,17 @@ def test_windows_end_at_chunks_and_follow_each_other(
     ]
 
 
+def test_so_many_tokens_end_a_window(
+    settings: InputSettings, spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_plan, "MAX_WINDOW_TOKENS", 1000)
+    book = Book()
+    with reader_of(CountingBuilder(), settings, spool, book) as reader:
+        reader.assign(all_of(list_shards(settings)[0]))
+        assert positions(take_all(reader)) == list(range(300))
+    assert [window.stop for window in book.windows.values()] == [140, 280, 300]
+
+
 def test_a_full_spool_ends_a_window(
     settings: InputSettings, spool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
