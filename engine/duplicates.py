@@ -114,7 +114,7 @@ class Duplicates:
 
 
 def _as_if_its_own(output: RequestOutput, follower: Follower) -> RequestOutput:
-    """The leader's result for a follower: found as much of its prompt as can be, and no time before it came."""
+    """The leader's result for a follower: found as much of its prompt as can be, no time before it came."""
     arrival, times = follower.arrival_time, output.metrics
 
     def since(time: float | None) -> float | None:
