@@ -50,8 +50,12 @@ class Finaliser:
         bounds = [self._plan.chunk_bounds(shard, chunk) for chunk in range(self._plan.num_chunks(shard))]
         if [(record.start, record.stop) for record in records] != bounds:
             raise OutputError(f"shard {shard} ({planned.name}) has chunks missing and cannot be finished yet")
-        windows = list(committed_windows(self._state.windows(shard, planned.num_rows), records))
-        if sum(len(window.records) for window in windows) != len(records):
+
+        def windows() -> Iterator[CommittedWindow]:
+            """Read anew each time: the orders of a large shard are not held."""
+            return committed_windows(self._state.windows(shard, planned.num_rows), records)
+
+        if sum(len(window.records) for window in windows()) != len(records):
             raise OutputError(
                 f"{self._storage.url}: the order of shard {shard} ({planned.name}) is not on record; "
                 f"remove {self._state.path('commits', f'{shard:05d}')} there and start the same command again"
@@ -65,7 +69,7 @@ class Finaliser:
             spool = self._spool_dir / f"final-{path.replace('/', '-')}"
             try:
                 self._spool_dir.mkdir(parents=True, exist_ok=True)
-                num_items = write(spool, windows)
+                num_items = write(spool, windows())
                 expected = {"data": "samples", "trace": "samples", "rejects": "rejected"}.get(kind)
                 if expected and num_items != counts[expected]:
                     raise OutputError(
@@ -98,7 +102,7 @@ class Finaliser:
         remedy = f"remove {self._storage.url}/{commit} and start the same command again to redo that chunk"
         return checked_file(self._storage, ref, self._spool_dir, remedy)
 
-    def _data(self, spool: Path, windows: Sequence[CommittedWindow]) -> int:
+    def _data(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
         schema = data_schema(self._plan.carried)
         if self._plan.output_format == "jsonl":
             num_rows = 0
@@ -109,10 +113,10 @@ class Finaliser:
             return num_rows
         return self._write(spool, schema, self._tables(windows, "data"))
 
-    def _trace(self, spool: Path, windows: Sequence[CommittedWindow]) -> int:
+    def _trace(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
         return self._write(spool, trace_schema(), self._tables(windows, "trace"))
 
-    def _tables(self, windows: Sequence[CommittedWindow], kind: str) -> Iterator[pa.Table]:
+    def _tables(self, windows: Iterator[CommittedWindow], kind: str) -> Iterator[pa.Table]:
         for window in windows:
             yield from merged_tables(window, kind, self._chunk_file, self._spool_dir)
 
@@ -122,7 +126,7 @@ class Finaliser:
                 writer.write(table.cast(schema))
             return writer.num_rows
 
-    def _rejects(self, spool: Path, windows: Sequence[CommittedWindow]) -> int:
+    def _rejects(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
         num_rows = 0
         with open(spool, "wb") as file:
             for window in windows:
@@ -131,7 +135,7 @@ class Finaliser:
                     num_rows += 1
         return num_rows
 
-    def _metrics(self, spool: Path, windows: Sequence[CommittedWindow]) -> int:
+    def _metrics(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
         records = [record for window in windows for record in window.records]
         merged = self._merge_metrics([record.metrics for record in records])
         spool.write_text(

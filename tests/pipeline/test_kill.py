@@ -1,4 +1,5 @@
-"""The real job, killed at random moments: the same command brings it to the same bytes.
+"""The real job, killed at random moments: the same command brings it to the same bytes, and to those of a run
+in input order.
 
 TIDEMILL_KILLS sets how many times it is killed (3), TIDEMILL_KILL_SEED at which moments (0).
 """
@@ -64,7 +65,7 @@ def test_a_job_killed_at_random_moments_resumes_to_the_same_bytes(
     command: list[str], repository: Path, tmp_path: Path
 ) -> None:
     started = time.monotonic()
-    undisturbed = start(command, tmp_path / "undisturbed", repository)
+    undisturbed = start([*command, "input.order=input"], tmp_path / "undisturbed", repository)
     _, errors = undisturbed.communicate(timeout=300)
     seconds = time.monotonic() - started
     assert undisturbed.returncode == 0, errors
