@@ -50,10 +50,10 @@ class StepShape(NamedTuple):
         return _fields(self)[-1].stop
 
     def views(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Each field as a view of i32[size] in its own dtype and shape."""
+        """Each field as a view of i32[size] in its own shape."""
         return {
-            field.name: numbers[field.start : field.stop].view(field.dtype).reshape(field.shape)
-            for field in _fields(self)
+            name: numbers[start:stop] if len(shape) == 1 else numbers[start:stop].reshape(shape)
+            for name, start, stop, shape in _fields(self)
         }
 
 
@@ -62,33 +62,32 @@ class _Field(NamedTuple):
     start: int
     stop: int
     shape: tuple[int, ...]
-    dtype: Any
 
 
 @cache
 def _fields(shape: StepShape) -> tuple[_Field, ...]:
     num_tokens, num_logits, num_slots, table_width, _ = shape
-    declared: list[tuple[str, tuple[int, ...], Any]] = [
-        ("token_ids", (num_tokens,), np.int32),
-        ("positions", (num_tokens,), np.int32),
-        ("sources", (num_tokens,), np.int32),
-        ("query_start", (num_slots + 1,), np.int32),
-        ("kv_len", (num_slots,), np.int32),
-        ("page_table", (num_slots, table_width), np.int32),
-        ("groups", (4, num_slots), np.int32),
-        ("logit_tokens", (num_logits,), np.int32),
-        ("sampled", (len(SAMPLED_COLUMNS), num_logits), np.int32),
-        ("sample_positions", (num_logits,), np.int32),
-        ("history_len", (num_logits,), np.int32),
-        ("targets", (num_logits,), np.int32),
-        ("has_target", (num_logits,), np.int32),
-        ("any", (len(ANY_FLAGS),), np.int32),
-        ("num_logits", (1,), np.int32),
+    declared: list[tuple[str, tuple[int, ...]]] = [
+        ("token_ids", (num_tokens,)),
+        ("positions", (num_tokens,)),
+        ("sources", (num_tokens,)),
+        ("query_start", (num_slots + 1,)),
+        ("kv_len", (num_slots,)),
+        ("page_table", (num_slots, table_width)),
+        ("groups", (4, num_slots)),
+        ("logit_tokens", (num_logits,)),
+        ("sampled", (len(SAMPLED_COLUMNS), num_logits)),
+        ("sample_positions", (num_logits,)),
+        ("history_len", (num_logits,)),
+        ("targets", (num_logits,)),
+        ("has_target", (num_logits,)),
+        ("any", (len(ANY_FLAGS),)),
+        ("num_logits", (1,)),
     ]
     fields, start = [], 0
-    for name, field_shape, dtype in declared:
+    for name, field_shape in declared:
         stop = start + prod(field_shape)
-        fields.append(_Field(name, start, stop, field_shape, dtype))
+        fields.append(_Field(name, start, stop, field_shape))
         start = stop
     return tuple(fields)
 
