@@ -19,9 +19,9 @@ class EngineConfig:
 
     max_model_len: int | None = None
     """Prompt and output tokens of a request together; None: what the model was made for."""
-    max_num_seqs: int = 64
+    max_num_seqs: int = 256
     """Sequences that run at once."""
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = 1024
     """Tokens one step may compute, at least `max_num_seqs`."""
     page_size: int = 64
     """Tokens a KV page holds, a power of two from 8 to 512."""

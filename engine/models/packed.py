@@ -101,19 +101,16 @@ def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights:
         ever held; the model is of no use afterwards.
     """
     config = model.config
-    graph, state = nnx.split(model.layers[0])
-    del state
     flat = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in model.layers]
     layers: dict[str, PackedWeights | jax.Array] = {}
     for path in flat[0]:
+        name = ".".join(map(str, path))
         arrays = [variables[path].get_value() for variables in flat]
         if arrays[0].ndim == 2:
             matrices = _Matrices(arrays, takes_weights and backend == "cpu")
-            layers[".".join(path)] = pack_weights(
-                matrices, weight_format, backend, is_gated="gate_up" in path
-            )
+            layers[name] = pack_weights(matrices, weight_format, backend, is_gated="gate_up" in path)
         else:
-            layers[".".join(path)] = jnp.stack(arrays)
+            layers[name] = jnp.stack(arrays)
     is_tied = model.head is None
     head = model.embed if model.head is None else model.head.weight
     head_format = _HEAD_FORMATS.get(weight_format, weight_format)
@@ -127,7 +124,7 @@ def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights:
         head=pack_weights(matrices, head_format, backend),
         embed=model.embed.get_value() if is_embed_kept else None,
         config=config,
-        layer_graph=graph,
+        layer_graph=nnx.graphdef(model.layers[0]),
     )
 
 

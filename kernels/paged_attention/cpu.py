@@ -22,7 +22,7 @@ def attend(
 ) -> tuple[jax.Array, Pages]:
     """See `kernels.paged_attention.attend`. The pages are written in place."""
     absent = jnp.zeros((0,), jnp.float32)
-    stored = Pages(
+    stored = (
         pages.keys,
         pages.values,
         absent if pages.key_scales is None else pages.key_scales,

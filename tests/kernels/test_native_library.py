@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,8 +63,9 @@ def test_without_it_xla_serves_and_says_so(no_library):
 
 @pytest.mark.parametrize("name", ["attention_backend", "linear_backend"])
 def test_asked_for_by_name_it_is_never_replaced(no_library, name):
+    asked: dict[str, Any] = {name: "cpu"}
     with pytest.raises(ConfigError, match=f"engine.{name}=cpu: it was not built; install g\\+\\+"):
-        Backends.choose(EngineConfig(**{name: "cpu"}), on_cpu=True)
+        Backends.choose(EngineConfig(**asked), on_cpu=True)
 
 
 def test_an_accelerator_has_no_use_for_it():
