@@ -124,8 +124,8 @@ class Transformers:
         # Whatever happens only once happens here.
         self._generate(requests[:2], sampling, Plan(2, "prompt", "dynamic"))
         best = 0.0
-        for batch_size in BATCH_SIZES:
-            if batch_size > len(requests) or attempt(batch_size, "dynamic") < best:
+        for batch_size in [size for size in BATCH_SIZES if size <= len(requests)] or [len(requests)]:
+            if attempt(batch_size, "dynamic") < best:
                 break
             best = tried[-1][0]
         # The static cache pays or not whatever the batch size is: it is tried at the best one.
