@@ -25,7 +25,10 @@ __all__ = ["Scheduler", "SchedulerSettings", "SchedulerStats"]
 
 
 class Scheduler:
-    """Owns the unfinished requests and their pages. One thread; `schedule`, then `update`.
+    """Owns the unfinished requests and their pages. One thread.
+
+    A step is `schedule`, `advance` when it is dispatched, and `update` with its results. One step may be in
+    flight, dispatched and not updated, while the next is planned; before it is advanced, that one is updated.
 
     hash_page: how the prefix cache hashes a page; only tests give another one, to force collisions.
     """
