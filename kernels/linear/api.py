@@ -92,6 +92,5 @@ def _multiply(
 
 
 def weight_rows(weights: PackedWeights, row_ids: jax.Array, layer: int = 0) -> jax.Array:
-    """f32[T, in]: the rows `row_ids` i32[T] of a packed matrix, as they were packed (an embedding table's,
-    say)."""
+    """f32[T, in]: the rows `row_ids` i32[T] of a packed matrix (an embedding table's, say)."""
     return {"cpu": cpu.rows, "xla": xla.rows}[weights.meta.backend](weights, layer, row_ids)

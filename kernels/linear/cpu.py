@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.linear.layout import PackedWeight, PackedWeights, panel_of_row
+from kernels.linear.layout import PANEL, PackedWeight, PackedWeights, panel_of_row
+from kernels.linear.quantise import GROUP, unpack_nibbles
 
+_MAX_TILE_ROWS = 12  # quantised rows lie in whole tiles
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}  # as Linear::Activation in kernels.h
 
 
@@ -22,9 +24,13 @@ def multiply(
 ) -> jax.Array:
     """As `kernels.linear.linear`, or gated by `activation`."""
     num_tokens, in_dim = x.shape
-    (panels,) = weight.arrays
-    needs_copy = norm is not None or x.dtype != jnp.float32
-    scratch_bytes = 4 * num_tokens * in_dim if needs_copy else 0
+    panels, scales = weight.arrays if len(weight.arrays) == 2 else (weight.arrays[0], None)
+    if scales is not None:
+        groups = -(-in_dim // GROUP)
+        scratch_bytes = (num_tokens + _MAX_TILE_ROWS - 1) * groups * (2 * GROUP + 4)
+    else:
+        needs_copy = norm is not None or x.dtype != jnp.float32
+        scratch_bytes = 4 * num_tokens * in_dim if needs_copy else 0
     nothing = jnp.zeros((0,), jnp.float32)
     call = jax.ffi.ffi_call(
         "tidemill_linear",
@@ -36,6 +42,7 @@ def multiply(
     out, _ = call(
         x,
         panels,
+        nothing if scales is None else scales,
         nothing if bias is None else bias.astype(jnp.float32),
         jnp.zeros((0,), x.dtype) if residual is None else residual,
         nothing if norm is None else norm[0].astype(jnp.float32),
@@ -43,11 +50,20 @@ def multiply(
         num_rows,
         norm_eps=np.float32(0 if norm is None else norm[1]),
         activation=np.int64(_ACTIVATIONS[activation]),
+        bits=np.int64({"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[weight.meta.weight_format]),
     )
     return out
 
 
 def rows(weights: PackedWeights, layer: int, row_ids: jax.Array) -> jax.Array:
     """f32[T, in]: rows of layer `layer`'s matrix."""
-    panel, place = panel_of_row(row_ids, weights.meta)
-    return weights.arrays[0][layer, panel, :, place].astype(jnp.float32)
+    meta = weights.meta
+    panel, place = panel_of_row(row_ids, meta)
+    panels = weights.arrays[0]
+    if meta.weight_format in ("float32", "bfloat16"):
+        return panels[layer, panel, :, place].astype(jnp.float32)
+    quads = panels.reshape(*panels.shape[:2], -1, PANEL, 4)[layer, panel, :, place]
+    values = unpack_nibbles(quads) if meta.weight_format == "int4" else quads
+    scales = weights.arrays[1][layer, panel, :, place]
+    groups = values.reshape(*scales.shape, GROUP).astype(jnp.float32) * scales[..., None]
+    return groups.reshape(len(row_ids), -1)[:, : meta.in_dim]

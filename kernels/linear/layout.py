@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,11 @@ class WeightMeta:
 class PackedWeights:
     """Matrices of one shape, one a layer, packed for a backend.
 
-    `arrays` belong to the backend: for "cpu" the panels of all layers in one array, for "xla" a tuple with a
-    matrix a layer (slices of one array would be copied, every step, on a CPU).
+    `arrays` belong to the backend: for "cpu" the panels of all layers in one array (and their scales in
+    another), for "xla" as many tuples as layers (slices of one array would be copied, every step, on a CPU).
     """
 
-    arrays: tuple[jax.Array, ...]
+    arrays: tuple[Any, ...]
     meta: WeightMeta
 
     def layer(self, index: jax.Array | int) -> PackedWeight:
@@ -57,7 +58,7 @@ class PackedWeights:
     @property
     def num_bytes(self) -> int:
         """Bytes that the packed weights take."""
-        return sum(array.size * array.dtype.itemsize for array in self.arrays)
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self.arrays))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["arrays", "index"], meta_fields=["meta"])
@@ -65,7 +66,7 @@ class PackedWeights:
 class PackedWeight:
     """One layer's matrix out of `PackedWeights`."""
 
-    arrays: tuple[jax.Array, ...]
+    arrays: tuple[Any, ...]
     index: jax.Array  # i32[]
     meta: WeightMeta
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.cpu import why_absent
-from kernels.linear.layout import PANEL, PackedWeights, WeightMeta, padded_panels, to_panels
+from kernels.linear.layout import PANEL, PackedWeights, WeightMeta, to_panels
+from kernels.linear.quantise import pack_nibbles, quantise
 
-WEIGHT_FORMATS = ("float32", "bfloat16")
+WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
 
 
 def pack_weights(
@@ -22,7 +23,7 @@ def pack_weights(
     Args:
         weights: the layers' matrices; a sequence whose items are made when asked for keeps the peak of memory
             near one copy, since they are packed one at a time.
-        weight_format: "float32" or "bfloat16".
+        weight_format: one of `WEIGHT_FORMATS`; quantise.py says how int8 and int4 round.
         backend: one of `available_backends()`.
         is_gated: the matrix is a gate's rows, then as many of an up; only `gated_linear` takes it then.
 
@@ -43,17 +44,53 @@ def pack_weights(
         raise ValueError(f"a gated matrix has {rows} rows; give as many for the gate as for the up")
     out_dim = rows // 2 if is_gated else rows
     meta = WeightMeta(in_dim, out_dim, len(weights), is_gated, weight_format, backend)
-    dtype = jnp.dtype(weight_format)
+    pack = _cpu_arrays if backend == "cpu" else _xla_arrays
     if backend == "xla":
-        return PackedWeights(tuple(jnp.asarray(_checked(w, meta), dtype) for w in weights), meta)
-    panels = np.empty((len(weights), padded_panels(rows, is_gated=is_gated), in_dim, PANEL), dtype)
+        return PackedWeights(
+            tuple(_to_device(pack(_checked(weight, meta), meta)) for weight in weights), meta
+        )
+    stacked: list[np.ndarray] = []
     for layer, weight in enumerate(weights):
-        panels[layer] = to_panels(np.asarray(_checked(weight, meta)).astype(dtype), is_gated=is_gated)
-    return PackedWeights((jnp.asarray(panels),), meta)
+        arrays = pack(_checked(weight, meta), meta)
+        if layer == 0:
+            stacked = [np.empty((len(weights), *array.shape), array.dtype) for array in arrays]
+        for target, array in zip(stacked, arrays, strict=True):
+            target[layer] = array
+    return PackedWeights(_to_device(stacked), meta)
 
 
-def _checked(weight: np.ndarray | jax.Array, meta: WeightMeta) -> np.ndarray | jax.Array:
+def _cpu_arrays(matrix: np.ndarray, meta: WeightMeta) -> list[np.ndarray]:
+    """Panels and, of quantised weights, scales [panels, in / 64, 16]."""
+    if meta.weight_format in ("float32", "bfloat16"):
+        return [to_panels(matrix.astype(jnp.dtype(meta.weight_format)), is_gated=meta.is_gated)]
+    quantised = quantise(matrix, meta.weight_format)
+    panels = to_panels(quantised.values, is_gated=meta.is_gated)
+    num_panels, in_dim, _ = panels.shape
+    # Four inputs of an output side by side, as instructions that multiply and add bytes want them.
+    quads = panels.reshape(num_panels, in_dim // 4, 4, PANEL).transpose(0, 1, 3, 2)
+    scales = to_panels(quantised.scales, is_gated=meta.is_gated)
+    if meta.weight_format == "int8":
+        return [quads.reshape(num_panels, in_dim, PANEL), scales]
+    packed = pack_nibbles(quads.reshape(num_panels, in_dim // 8, 2, 4 * PANEL))
+    return [packed.reshape(num_panels, in_dim // 2, PANEL), scales]
+
+
+def _xla_arrays(matrix: np.ndarray, meta: WeightMeta) -> list[np.ndarray]:
+    """The matrix as it is or, of quantised weights, in whole numbers, and its scales."""
+    if meta.weight_format in ("float32", "bfloat16"):
+        return [matrix.astype(jnp.dtype(meta.weight_format))]
+    values, scales = quantise(matrix, meta.weight_format)
+    if meta.weight_format == "int8":
+        return [values, scales]
+    return [pack_nibbles(values.reshape(meta.num_rows, 2, -1)), scales]
+
+
+def _to_device(arrays: list[np.ndarray]) -> tuple[jax.Array, ...]:
+    return tuple(jnp.asarray(array) for array in arrays)
+
+
+def _checked(weight: np.ndarray | jax.Array, meta: WeightMeta) -> np.ndarray:
     if weight.shape != (meta.num_rows, meta.in_dim):
         expected = (meta.num_rows, meta.in_dim)
         raise ValueError(f"a layer's matrix is {tuple(weight.shape)}, the first layer's {expected}")
-    return weight
+    return np.asarray(weight)

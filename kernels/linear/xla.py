@@ -2,15 +2,19 @@
 
 Weights lie [out, in] and the product is x @ w.T: on a CPU, XLA then gives a row the same bits at every
 number of rows from 2 on (an [in, out] product goes to another kernel at 16 rows and less, which adds in
-another order), so fewer rows than `MIN_STABLE_ROWS` are filled up to it.
+another order), so fewer rows than `MIN_STABLE_ROWS` are filled up to it. Quantised weights are
+widened for each product, and activations stay as they are.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from kernels.linear.layout import PackedWeight, PackedWeights
+from kernels.linear.layout import PackedWeight, PackedWeights, WeightMeta
+from kernels.linear.quantise import GROUP, unpack_nibbles
 from kernels.linear.reference import ACTIVATIONS
 
 MIN_STABLE_ROWS = 8
@@ -46,11 +50,8 @@ def multiply(
     x = jnp.pad(x, ((0, max(0, MIN_STABLE_ROWS - num_tokens)), (0, 0)))
     if norm is not None:
         x = _normalised(x, *norm)
-    if weight.meta.weight_format == "bfloat16" and dtype == jnp.bfloat16:
-        x = x.astype(jnp.bfloat16)
-    else:
-        x = x.astype(jnp.float32)
-    branches = [lambda x, matrix=matrix: _project(x, matrix.astype(x.dtype)) for matrix in weight.arrays]
+    x = x.astype(dtype if weight.meta.weight_format != "float32" else jnp.float32)
+    branches = [partial(_product, arrays, weight.meta) for arrays in weight.arrays]
     y = branches[0](x) if len(branches) == 1 else jax.lax.switch(weight.index, branches, x)
     y = y[:num_tokens]
     if bias is not None:
@@ -63,6 +64,23 @@ def multiply(
     return jnp.where(is_valid, y, 0).astype(dtype)
 
 
+def _matrix(arrays: tuple[jax.Array, ...], meta: WeightMeta) -> jax.Array:
+    """A matrix [rows, in], or some of its rows: as it is or, quantised, as f32."""
+    if meta.weight_format in ("float32", "bfloat16"):
+        return arrays[0]
+    values, scales = arrays
+    if meta.weight_format == "int4":
+        values = unpack_nibbles(values)
+    groups = values.reshape(*scales.shape, GROUP).astype(jnp.float32) * scales[..., None]
+    return groups.reshape(len(scales), -1)[:, : meta.in_dim]
+
+
+def _product(arrays: tuple[jax.Array, ...], meta: WeightMeta, x: jax.Array) -> jax.Array:
+    """One layer's product, f32[T, rows]."""
+    return _project(x, _matrix(arrays, meta).astype(x.dtype))
+
+
 def rows(weights: PackedWeights, layer: int, row_ids: jax.Array) -> jax.Array:
     """f32[T, in]: rows of layer `layer`'s matrix."""
-    return weights.arrays[layer].at[row_ids].get(mode="clip").astype(jnp.float32)
+    chosen = tuple(array.at[row_ids].get(mode="clip") for array in weights.arrays[layer])
+    return _matrix(chosen, weights.meta).astype(jnp.float32)

@@ -61,7 +61,7 @@ def product(x, weight, bias, residual, norm_weight, num_rows, *, activation=None
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 @pytest.mark.parametrize("backend", available_backends())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     out_dim=st.integers(1, 100),
     in_dim=st.one_of(st.integers(1, 200), st.sampled_from([256, 257, 512, 600, 1100])),
@@ -139,13 +139,6 @@ def test_a_rows_bits_depend_on_nothing_else(backend, weight_format):
             np.testing.assert_array_equal(got, expected[order])
         padded = np.asarray(run(jnp.asarray(x), many.layer(1), num_rows=77))
         np.testing.assert_array_equal(padded[:77], expected[:77])
-
-
-def test_a_quantised_pair_fits_in_16_bits():
-    """What a CPU without VNNI adds in 16 bits: unsigned bytes up to 255 by two neighbouring weights."""
-    for matrix in (normal(1, 64, 256), np.ones((3, 64), np.float32), np.eye(64, dtype=np.float32)):
-        values = np.abs(quantise(matrix, "int8").values.astype(np.int32))
-        assert 255 * (values[:, 0::2] + values[:, 1::2]).max() <= 2**15 - 1
 
 
 _ISA_SCRIPT = """

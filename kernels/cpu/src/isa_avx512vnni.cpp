@@ -20,6 +20,7 @@
 
 #define TIDEMILL_ISA avx512vnni
 #define TIDEMILL_LANES 16
+#define TIDEMILL_VNNI 1
 #include "simd.h"
 #include "attention.h"
 #include "linear.h"

@@ -40,7 +40,7 @@ struct Attention {
 // are one layer's panels, packed as `kernels/linear/layout.py` tells.
 struct Linear {
   enum class Type { kFloat32, kBfloat16 };
-  enum class Format { kFloat32, kBfloat16 };
+  enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
   enum class Activation { kNone, kSilu, kGeluTanh };  // not kNone: gated, and panels alternate gate and up
 
   int64_t max_rows, num_rows;  // T, and how many of them are computed; the others become zero
@@ -50,13 +50,15 @@ struct Linear {
   Format format;
   Activation activation;
   const void* x;             // [T, K]
-  const void* weights;       // [num_panels, K, 16]
+  const void* weights;       // [num_panels, K, 16]; K filled up to whole groups for int8 and int4
+  const float* scales;       // [num_panels, K / 64, 16], int8 and int4: of 64 inputs of a row of w
   const float* bias;         // [N], gated [2 N], or null
   const void* residual;      // [T, N] or null
   const float* norm_weight;  // [K] or null
   float norm_eps;
   void* out;      // [T, N]
-  void* scratch;  // [T, K] float32 where x is normalised or bfloat16
+  void* scratch;  // float32 [T, K] where x is normalised or bfloat16; for int8 and int4 132 bytes a group and row,
+                  // of T + 11 rows
 };
 
 // Tokens drawn from logits. Axes: L rows of logits, V vocabulary.

@@ -6,47 +6,59 @@
 // between slices. What follows a product (bias, residual, gate) is done on that array, so its cost is small.
 
 #include "linear_float.h"
+#include "linear_int8.h"
 
 namespace tidemill {
 namespace TIDEMILL_ISA {
 
-constexpr int64_t kBlockBytes = 320 * 1024;   // of a block's rows, in the second-level cache
-constexpr int64_t kSerialElements = 16384;    // fewer than these are prepared sooner than a thread is woken
-constexpr int64_t kRowsAtOnce = 8;            // rows that one item of the preparation takes
+constexpr int64_t kBlockBytes = 320 * 1024;  // of a block's rows, in the second-level cache
+constexpr int64_t kSerialElements = 16384;   // fewer than these are prepared sooner than a thread is woken
+constexpr int64_t kRowsAtOnce = 8;           // rows that one item of the preparation takes
 
 TIDEMILL_INLINE float read_activation(const Linear& args, const void* data, int64_t index) {
   return args.type == Linear::Type::kFloat32 ? static_cast<const float*>(data)[index]
                                              : from_bf16(static_cast<const uint16_t*>(data)[index]);
 }
 
-// 1 / sqrt(mean of squares + eps), added in 16 parts whatever the vectors' width.
-TIDEMILL_INLINE float inverse_root_mean_square(const float* x, int64_t count, float eps) {
-  vf parts[kVectors];
-  for (int c = 0; c < kVectors; ++c) parts[c] = vf{};
-  int64_t k = 0;
-  for (; k + kPanel <= count; k += kPanel)
-    for (int c = 0; c < kVectors; ++c) {
-      const vf value = load(x + k + c * kLanes);
-      parts[c] = fma(value, value, parts[c]);
-    }
-  float part[kPanel];
-  for (int c = 0; c < kVectors; ++c) store(part + c * kLanes, parts[c]);
-  for (int i = 0; k < count; ++k, ++i) part[i] += x[k] * x[k];
-  for (int half = kPanel / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return 1.0f / std::sqrt(part[0] / static_cast<float>(count) + eps);
+// Values [k, k + count) of row `row` of x, at `target`.
+TIDEMILL_INLINE void read_values(const Linear& args, int64_t row, int64_t k, int64_t count, float* target) {
+  const int64_t at = row * args.in_dim + k;
+  if (args.type == Linear::Type::kFloat32)
+    std::memcpy(target, static_cast<const float*>(args.x) + at, count * sizeof(float));
+  else
+    for (int64_t i = 0; i < count; ++i) target[i] = from_bf16(static_cast<const uint16_t*>(args.x)[at + i]);
 }
 
-// Row `row` of x in float32, normalised if asked, at `target` [in].
-TIDEMILL_INLINE void prepare_row(const Linear& args, int64_t row, float* target) {
-  const int64_t at = row * args.in_dim;
-  if (args.type == Linear::Type::kFloat32)
-    std::memcpy(target, static_cast<const float*>(args.x) + at, args.in_dim * sizeof(float));
-  else
-    for (int64_t k = 0; k < args.in_dim; ++k) target[k] = from_bf16(static_cast<const uint16_t*>(args.x)[at + k]);
-  if (args.norm_weight == nullptr) return;
-  const float inverse = inverse_root_mean_square(target, args.in_dim, args.norm_eps);
-  for (int64_t k = 0; k < args.in_dim; ++k) target[k] = target[k] * inverse * args.norm_weight[k];
+// 1 / sqrt(mean of squares + eps) of a row, added in 16 parts whatever the vectors' width.
+TIDEMILL_INLINE float inverse_root_mean_square(const Linear& args, int64_t row) {
+  vf parts[kVectors] = {};
+  for (int64_t k = 0; k < args.in_dim; k += kPanel) {
+    alignas(64) float values[kPanel] = {};
+    read_values(args, row, k, std::min<int64_t>(kPanel, args.in_dim - k), values);
+    for (int c = 0; c < kVectors; ++c) {
+      const vf value = load(values + c * kLanes);
+      parts[c] = fma(value, value, parts[c]);
+    }
+  }
+  float part[kPanel];
+  for (int c = 0; c < kVectors; ++c) store(part + c * kLanes, parts[c]);
+  for (int half = kPanel / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return 1.0f / std::sqrt(part[0] / static_cast<float>(args.in_dim) + args.norm_eps);
+}
+
+// Makes row `row` of x ready: in float32 and normalised if asked, or quantised too.
+TIDEMILL_INLINE void prepare_row(const Linear& args, const IntRows* quantised, int64_t row) {
+  const float inverse = args.norm_weight != nullptr ? inverse_root_mean_square(args, row) : 1.0f;
+  for (int64_t k = 0; k < args.in_dim; k += kGroup) {
+    alignas(64) float own[kGroup] = {};
+    float* values = quantised != nullptr ? own : static_cast<float*>(args.scratch) + row * args.in_dim + k;
+    const int64_t count = std::min(kGroup, args.in_dim - k);
+    read_values(args, row, k, count, values);
+    if (args.norm_weight != nullptr)
+      for (int64_t i = 0; i < count; ++i) values[i] = values[i] * inverse * args.norm_weight[k + i];
+    if (quantised != nullptr) quantised->quantise(row, k / kGroup, values);
+  }
 }
 
 TIDEMILL_INLINE vf activated(Linear::Activation activation, vf x) {
@@ -81,6 +93,29 @@ TIDEMILL_INLINE void finish_outputs(const Linear& args, int64_t row, int64_t col
     for (int64_t i = 0; i < width; ++i) static_cast<uint16_t*>(args.out)[at + i] = to_bf16(value[i]);
 }
 
+// What follows the product, for a block of rows and one pair of panels.
+TIDEMILL_INLINE void finish_pair(const Linear& args, int64_t first_row, int64_t num_rows, int64_t pair,
+                                 const float (*results)[kMaxBlockRows * kPanel]) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const float *left = results[0] + r * kPanel, *right = results[1] + r * kPanel;
+    if (args.activation != Linear::Activation::kNone) {
+      finish_outputs(args, first_row + r, pair * kPanel, left, right);
+    } else {
+      finish_outputs(args, first_row + r, pair * 2 * kPanel, left, nullptr);
+      finish_outputs(args, first_row + r, (pair * 2 + 1) * kPanel, right, nullptr);
+    }
+  }
+}
+
+// Of one pair of panels and a block of rows: the results before what follows, and what is made of a slice.
+struct PairMemory {
+  alignas(64) float results[2][kMaxBlockRows * kPanel];
+  union {
+    FloatMemory floats;
+    IntMemory ints;
+  };
+};
+
 // How the work is cut: items are (block of rows, pair of panels), panels innermost; a thread takes runs of items,
 // long ones first, short ones last, so that all end together.
 struct LinearWork {
@@ -88,7 +123,9 @@ struct LinearWork {
   std::vector<int64_t> runs;  // bounds of the runs, over all items
 
   LinearWork(const Linear& args, int64_t num_threads) {
-    const int64_t fitting = std::min(kMaxBlockRows, kBlockBytes / (args.in_dim * 4) / kTileRows * kTileRows);
+    const bool is_int = args.format == Linear::Format::kInt8 || args.format == Linear::Format::kInt4;
+    const int64_t row_bytes = args.in_dim * (is_int ? 2 : 4);
+    const int64_t fitting = std::min(kMaxBlockRows, kBlockBytes / row_bytes / kTileRows * kTileRows);
     const int64_t max_rows = std::max<int64_t>(fitting, 4 * kTileRows);
     const int64_t count = (args.num_rows + max_rows - 1) / max_rows;
     const int64_t even = (args.num_rows + count - 1) / count;
@@ -109,16 +146,17 @@ void linear(const Linear& args, Pool& pool) {
   std::memset(static_cast<char*>(args.out) + args.num_rows * args.out_dim * size, 0,
               (args.max_rows - args.num_rows) * args.out_dim * size);
   if (args.num_rows == 0) return;
+  const bool is_int = args.format == Linear::Format::kInt8 || args.format == Linear::Format::kInt4;
+  const IntRows quantised(args);
   const float* x = static_cast<const float*>(args.x);
-  if (args.type != Linear::Type::kFloat32 || args.norm_weight != nullptr) {
-    float* prepared = static_cast<float*>(args.scratch);
+  if (is_int || args.type != Linear::Type::kFloat32 || args.norm_weight != nullptr) {
     const bool is_small = args.num_rows * args.in_dim <= kSerialElements;
     const int64_t at_once = is_small ? args.num_rows : kRowsAtOnce;
     parallel_for(pool, (args.num_rows + at_once - 1) / at_once, [&](int64_t item) {
       const int64_t end = std::min(args.num_rows, (item + 1) * at_once);
-      for (int64_t row = item * at_once; row < end; ++row) prepare_row(args, row, prepared + row * args.in_dim);
+      for (int64_t row = item * at_once; row < end; ++row) prepare_row(args, is_int ? &quantised : nullptr, row);
     });
-    x = prepared;
+    x = static_cast<const float*>(args.scratch);
   }
   const LinearWork work(args, pool.num_threads());
   parallel_for(pool, static_cast<int64_t>(work.runs.size()) - 1, [&](int64_t run) {
@@ -126,16 +164,11 @@ void linear(const Linear& args, Pool& pool) {
     for (int64_t item = work.runs[run]; item < work.runs[run + 1]; ++item) {
       const int64_t pair = item % work.num_pairs, first_row = item / work.num_pairs * work.block_rows;
       const int64_t num_rows = std::min(work.block_rows, args.num_rows - first_row);
-      float_pair(args, x + first_row * args.in_dim, args.in_dim, num_rows, pair, memory);
-      for (int64_t r = 0; r < num_rows; ++r) {
-        const float *left = memory.results[0] + r * kPanel, *right = memory.results[1] + r * kPanel;
-        if (args.activation != Linear::Activation::kNone) {
-          finish_outputs(args, first_row + r, pair * kPanel, left, right);
-        } else {
-          finish_outputs(args, first_row + r, pair * 2 * kPanel, left, nullptr);
-          finish_outputs(args, first_row + r, (pair * 2 + 1) * kPanel, right, nullptr);
-        }
-      }
+      if (is_int)
+        int_pair(args, quantised, first_row, num_rows, pair, memory.results, memory.ints);
+      else
+        float_pair(args, x + first_row * args.in_dim, args.in_dim, num_rows, pair, memory.results, memory.floats);
+      finish_pair(args, first_row, num_rows, pair, memory.results);
     }
   });
 }

@@ -12,13 +12,15 @@ namespace tidemill {
 namespace {
 
 constexpr int64_t kPanelOutputs = 16;
+constexpr int64_t kTileRowsMax = 12;  // quantised rows lie in whole tiles
+constexpr int64_t kGroupInputs = 64;  // that share a scale, in int8 and int4 panels
 
 ffi::Error invalid(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "linear: " + what); }
 
-ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panels, ffi::Buffer<ffi::F32> bias,
-                    ffi::AnyBuffer residual, ffi::Buffer<ffi::F32> norm_weight, ffi::Buffer<ffi::S32> layer,
-                    ffi::Buffer<ffi::S32> num_rows, ffi::Result<ffi::AnyBuffer> out,
-                    ffi::Result<ffi::Buffer<ffi::U8>> scratch, float norm_eps, int64_t activation) {
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panels, ffi::Buffer<ffi::F32> scales,
+                    ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer residual,
+                    ffi::Buffer<ffi::F32> norm_weight, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> num_rows,
+                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::U8>> scratch, float norm_eps, int64_t activation, int64_t bits) {
   const auto rows = x.dimensions(), results = out->dimensions(), packed = panels.dimensions();
   if (rows.size() != 2 || results.size() != 2 || packed.size() != 4) return invalid("x and out have 2 axes, panels 4");
   if (layer.element_count() != 1 || num_rows.element_count() != 1) return invalid("layer and num_rows are one number");
@@ -37,30 +39,51 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panel
     args.type = Linear::Type::kBfloat16;
   else
     return invalid("x and out are both float32 or both bfloat16");
-  int64_t weight_bytes = 4;
+  int64_t group = 1, values_a_byte = 1, weight_bytes = 1;
   switch (panels.element_type()) {
-    case ffi::DataType::F32: args.format = Linear::Format::kFloat32; break;
-    case ffi::DataType::BF16: args.format = Linear::Format::kBfloat16; weight_bytes = 2; break;
-    default: return invalid("panels are float32 or bfloat16");
+    case ffi::DataType::F32:
+      args.format = Linear::Format::kFloat32;
+      weight_bytes = 4;
+      break;
+    case ffi::DataType::BF16:
+      args.format = Linear::Format::kBfloat16;
+      weight_bytes = 2;
+      break;
+    case ffi::DataType::S8:
+      args.format = bits == 4 ? Linear::Format::kInt4 : Linear::Format::kInt8;
+      values_a_byte = bits == 4 ? 2 : 1;
+      group = kGroupInputs;
+      break;
+    default: return invalid("panels are float32, bfloat16 or int8");
   }
+  const bool is_int = group != 1;
+  const int64_t in_padded = (args.in_dim + group - 1) / group * group;
   const int64_t outputs_of_panels = args.num_panels * kPanelOutputs / (is_gated ? 2 : 1);
-  if (results[0] != args.max_rows || packed[2] != args.in_dim || packed[3] != kPanelOutputs || args.num_panels % 2 != 0 ||
-      args.out_dim > outputs_of_panels || args.in_dim < 1)
+  if (results[0] != args.max_rows || packed[2] * values_a_byte != in_padded || packed[3] != kPanelOutputs ||
+      args.num_panels % 2 != 0 || args.out_dim > outputs_of_panels || args.in_dim < 1 || packed[0] < 1)
     return invalid("the shapes of x, panels and out do not agree");
+  const int64_t layer_scales = is_int ? args.num_panels * in_padded / group * kPanelOutputs : 0;
+  if (static_cast<int64_t>(scales.element_count()) != packed[0] * layer_scales)
+    return invalid("the shapes of panels and scales do not agree");
   const auto fits = [](int64_t found, int64_t expected) { return found == 0 || found == expected; };
   const int64_t num_biases = bias.element_count(), num_residuals = residual.element_count();
   const int64_t num_norms = norm_weight.element_count();
   if (!fits(num_biases, is_gated ? 2 * args.out_dim : args.out_dim) || !fits(num_norms, args.in_dim) ||
       !fits(num_residuals, args.max_rows * args.out_dim) || residual.element_type() != x.element_type())
     return invalid("the shapes of bias, residual and norm do not agree with those of x and out");
-  const bool needs_copy = num_norms != 0 || args.type != Linear::Type::kFloat32;
-  if (needs_copy && static_cast<int64_t>(scratch->element_count()) < args.max_rows * args.in_dim * 4)
-    return invalid("scratch is too small");
-  const int64_t index = std::clamp<int64_t>(layer.typed_data()[0], 0, std::max<int64_t>(packed[0] - 1, 0));
+  int64_t row_bytes = 0;
+  if (is_int)
+    row_bytes = in_padded / group * (2 * group + 4);
+  else if (num_norms != 0 || args.type != Linear::Type::kFloat32)
+    row_bytes = args.in_dim * 4;
+  const int64_t scratch_rows = args.max_rows + (is_int ? kTileRowsMax - 1 : 0);
+  if (static_cast<int64_t>(scratch->element_count()) < scratch_rows * row_bytes) return invalid("scratch is too small");
+  const int64_t index = std::clamp<int64_t>(layer.typed_data()[0], 0, packed[0] - 1);
   args.num_rows = std::clamp<int64_t>(num_rows.typed_data()[0], 0, args.max_rows);
   args.x = x.untyped_data();
   args.weights = static_cast<const char*>(panels.untyped_data()) +
-                 index * args.num_panels * args.in_dim * kPanelOutputs * weight_bytes;
+                 index * args.num_panels * packed[2] * kPanelOutputs * weight_bytes;
+  if (is_int) args.scales = scales.typed_data() + index * layer_scales;
   args.bias = num_biases != 0 ? bias.typed_data() : nullptr;
   args.residual = num_residuals != 0 ? residual.untyped_data() : nullptr;
   args.norm_weight = num_norms != 0 ? norm_weight.typed_data() : nullptr;
@@ -81,6 +104,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tidemill_linear, tidemill::multiply,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()           // x
                                   .Arg<ffi::AnyBuffer>()           // panels of all layers
+                                  .Arg<ffi::Buffer<ffi::F32>>()    // scales of all layers, or empty
                                   .Arg<ffi::Buffer<ffi::F32>>()    // bias, or empty
                                   .Arg<ffi::AnyBuffer>()           // residual, or empty
                                   .Arg<ffi::Buffer<ffi::F32>>()    // norm weight, or empty
@@ -89,5 +113,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tidemill_linear, tidemill::multiply,
                                   .Ret<ffi::AnyBuffer>()           // out
                                   .Ret<ffi::Buffer<ffi::U8>>()     // scratch
                                   .Attr<float>("norm_eps")
-                                  .Attr<int64_t>("activation"));
+                                  .Attr<int64_t>("activation")
+                                  .Attr<int64_t>("bits"));
 #pragma GCC visibility pop

@@ -16,10 +16,9 @@ constexpr int64_t kMaxBlockRows = 132;  // a multiple of every kTileRows
 constexpr int64_t kFloatSlice = 256 / kPanelsAtOnce;  // inputs of one slice: 16 KiB of float32 panels
 static_assert(kMaxBlockRows % kTileRows == 0, "whole tiles");
 
-// Results of one pair of panels for a block of rows, before the epilogue; and a slice of panels in another form.
-struct PairMemory {
-  alignas(64) float results[2][kMaxBlockRows * kPanel];
-  alignas(64) float slice[kPanelsAtOnce][kFloatSlice * kPanel];
+// A slice of bfloat16 panels, widened.
+struct FloatMemory {
+  alignas(64) float panels[kPanelsAtOnce][kFloatSlice * kPanel];
 };
 
 // One slice of the panels that are worked on together.
@@ -79,7 +78,7 @@ void float_rest(int64_t rows, const float* x, int64_t row_stride, const FloatSli
 
 // All the rows of a block against one pair of panels.
 TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_stride, int64_t num_rows, int64_t pair,
-                                PairMemory& memory) {
+                                float (*results)[kMaxBlockRows * kPanel], FloatMemory& memory) {
   const int64_t in_dim = args.in_dim;
   const bool is_narrow = args.format == Linear::Format::kBfloat16;
   for (int first = 0; first < 2; first += kPanelsAtOnce) {
@@ -88,15 +87,15 @@ TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_
       slice.count = std::min(kFloatSlice, in_dim - begin);
       slice.is_first = begin == 0;
       const bool is_last = begin + slice.count == in_dim;
-      float* results[kPanelsAtOnce];
+      float* target[kPanelsAtOnce];
       for (int p = 0; p < kPanelsAtOnce; ++p) {
         const int64_t at = ((pair * 2 + first + p) * in_dim + begin) * kPanel;
         const int64_t next = at + (is_last ? (kPanelsAtOnce - 1) * in_dim : 0) * kPanel + slice.count * kPanel;
-        results[p] = memory.results[first + p];
+        target[p] = results[first + p];
         if (is_narrow) {
           const uint16_t* weights = static_cast<const uint16_t*>(args.weights);
-          for (int64_t i = 0; i < slice.count * kPanel; ++i) memory.slice[p][i] = from_bf16(weights[at + i]);
-          slice.panels[p] = memory.slice[p];
+          for (int64_t i = 0; i < slice.count * kPanel; ++i) memory.panels[p][i] = from_bf16(weights[at + i]);
+          slice.panels[p] = memory.panels[p];
           slice.ahead[p] = weights + next;
         } else {
           slice.panels[p] = static_cast<const float*>(args.weights) + at;
@@ -107,12 +106,12 @@ TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_
       for (; row + kTileRows <= num_rows; row += kTileRows) {
         const float* rows = x + row * row_stride + begin;
         if (row == 0)
-          float_tile<kTileRows, true>(rows, row_stride, slice, results);
+          float_tile<kTileRows, true>(rows, row_stride, slice, target);
         else
-          float_tile<kTileRows, false>(rows, row_stride, slice, results);
-        for (int p = 0; p < kPanelsAtOnce; ++p) results[p] += kTileRows * kPanel;
+          float_tile<kTileRows, false>(rows, row_stride, slice, target);
+        for (int p = 0; p < kPanelsAtOnce; ++p) target[p] += kTileRows * kPanel;
       }
-      float_rest<kTileRows - 1>(num_rows - row, x + row * row_stride + begin, row_stride, slice, results);
+      float_rest<kTileRows - 1>(num_rows - row, x + row * row_stride + begin, row_stride, slice, target);
     }
   }
 }
