@@ -40,7 +40,8 @@ class EngineMeter:
         seconds = self._clock() - started
         self._recent.append(seconds)
         stats = self._look()
-        if not stats.waiting and 2 * stats.running < self._max_num_seqs:
+        widths = stats.batch_occupancy
+        if widths and not stats.waiting and 2 * widths[-1] < self._max_num_seqs:
             self._pending.tail_seconds += seconds
         num_pages = stats.pages_free + stats.pages_cached + stats.pages_held
         if num_pages:

@@ -53,7 +53,8 @@ class Metrics:
     samples: int = 0  # completions; n of them a row
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    # Those that a cache which forgets nothing would have held; 0 for rows whose order was not planned.
+    # Those that a cache which forgets nothing would have held, counted in units of eight tokens, so that the
+    # cached ones may be a little more; 0 for rows whose order was not planned.
     achievable_tokens: int = 0
     generated_tokens: int = 0
     finish_reasons: dict[str, int] = field(default_factory=dict)

@@ -10,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from engine.sampling_params import SamplingParams
+from pipeline.engine_meter import EngineMeter
+from pipeline.hints import Template
 from pipeline.histogram import SMALLEST, Histogram
-from pipeline.metrics import ChunkFacts, Metrics, merge_chunks, summarise
+from pipeline.metrics import MAX_TEMPLATES, ChunkFacts, Metrics, TemplateCounts, merge_chunks, summarise
+from tests.pipeline.fake_engine import FakeEngine
 
 values = st.lists(st.floats(min_value=0, max_value=1e6, allow_nan=False), max_size=60)
 
@@ -115,3 +119,48 @@ def test_a_summary_of_nothing_has_no_rates() -> None:
     assert summary["prefix_hit_rate"] is None
     assert summary["step_seconds"]["p99"] is None
     json.dumps(summary, allow_nan=False)
+
+
+def test_achieved_and_achievable_add_up_over_chunks_and_templates() -> None:
+    first, second = Metrics(), Metrics()
+    first.complete(output(3), 100, Template("a", 90, "begins"))
+    second.complete(output(3), 50, Template("a", 90, "begins"))
+    second.complete(output(3), 7, None)
+    again = Metrics.from_json(json.loads(json.dumps(first.to_json())))
+    assert again.to_json() == first.to_json()
+    total = Metrics.sum([again, second])
+    shown = summarise(total)
+    assert shown["achievable_tokens"] == 157
+    assert shown["achieved_share"] == total.cached_tokens / 157
+    [template] = shown["templates"]
+    assert (template["rows"], template["num_tokens"], template["text"]) == (2, 90, "begins")
+    assert template["achievable_tokens"] == 150
+    assert summarise(Metrics())["achieved_share"] is None
+    assert first.templates["a"].rows == 1, "a sum leaves its parts as they were"
+
+
+def test_of_many_templates_the_most_rewarding_are_kept() -> None:
+    total = Metrics()
+    for number in range(5 * MAX_TEMPLATES):
+        part = Metrics(templates={str(number): TemplateCounts(16, "", rows=1, achievable_tokens=number)})
+        total.merge(part)
+    assert len(total.templates) <= 2 * MAX_TEMPLATES
+    shown = summarise(total)["templates"]
+    assert [each["achievable_tokens"] for each in shown] == list(range(319, 309, -1))
+
+
+def test_the_tail_is_of_steps_less_than_half_full_with_nothing_waiting() -> None:
+    now = iter(range(1000))
+    engine = FakeEngine(max_num_seqs=4)
+    meter = EngineMeter(engine, 4, clock=lambda: float(next(now)))
+    for number, length in enumerate([2, 2, 3, 7, 3]):
+        sampling = SamplingParams(max_tokens=length, ignore_eos=True)
+        engine.add_request(str(number), [1, 2], sampling=sampling)
+    while engine.has_unfinished:
+        meter.step()
+    metrics = Metrics()
+    meter.settle(metrics)
+    # Four run for two steps, three for one, two for two (half is not less than half), one for the last two.
+    assert metrics.num_steps == 7
+    assert metrics.tail_seconds == 2.0
+    assert metrics.computed_tokens == engine.stats().num_computed_tokens
