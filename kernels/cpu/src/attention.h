@@ -384,7 +384,8 @@ class AttentionCall {
       const vi number = numbers + splat_int(static_cast<int32_t>(t));
       vf logit = load(logits + t);
       if (a_.soft_cap > 0) logit = splat(a_.soft_cap) * hyperbolic_tangent(logit / splat(a_.soft_cap));
-      logit = (number >= low) & (number < high) ? logit : splat(lowest);
+      const vi is_seen = (number >= low) & (number < high);
+      logit = is_seen ? logit : splat(lowest);
       store(logits + t, logit);
       best = maximum(logit, best);
     }

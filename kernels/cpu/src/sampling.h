@@ -37,14 +37,12 @@ TIDEMILL_INLINE vf logarithm(vf x) {
   return fma(e, splat(0.693359375f), m + y);
 }
 
-template <typename Word>
-TIDEMILL_INLINE Word rotated(Word x, int by) {
+TIDEMILL_INLINE vu rotated(vu x, int by) {
   return (x << by) | (x >> (32 - by));
 }
 
 // Threefry-2x32 with 20 rounds (Salmon et al. 2011): the generator of jax.random's default keys.
-template <typename Word>
-TIDEMILL_INLINE void threefry(uint32_t key0, uint32_t key1, Word& x0, Word& x1) {
+TIDEMILL_INLINE void threefry(uint32_t key0, uint32_t key1, vu& x0, vu& x1) {
   const uint32_t keys[3] = {key0, key1, key0 ^ key1 ^ 0x1BD11BDAu};
   constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
   x0 = x0 + keys[0];
@@ -103,9 +101,9 @@ class Row {
     float floor = min_p > 0 ? std::log(min_p) : -std::numeric_limits<float>::infinity();
     if (top_k < size_) floor = kth_largest(top_k, floor);
     if (top_p < 1) floor = nucleus(top_p, floor);
-    uint32_t high = 0, low = static_cast<uint32_t>(position);
+    vu high = vu{}, low = splat_bits(static_cast<uint32_t>(position));
     threefry(key0, key1, high, low);
-    return noisiest(floor, high, low, likeliest);
+    return noisiest(floor, high[0], low[0], likeliest);
   }
 
  private:
