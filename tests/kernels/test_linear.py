@@ -114,9 +114,7 @@ def test_bfloat16_activations_are_rounded_once(backend, weight_format):
         plain = rounded_activations(plain)
     expected = reference.linear(plain, jnp.asarray(used_matrix(matrix, weight_format)))
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        np.asarray(got, np.float32), expected, rtol=2**-7, atol=2e-2 if backend == "xla" else 5e-3
-    )
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=2**-7, atol=2e-2)
 
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
