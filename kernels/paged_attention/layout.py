@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,16 +127,23 @@ class PageLayout:
         return self.dtype == np.int8
 
     def empty(self, num_pages: int) -> Pages:
-        """Zeroed pages for one layer."""
-        pages = Pages(
-            jnp.zeros((num_pages, self.num_kv_heads, self.head_dim, self.page_size), self.dtype),
-            jnp.zeros((num_pages, self.num_kv_heads, self.page_size, self.head_dim), self.dtype),
-        )
+        """New pages. What is in them is unspecified: nothing of it is read before it is written.
+
+        On a CPU they take memory only as they are written, so that a budget which is not used costs nothing.
+        """
+
+        def array(*shape: int, dtype: Any = self.dtype) -> jax.Array:
+            if self.backend != "cpu":
+                return jnp.zeros(shape, dtype)
+            return jax.ffi.ffi_call("tidemill_uninitialized", jax.ShapeDtypeStruct(shape, dtype))()
+
+        heads, dim, size = self.num_kv_heads, self.head_dim, self.page_size
+        pages = Pages(array(num_pages, heads, dim, size), array(num_pages, heads, size, dim))
         if not self.has_scales:
             return pages
-        scales = (num_pages, self.num_kv_heads, self.page_size)
         return pages._replace(
-            key_scales=jnp.zeros(scales, jnp.float32), value_scales=jnp.zeros(scales, jnp.float32)
+            key_scales=array(num_pages, heads, size, dtype=jnp.float32),
+            value_scales=array(num_pages, heads, size, dtype=jnp.float32),
         )
 
     def write(self, pages: Pages, keys: jax.Array, values: jax.Array, rows: Rows) -> Pages:
