@@ -12,6 +12,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError, RequestError, RetraceError
 from engine.models.dense import dense_forward
 from engine.sampling_params import SamplingParams
+from kernels.paged_attention import available_backends
 from tests.engine.engines import tiny_engine, tokens_of, varied_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -278,3 +279,15 @@ def test_half_the_width_holds_twice_the_pages_and_says_nearly_the_same(options):
     near, exact = text_of("the answer", sampling, narrow), text_of("the answer", sampling, wide)
     assert near.cumulative_logprob != exact.cumulative_logprob
     assert near.cumulative_logprob == pytest.approx(exact.cumulative_logprob, rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{"weight_dtype": "int8"}, {"weight_dtype": "int4"}, {"kv_dtype": "int8"}])
+@pytest.mark.parametrize("backend", available_backends())
+def test_narrow_numbers_say_nearly_the_same_whatever_the_kernels(options, backend):
+    sampling = GREEDY.replace(logprobs=0)
+    narrow = tiny_engine(**options, attention_backend=backend, linear_backend=backend)
+    near, exact = text_of("the answer", sampling, narrow), text_of("the answer", sampling, tiny_engine())
+    assert near.cumulative_logprob != exact.cumulative_logprob
+    assert near.cumulative_logprob == pytest.approx(exact.cumulative_logprob, rel=0.1)
+    if "kv_dtype" in options:  # a float32 scale beside each head of 16 numbers
+        assert narrow.num_pages == pytest.approx(16 * 4 / (16 + 4) * tiny_engine().num_pages, abs=1)

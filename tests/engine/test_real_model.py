@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 
 from engine.checkpoints import LoadedModel
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.sampling_params import SamplingParams
+from jobs.demo.docstrings import docstrings
 from tests.parity.cases import NEAR_TIE, REAL_FILE
 from tests.parity.compare import load_references
 
@@ -54,3 +58,28 @@ def test_bits_do_not_depend_on_the_schedule(engine):
         (alone,) = engine.generate([prompt], drawn)
         assert alone.outputs[0].token_ids == wanted.token_ids
         assert alone.outputs[0].cumulative_logprob == wanted.cumulative_logprob
+
+
+@pytest.fixture(scope="module")
+def text_ids(real: LoadedModel) -> list[list[int]]:
+    """8 pieces of 512 tokens of real text."""
+    text = "\n\n".join(entry.text for entry in docstrings(min_chars=200, max_chars=20_000))
+    ids = real.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids[start : start + 512] for start in range(0, 4096, 512)]
+
+
+def perplexity(real: LoadedModel, pieces: list[list[int]], **options: Any) -> float:
+    engine = Engine(real, EngineConfig(max_model_len=513, kv_cache_bytes=400 << 20, **options))
+    outputs = engine.generate(pieces, GREEDY.replace(max_tokens=1, prompt_logprobs=0))
+    entries = [entry for output in outputs for entry in output.prompt_logprobs or () if entry is not None]
+    assert len(entries) == 8 * 511
+    return math.exp(-sum(entry.logprob for entry in entries) / len(entries))
+
+
+def test_narrow_numbers_cost_at_most_a_hundredth_of_perplexity(real, text_ids):
+    exact = perplexity(real, text_ids)
+    weights = perplexity(real, text_ids, weight_dtype="int8") / exact - 1
+    pages = perplexity(real, text_ids, kv_dtype="int8") / exact - 1
+    print(f"perplexity {exact:.2f}; int8 weights and activations {weights:+.2%}, int8 pages {pages:+.2%}")
+    assert abs(weights) < 0.01
+    assert abs(pages) < 0.01

@@ -287,7 +287,13 @@ class AttentionCall {
       const int64_t query_head = head * ratio_ + i % ratio_;
       const int64_t slot = block.num_slots > 1 ? block.first_slot + i / ratio_ : block.first_slot;
       const int64_t source = (token * a_.num_heads + query_head) * dim;
-      for (int64_t h = 0; h < dim; ++h) tile.q[i * dim + h] = read(a_.q, source + h) * a_.scale;
+      float* query = tile.q + i * dim;
+      if (a_.activation_type == Attention::Type::kFloat32) {
+        const float* from = static_cast<const float*>(a_.q) + source;
+        for (int64_t h = 0; h < dim; ++h) query[h] = from[h] * a_.scale;
+      } else {
+        for (int64_t h = 0; h < dim; ++h) query[h] = read(a_.q, source + h) * a_.scale;
+      }
       const int64_t position = a_.kv_len[slot] - (a_.query_start[slot + 1] - token);
       int64_t first = 0;
       if (a_.window > 0) first = std::max(first, position - (a_.window - 1));
@@ -306,12 +312,13 @@ class AttentionCall {
       const int64_t token = block.first_token + i / ratio_;
       const int64_t target = (token * a_.num_heads + head * ratio_ + i % ratio_) * dim;
       const float total = tile.total[i] > 0 ? tile.total[i] : 1.0f;
-      for (int64_t h = 0; h < dim; ++h) {
-        const float value = tile.out[i * dim + h] / total;
-        if (a_.activation_type == Attention::Type::kFloat32)
-          static_cast<float*>(a_.out)[target + h] = value;
-        else
-          static_cast<uint16_t*>(a_.out)[target + h] = to_bf16(value);
+      const float* result = tile.out + i * dim;
+      if (a_.activation_type == Attention::Type::kFloat32) {
+        float* out = static_cast<float*>(a_.out) + target;
+        for (int64_t h = 0; h < dim; ++h) out[h] = result[h] / total;
+      } else {
+        uint16_t* out = static_cast<uint16_t*>(a_.out) + target;
+        for (int64_t h = 0; h < dim; ++h) out[h] = to_bf16(result[h] / total);
       }
     }
   }

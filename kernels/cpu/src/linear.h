@@ -74,12 +74,27 @@ TIDEMILL_INLINE void finish_outputs(const Linear& args, int64_t row, int64_t col
                                     const float* up) {
   const int64_t width = std::min<int64_t>(kPanel, args.out_dim - column);
   if (width <= 0) return;
+  const int64_t at = row * args.out_dim + column;
+  if (width == kPanel && args.type == Linear::Type::kFloat32) {  // nearly always: no copies
+    float* out = static_cast<float*>(args.out) + at;
+    for (int i = 0; i < kPanel; i += kLanes) {
+      vf y = load(result + i);
+      if (args.bias != nullptr) y = y + load(args.bias + column + i);
+      if (up != nullptr) {
+        vf other = load(up + i);
+        if (args.bias != nullptr) other = other + load(args.bias + args.out_dim + column + i);
+        y = activated(args.activation, y) * other;
+      }
+      if (args.residual != nullptr) y = y + load(static_cast<const float*>(args.residual) + at + i);
+      store(out + i, y);
+    }
+    return;
+  }
   float bias[kPanel] = {}, up_bias[kPanel] = {}, residual[kPanel] = {}, value[kPanel];
   if (args.bias != nullptr) {
     std::memcpy(bias, args.bias + column, width * sizeof(float));
     if (up != nullptr) std::memcpy(up_bias, args.bias + args.out_dim + column, width * sizeof(float));
   }
-  const int64_t at = row * args.out_dim + column;
   if (args.residual != nullptr)
     for (int64_t i = 0; i < width; ++i) residual[i] = read_activation(args, args.residual, at + i);
   for (int i = 0; i < kPanel; i += kLanes) {

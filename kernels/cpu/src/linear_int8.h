@@ -9,7 +9,7 @@
 // 32 bits an output. With VNNI a step is a quad: x is stored as unsigned bytes, 128 added, because the
 // instruction multiplies unsigned by signed bytes, and sums start by taking it off. Elsewhere a step is two 16-bit
 // numbers, a quad's inputs 0 and 2, then 1 and 3, and a slice is widened for all of the block's rows. (AVX2's product of
-// bytes adds in 16 bits, for which weights would have to have 7 bits: 1.2 times as fast, and perplexity rises by
+// bytes adds in 16 bits, for which weights would have to have 7 bits: somewhat faster, and perplexity rises by
 // more than 1 %.)
 // int4 panels hold two quads in the bytes of one, the first in the low halves; they are unpacked likewise.
 

@@ -12,13 +12,10 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <random>
 #include <thread>
 #include <vector>
 
-#include "kernels.h"
-
-using namespace tidemill;
+#include "fuzz.h"
 
 namespace {
 
@@ -35,21 +32,6 @@ class ThreadPool final : public Pool {
  private:
   std::vector<std::thread> threads_;
 };
-
-std::mt19937 random_bits;
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
-float normal() { return std::normal_distribution<float>()(random_bits); }
-std::vector<float> normals(int64_t count) {
-  std::vector<float> values(count);
-  for (float& value : values) value = normal();
-  return values;
-}
-
-[[noreturn]] void fail(const char* what, int64_t number, double got, double want) {
-  std::fprintf(stderr, "%s: case %lld: got %.9g, expected %.9g\n", what, static_cast<long long>(number), got, want);
-  std::exit(1);
-}
 
 // Sequences with random histories, some of which begin with the same pages; attention and then every output checked.
 void fuzz_attention(int64_t number, Pool& pool) {
@@ -311,6 +293,8 @@ int main(int argc, char** argv) {
     fuzz_attention(number, pool);
     pool.join();
     fuzz_sampling(number, pool);
+    pool.join();
+    fuzz_linear(number, pool);
     pool.join();
   }
   std::printf("%s: %lld cases\n", kernels().name, num_cases);
