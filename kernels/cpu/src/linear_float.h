@@ -29,7 +29,8 @@ struct FloatSlice {
   bool is_first;
 };
 
-// results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16].
+// results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16]. Meanwhile the same slice of the rows that
+// come `Rows` further down is fetched from the second-level cache: too short a stretch for the hardware to foresee.
 template <int Rows, bool HasAhead>
 void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
   const float* panels[kPanelsAtOnce];
@@ -44,8 +45,7 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
 #pragma GCC unroll 4
     for (int c = 0; c < kAcross; ++c)
       acc[r][c] = slice.is_first ? vf{} : load(results[c / kVectors] + r * kPanel + c % kVectors * kLanes);
-  const int64_t count = slice.count;
-  for (int64_t k = 0; k < count; ++k) {
+  const auto multiply = [&](int64_t k) __attribute__((always_inline)) {
     vf column[kAcross];
 #pragma GCC unroll 4
     for (int c = 0; c < kAcross; ++c) column[c] = load(panels[c / kVectors] + k * kPanel + c % kVectors * kLanes);
@@ -58,7 +58,16 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
 #pragma GCC unroll 4
       for (int c = 0; c < kAcross; ++c) acc[r][c] = fma(factor, column[c], acc[r][c]);
     }
+  };
+  constexpr int64_t kLine = 16;
+  const int64_t count = slice.count;
+  int64_t k = 0;
+  for (; k + kLine <= count; k += kLine) {
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) __builtin_prefetch(x + (Rows + r) * row_stride + k, 0, 3);
+    for (int64_t end = k + kLine, at = k; at < end; ++at) multiply(at);
   }
+  for (; k < count; ++k) multiply(k);
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
