@@ -65,9 +65,7 @@ def sample(logits: jax.Array, inputs: SamplingInputs, backend: str = "xla") -> S
     changed = jax.lax.cond(inputs.any_bias, _add_bias, lambda x, _: x, logits, inputs)
     changed = jax.lax.cond(inputs.any_penalty, _penalise, lambda x, _: x, changed, inputs)
     changed = jax.lax.cond(inputs.any_mask, _mask, lambda x, _: x, changed, inputs)
-    draws = Draws(
-        inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.keys, inputs.positions
-    )
+    draws = Draws(inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.keys, inputs.positions)
     token_ids = draw(changed, draws, inputs.num_rows, backend)
     token_ids = jnp.where(inputs.has_target, inputs.targets, token_ids)
     return jax.lax.cond(inputs.any_logprobs, _with_logprobs, _without_logprobs, logits, token_ids)

@@ -4,10 +4,11 @@ Every 64 inputs of a row share a scale: w = scale * q, with |q| <= 127 for int8 
 Activations are rounded likewise to 8 bits when the native backend takes a product with such weights;
 nothing is calibrated.
 
-Perplexity of SmolLM2-135M on one piece of 2,048 tokens of Python's documentation, all products and the head, in
-a trial of the formats: int8 +0.1 %; with activations in groups of 96 or 192 inputs, +1.1 % and +1.9 % (and a
-scale a row for the weights); with weights of 7 bits +1.6 %. So short a text does not tell a few tenths of a
-percent apart; tests/engine/test_real_model.py holds the chosen one to 1 %. int4 costs this small model much (+75 %).
+Perplexity of SmolLM2-135M on one piece of 2,048 tokens of Python's documentation, all products and the head,
+in a trial of the formats: int8 +0.1 %; with activations in groups of 96 or 192 inputs, +1.1 % and +1.9 %
+(and a scale a row for the weights); with weights of 7 bits +1.6 %. So short a text does not tell a few
+tenths of a percent apart; tests/engine/test_real_model.py holds the chosen one to 1 %. int4 costs this small
+model much (+75 %).
 """
 
 from __future__ import annotations

@@ -46,8 +46,13 @@ def test_a_step_is_padded_by_a_quarter_at_most():
 
 
 def test_few_steps_are_compiled_where_padding_costs_nothing():
-    assert [size for size, _ in declare_buckets(16, 1024, 256, skips_padding=True)] == [16, 64, 256, 512,
-    1024]
+    assert [size for size, _ in declare_buckets(16, 1024, 256, skips_padding=True)] == [
+        16,
+        64,
+        256,
+        512,
+        1024,
+    ]
 
 
 def shared_prefix(pick: random.Random) -> tuple[list[int], int]:

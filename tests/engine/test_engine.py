@@ -281,7 +281,9 @@ def test_half_the_width_holds_twice_the_pages_and_says_nearly_the_same(options):
     assert near.cumulative_logprob == pytest.approx(exact.cumulative_logprob, rel=0.05)
 
 
-@pytest.mark.parametrize("options", [{"weight_dtype": "int8"}, {"weight_dtype": "int4"}, {"kv_dtype": "int8"}])
+@pytest.mark.parametrize(
+    "options", [{"weight_dtype": "int8"}, {"weight_dtype": "int4"}, {"kv_dtype": "int8"}]
+)
 @pytest.mark.parametrize("backend", available_backends())
 def test_narrow_numbers_say_nearly_the_same_whatever_the_kernels(options, backend):
     sampling = GREEDY.replace(logprobs=0)
