@@ -290,6 +290,7 @@ def test_narrow_numbers_say_nearly_the_same_whatever_the_kernels(options, backen
     narrow = tiny_engine(**options, attention_backend=backend, linear_backend=backend)
     near, exact = text_of("the answer", sampling, narrow), text_of("the answer", sampling, tiny_engine())
     assert near.cumulative_logprob != exact.cumulative_logprob
-    assert near.cumulative_logprob == pytest.approx(exact.cumulative_logprob, rel=0.1)
+    far = 0.3 if "int4" in options.values() else 0.1
+    assert near.cumulative_logprob == pytest.approx(exact.cumulative_logprob, rel=far)
     if "kv_dtype" in options:  # a float32 scale beside each head of 16 numbers
         assert narrow.num_pages == pytest.approx(16 * 4 / (16 + 4) * tiny_engine().num_pages, abs=1)
