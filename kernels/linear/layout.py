@@ -97,4 +97,4 @@ def panel_of_row(row: jax.Array, meta: WeightMeta) -> tuple[jax.Array, jax.Array
         return row // PANEL, row % PANEL
     is_up = row >= meta.out_dim
     row = jnp.where(is_up, row - meta.out_dim, row)
-    return row // PANEL * 2 + is_up, row % PANEL
+    return row // PANEL * 2 + is_up.astype(row.dtype), row % PANEL
