@@ -31,7 +31,7 @@ _EXACT_FORMATS = ("float32", "bfloat16")
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["layers", "norm", "head", "embed"],
-    meta_fields=["config", "layer_graph"],
+    meta_fields=["config", "layer_graph", "dtype"],
 )
 @dataclass(frozen=True, slots=True)
 class PackedModel:
@@ -45,6 +45,8 @@ class PackedModel:
     """[V, D]; None where the head's own rows are the embeddings and nothing was lost in packing them."""
     config: ModelConfig
     layer_graph: nnx.GraphDef
+    dtype: str
+    """Of activations, whatever the weights are stored as."""
 
     @property
     def num_bytes(self) -> int:
@@ -54,7 +56,7 @@ class PackedModel:
         """i32[T] -> [T, D], what goes into the first layer."""
         if self.embed is not None:
             return self.embed.at[token_ids].get(mode="clip")
-        return weight_rows(self.head, token_ids).astype(jnp.dtype(self.head.meta.weight_format))
+        return weight_rows(self.head, token_ids).astype(self.dtype)
 
     def forward(
         self,
@@ -96,11 +98,12 @@ def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights:
     """Pack a model's weights for `kernels.linear`.
 
     weight_format: what the matrices are stored as ("float32", "bfloat16", "int8", "int4"); norms and biases
-        stay as they are, the embeddings too where the format would lose something.
+        stay as they are, the embeddings too if the head is quantised.
     takes_weights: each matrix of `model` is deleted once it is packed, so that no two copies of a model are
         ever held; the model is of no use afterwards.
     """
     config = model.config
+    dtype = str(model.embed.dtype)  # before its array is deleted
     flat = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in model.layers]
     layers: dict[str, PackedWeights | jax.Array] = {}
     for path in flat[0]:
@@ -125,6 +128,7 @@ def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights:
         embed=model.embed.get_value() if is_embed_kept else None,
         config=config,
         layer_graph=nnx.graphdef(model.layers[0]),
+        dtype=dtype,
     )
 
 

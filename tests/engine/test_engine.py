@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, RequestError, RetraceError
 from engine.models.dense import dense_forward
+from engine.models.packed import pack_model
 from engine.sampling_params import SamplingParams
 from kernels.paged_attention import available_backends
 from tests.engine.engines import tiny_engine, tokens_of, varied_model
@@ -293,4 +295,12 @@ def test_narrow_numbers_say_nearly_the_same_whatever_the_kernels(options, backen
     far = 0.3 if "int4" in options.values() else 0.1
     assert near.cumulative_logprob == pytest.approx(exact.cumulative_logprob, rel=far)
     if "kv_dtype" in options:  # a float32 scale beside each head of 16 numbers
-        assert narrow.num_pages == pytest.approx(16 * 4 / (16 + 4) * tiny_engine().num_pages, abs=1)
+        assert tiny_engine(20, **options).num_pages == 20 * 16 * 4 // (16 + 4)
+
+
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("backend", available_backends())
+def test_how_weights_are_stored_does_not_narrow_activations(tiny, weight_dtype, backend):
+    """With tied embeddings too, which come out of the packed head."""
+    packed = pack_model(tiny.model, weight_dtype, backend)
+    assert packed.embedded(jnp.arange(3)).dtype == jnp.float32
