@@ -4,7 +4,7 @@ The rows' pages make a tree: rows that begin with the same pages lie below the s
 that tree the rows below a branch are neighbours, and the branch is a range of slots and a range of columns of
 their page tables. Attention of a whole range to its shared pages is a product of all its queries with each
 page, where each row alone would read the page again (Hydragen, Juravsky et al. 2024; cascade attention, Ye
-et al. 2024). Whether that pays is told by measured costs.
+et al. 2024). Whether that pays is told by a model of costs.
 
 A shared page comes from the prefix cache, where it stands in one place of one chain. So two rows with the
 same page in a column have the same pages before it, and a look at one column tells what a walk to it would.
@@ -32,7 +32,7 @@ MAX_BRANCHES = 128
 
 @dataclass(frozen=True, slots=True)
 class GroupCosts:
-    """What attention costs on one kind of device, in microseconds of one layer, as measured there.
+    """What attention costs on one kind of device, in microseconds of one layer. The defaults are estimates.
 
     A group pays when what its rows no longer read is more than what the extra pass costs.
     """
