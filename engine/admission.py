@@ -7,7 +7,6 @@ beginning is being computed by another in this very step is passed over, to find
 from __future__ import annotations
 
 import heapq
-from bisect import insort
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from engine.prefix_cache import PrefixCache, root_hash, tokens_of
 from engine.prefix_index import num_common_tokens
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings
+from engine.seat_table import SeatTable
 from engine.step_draft import StepDraft
 
 # Requests of which one step looks up what is known, only to find that they have to wait for what it computes.
@@ -26,8 +26,11 @@ MAX_LOOKED_UP = 32
 class Admission:
     """Owns the waiting requests; `cache` is None when prefixes are not shared."""
 
-    def __init__(self, settings: SchedulerSettings, pool: PagePool, cache: PrefixCache | None):
+    def __init__(
+        self, settings: SchedulerSettings, pool: PagePool, cache: PrefixCache | None, table: SeatTable
+    ):
         self._settings = settings
+        self._table = table
         self._pool = pool
         self._cache = cache
         # A heap; what was aborted while waiting stays until it comes to the top.
@@ -40,13 +43,9 @@ class Admission:
         # Requests that count the first tokens of a held page as computed, before they are copied.
         self._copies: dict[Request, tuple[int, int]] = {}
 
-    def order(self, request: Request) -> tuple[int, int]:
-        """Who comes first: the lowest."""
-        return (request.priority if self._settings.policy == "priority" else 0, request.arrival)
-
     def wait(self, request: Request) -> None:
         # By age, so a preempted request comes before all that were never admitted.
-        heapq.heappush(self._waiting, (*self.order(request), request))
+        heapq.heappush(self._waiting, (*self._settings.rank(request), request))
 
     def count_waiting(self) -> int:
         """The waiting requests, counted one by one."""
@@ -55,7 +54,6 @@ class Admission:
     def admit(
         self,
         step: StepDraft,
-        running: list[Request],
         plan: Callable[[Request, StepDraft], None],
         now: float | None,
     ) -> None:
@@ -66,7 +64,6 @@ class Admission:
         that is preempted or aborted leaves nobody waiting.
 
         Args:
-            running: the running requests in order; those that start are put in their places.
             plan: plans a started request's first tokens in the step, taking pages and setting others aside.
         """
         limits = self._settings
@@ -78,7 +75,7 @@ class Admission:
             self._waiting
             and step.tokens_left > 0
             and step.spare_logits > 0
-            and len(running) < limits.max_num_seqs
+            and self._table.num_taken < limits.max_num_seqs
             and len(passed_over) < limits.max_num_seqs  # these two bound the work of one step
             and num_looked_up < MAX_LOOKED_UP
         ):
@@ -102,16 +99,12 @@ class Admission:
             num_unheld = sum(not self._pool.is_held(page) for page in found.pages)
             to_come = self._num_pages_to_come(request) - len(found.pages)
             num_spare = self._pool.num_available - self._num_set_aside - to_come - num_unheld
-            if num_spare < (self._num_wanted(found.pages) if running else 0):
+            if num_spare < (self._num_wanted(found.pages) if self._table.num_taken else 0):
                 self.wait(request)
                 break
             if found.num_copied and num_spare == 0 and not self._pool.is_held(found.source):
                 found = found._replace(num_copied=0)  # there is no room to hold what would be copied
             self._start(request, found, now)
-            if running and self.order(request) < self.order(running[-1]):
-                insort(running, request, key=self.order)
-            else:
-                running.append(request)
             step.spare_logits -= 1
             plan(request, step)
         for request in passed_over:
@@ -151,8 +144,9 @@ class Admission:
         """Pages that are held to be copied, each as often as it is held."""
         return [source for source, _ in self._copies.values()]
 
-    def check_integrity(self, running: list[Request]) -> None:
+    def check_integrity(self) -> None:
         """Raises AssertionError unless what is set aside is what the running requests still may take."""
+        running = self._table.running()
         if self._num_set_aside != sum(request.num_pages_to_come for request in running):
             raise AssertionError("pages are set aside for nobody, or twice")
         for request in running:
@@ -166,6 +160,8 @@ class Admission:
         A page counts with all its tokens that are known now, also those of the request's next chunk.
         """
         if self._cache is None or not self._waiting:
+            return
+        if start >= request.num_tokens:  # a token that is being drawn: nobody could tell that he wants it
             return
         page_size = self._settings.page_size
         last = self._settings.num_pages_for(stop) - 1
@@ -185,6 +181,7 @@ class Admission:
             self._pool.share([found.source])
             self._copies[request] = (found.source, found.num_copied)
         request.status = RequestStatus.RUNNING
+        self._table.take(request)
         if request.num_preemptions == 0:
             request.first_scheduled_time = now
             request.num_cached_tokens = request.num_computed
@@ -225,7 +222,7 @@ class Admission:
         owner, num_claimed = step.owners[claimed[0]], claimed[1]
         limits = self._settings
         is_worth_it = num_claimed >= min(limits.page_size, found.num_copied + limits.min_shared_tokens)
-        if not is_worth_it or self.order(owner) > self.order(request):
+        if not is_worth_it or limits.rank(owner) > limits.rank(request):
             return False
         num_common = num_common_tokens(request.prompt_token_ids, owner.prompt_token_ids)
         self._awaited[request] = (owner, num_common)

@@ -17,10 +17,11 @@ import numpy as np
 
 from engine.buckets import Bucket
 from engine.in_flight import Draws, InFlight
-from engine.plan import StepPlan
+from engine.plan import StepPlan, row_arrays
 from engine.prefix_groups import Branch, GroupCosts, arrange_rows, find_groups
 from engine.sampler import MAX_LOGIT_BIAS
-from engine.seats import BIAS, HISTORY, LOGPROBS, MASK, PENALTY, Seats
+from engine.seat_sampling import BIAS, HISTORY, LOGPROBS, MASK, PENALTY, SeatSampling
+from engine.seat_table import SeatTable
 from engine.step_inputs import ANY_FLAGS, StepArrays, StepShape
 from engine.token_masks import mask_width, needs_mask, token_mask
 
@@ -50,7 +51,7 @@ class BatchBuilder:
         self._table_width = -(-max_model_len // page_size)
         self._num_draws = max(bucket.num_logits for bucket in buckets)
         self._device = device
-        self._seats = Seats(max_num_seqs, self._table_width, vocab_size)
+        self._seats = SeatSampling(max_num_seqs, vocab_size)
         self._range = np.arange(max(bucket.num_tokens for bucket in buckets), dtype=np.int32)
         self._idle: dict[int, dict[str, jax.Array]] = {}
         self._nothing_drawn = jax.device_put(np.zeros(self._num_draws, np.int32), device)
@@ -62,9 +63,10 @@ class BatchBuilder:
         """The plan with rows that share pages next to each other, and what they share."""
         if self._group_costs is None:
             return plan, []
-        order, branches = arrange_rows(plan.rows, self._page_size)
-        rows = plan.rows
-        return replace(plan, rows=tuple([rows[index] for index in order])), branches
+        arrays = plan.arrays
+        pages = [request.page_ids for request in arrays.requests.tolist()]
+        order, branches = arrange_rows(pages, arrays.starts.tolist(), self._page_size)
+        return replace(plan, arrays=arrays.take(np.array(order, np.int64))), branches
 
     def build(
         self, plan: StepPlan, branches: Sequence[Branch], bucket: Bucket, before: InFlight | None
@@ -81,16 +83,16 @@ class BatchBuilder:
         views["sampled"][:] = self._seats.idle[:, None]
         views["sources"][:] = self._range[: bucket.num_tokens] + self._num_draws
         unusual: dict[str, np.ndarray] = {}
-        if plan.rows:
-            seats, starts, lens, samples, num_logits = self._read(plan)
-            ends = lens.cumsum(dtype=np.int32)
-            views["query_start"][len(lens) :] = ends[-1]
+        if plan.num_rows:
+            rows = plan.arrays
+            self._seats.see(rows)
+            ends = rows.lens.cumsum(dtype=np.int32)
             if branches:
                 views["groups"][:] = find_groups(
-                    branches, lens.tolist(), self._page_size, self._group_costs, self._max_num_seqs
+                    branches, rows.lens.tolist(), self._page_size, self._group_costs, self._max_num_seqs
                 )
-            self._fill_tokens(plan, views, seats, starts, lens, ends, samples, before)
-            draws, unusual = self._fill_logits(plan, views, seats, starts + lens, ends, samples, num_logits)
+            self._fill_tokens(plan, views, ends, before)
+            draws, unusual = self._fill_logits(plan, views, ends)
         # The numbers themselves go to the device with the step's call: a put of their own costs the host
         # several times what the rest of the call does.
         special = jax.device_put(unusual, self._device) if unusual else {}
@@ -100,81 +102,54 @@ class BatchBuilder:
 
     def idle_arrays(self, bucket: Bucket) -> StepArrays:
         """Inputs of a step with no rows: the shapes to compile for."""
-        return self.build(StepPlan(()), (), bucket, None)[0]
-
-    def _read(self, plan: StepPlan) -> tuple[np.ndarray, ...]:
-        """Seat, start, number of tokens, whether it samples, and number of logits of each row."""
-        rows = plan.rows
-        of_request, written = self._seats.seat_of, self._seats.page_ids
-        seats = []
-        for row in rows:
-            seat = of_request.get(row[0])
-            if seat is None:
-                seat = self._seats.take(row[0])
-            if written[seat] != row[5]:
-                self._seats.write_pages(seat, row[5])
-            seats.append(seat)
-        lens, num_logits = np.ones(len(rows), np.int32), np.ones(len(rows), np.int32)
-        samples = np.ones(len(rows), bool)
-        for index in [index for index, row in enumerate(rows) if row[2] > 1 or not row[3] or row[4] > 1]:
-            row = rows[index]
-            lens[index], samples[index], num_logits[index] = row.num_tokens, row.samples, row.num_logits
-        starts = np.array([row[1] for row in rows], np.int32)
-        return np.array(seats, np.int64), starts, lens, samples, num_logits
+        table = SeatTable(0, self._max_model_len, self._page_size, lambda request: (0, request.arrival))
+        nothing = StepPlan(table, row_arrays(table, table.order, ()))
+        return self.build(nothing, (), bucket, None)[0]
 
     def _fill_tokens(
-        self,
-        plan: StepPlan,
-        views: dict[str, np.ndarray],
-        seats: np.ndarray,
-        starts: np.ndarray,
-        lens: np.ndarray,
-        ends: np.ndarray,
-        samples: np.ndarray,
-        before: InFlight | None,
+        self, plan: StepPlan, views: dict[str, np.ndarray], ends: np.ndarray, before: InFlight | None
     ) -> None:
-        """Tokens, positions and the attention's rows."""
-        num_rows, num_tokens = len(lens), int(ends[-1])
-        begins = ends - lens
+        """Tokens, positions and the attention's rows. `ends`: where each row's tokens end."""
+        rows, table = plan.arrays, plan.table
+        num_rows, num_tokens = plan.num_rows, int(ends[-1])
+        begins = ends - rows.lens
         views["query_start"][:num_rows] = begins
-        views["kv_len"][:num_rows] = starts + lens
-        np.take(self._seats.page_tables, seats, axis=0, out=views["page_table"][:num_rows], mode="clip")
-        views["positions"][:num_tokens] = np.repeat(starts - begins, lens) + self._range[:num_tokens]
+        views["query_start"][num_rows:] = num_tokens
+        views["kv_len"][:num_rows] = rows.starts + rows.lens
+        np.take(table.page_tables, rows.seats, axis=0, out=views["page_table"][:num_rows], mode="clip")
+        views["positions"][:num_tokens] = (
+            np.repeat(rows.starts - begins, rows.lens) + self._range[:num_tokens]
+        )
         # Only a token that the row samples after can be pending, and then it is the row's only one.
-        drawn = np.array([row[0].num_pending for row in plan.rows], bool) & samples
-        if drawn.any():
+        if rows.is_pending.any():
             if before is None:
                 raise ValueError("a row continues a token that no step in flight draws")
-            views["sources"][begins[drawn]] = before.draws.logit_of_seat[seats[drawn]]
-        for index in (~drawn).nonzero()[0].tolist():
-            row = plan.rows[index]
-            begin = begins[index]
+            from_seats = rows.seats[rows.is_pending]
+            views["sources"][begins[rows.is_pending]] = before.draws.logit_of_seat[from_seats]
+        is_last = rows.samples & (rows.lens == 1)  # the seat has the last token of its request
+        views["token_ids"][begins[is_last]] = table.tokens[rows.seats[is_last], rows.starts[is_last]]
+        for index in (~is_last).nonzero()[0].tolist():
+            row, begin = plan.row(index), begins[index]
             views["token_ids"][begin : begin + row.num_tokens] = row.request.token_ids(row.start, row.stop)
 
     def _fill_logits(
-        self,
-        plan: StepPlan,
-        views: dict[str, np.ndarray],
-        seats: np.ndarray,
-        stops: np.ndarray,
-        ends: np.ndarray,
-        samples: np.ndarray,
-        num_logits: np.ndarray,
+        self, plan: StepPlan, views: dict[str, np.ndarray], ends: np.ndarray
     ) -> tuple[Draws, dict[str, np.ndarray]]:
         """The rows of logits; returns what is known of the draws, and the arrays of unusual sampling."""
-        total = int(num_logits.sum())
+        rows = plan.arrays
+        total = plan.num_logits
         views["num_logits"][0] = total
-        logit_ends = num_logits.cumsum(dtype=np.int32)
-        views["logit_tokens"][:total] = np.repeat(ends - logit_ends, num_logits) + self._range[:total]
-        drawing = samples.nonzero()[0]
-        at = logit_ends[drawing] - 1
-        seats, stops = seats[drawing], stops[drawing]
+        logit_ends = rows.num_logits.cumsum(dtype=np.int32)
+        views["logit_tokens"][:total] = np.repeat(ends - logit_ends, rows.num_logits) + self._range[:total]
+        drawing = rows.take(rows.samples)
+        requests, seats, stops = drawing.requests, drawing.seats, drawing.starts + drawing.lens
+        at = logit_ends[rows.samples] - 1
         views["sampled"][:, at] = self._seats.sampled[seats].T
         views["sample_positions"][at] = stops
         needs = self._seats.needs[seats]
         masked = ((needs & MASK) > 0) | (stops < self._seats.min_total_len[seats])
         any_need = int(np.bitwise_or.reduce(needs, initial=0))
-        has_targets = total > len(drawing)
+        has_targets = total > len(seats)
         flags = [any_need & bit > 0 for bit in (PENALTY, MASK, BIAS, LOGPROBS)]
         flags[ANY_FLAGS.index("any_mask")] = bool(masked.any())
         flags[ANY_FLAGS.index("any_logprobs")] |= has_targets
@@ -188,21 +163,21 @@ class BatchBuilder:
             views["history_len"][at[penalised]] = stops[penalised]
             history = unusual["history"] = np.zeros((size, self._max_model_len), np.int32)
             for index in penalised:
-                request = plan.rows[drawing[index]].request
+                request = requests[index]
                 history[at[index], : stops[index]] = request.token_ids(0, int(stops[index]))
         if masked.any():
             mask = unusual["token_mask"] = np.full(
                 (size, mask_width(self._vocab_size)), 0xFFFFFFFF, np.uint32
             )
             for index in masked.nonzero()[0]:
-                request = plan.rows[drawing[index]].request
+                request = requests[index]
                 if needs_mask(request):
                     mask[at[index]] = token_mask(request, self._vocab_size)
         if any_need & BIAS:
             ids = unusual["bias_ids"] = np.full((size, MAX_LOGIT_BIAS), self._vocab_size, np.int32)
             values = unusual["bias_values"] = np.zeros((size, MAX_LOGIT_BIAS), np.float32)
             for index in (needs & BIAS).nonzero()[0]:
-                bias = plan.rows[drawing[index]].request.sampling.logit_bias
+                bias = requests[index].sampling.logit_bias
                 ids[at[index], : len(bias)] = [token for token, _ in bias]
                 values[at[index], : len(bias)] = [value for _, value in bias]
         logit_of_seat = np.zeros(self._seats.num_seats, np.int32)

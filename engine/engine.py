@@ -246,7 +246,7 @@ class Engine:
             outputs += self._take_back(before)
             before = None
         plan = self._scheduler.schedule(time.monotonic())
-        self._in_flight = self._runner.dispatch(plan, before) if plan.rows else None
+        self._in_flight = self._runner.dispatch(plan, before) if plan.num_rows else None
         if before is not None:
             outputs += self._take_back(before)
         if self._in_flight is not None:
@@ -340,14 +340,12 @@ class Engine:
         self._num_steps += 1
         self._step_seconds.append(now - max(step.dispatched_at, self._collected_at))
         self._collected_at = now
-        self._occupancy.append(len(step.plan.rows))
+        self._occupancy.append(step.plan.num_rows)
         if self._growing:
             ended = set(finished)
-            finished = [
-                row.request
-                for row in step.plan.rows
-                if row.samples and (row.request in ended or row.request in self._growing)
-            ]
+            rows = step.plan.arrays
+            drawing = rows.requests[rows.samples].tolist()
+            finished = [request for request in drawing if request in ended or request in self._growing]
         outputs: list[RequestOutput] = []
         for request in finished:
             output = self._grow(request, now)

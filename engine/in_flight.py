@@ -39,17 +39,19 @@ class InFlight:
 
 def step_results(step: InFlight, outputs: StepOutputs) -> StepResults:
     """Spread the rows of logits over the rows of the plan. `outputs` holds numpy arrays."""
-    rows, drawn = step.plan.rows, outputs.token_ids.tolist()
+    plan = step.plan
+    arrays, drawn = plan.arrays, outputs.token_ids
+    token_ids = np.zeros(plan.num_rows, np.int32)
     if not step.draws.any_logprobs:  # then a row of logits is a draw
-        tokens = iter(drawn)
-        return StepResults([next(tokens) if row.samples else None for row in rows])
-    token_ids: list[int | None] = []
+        token_ids[arrays.samples] = drawn[: plan.num_logits]
+        return StepResults(token_ids)
+    last_logits = arrays.num_logits.cumsum() - 1
+    token_ids[arrays.samples] = drawn[last_logits[arrays.samples]]
     logprobs: dict[int, RowLogprobs] = {}
     at = 0
-    for index, row in enumerate(rows):
+    for index, row in enumerate(plan.rows):
         first, at = at, at + row.num_logits
         sampling = row.request.sampling
-        token_ids.append(drawn[at - 1] if row.samples else None)
         prompt = tuple(
             _logprob(outputs, each, sampling.prompt_logprobs)
             for each in range(first, first + row.num_prompt_logprobs)

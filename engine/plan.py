@@ -1,7 +1,7 @@
-"""What the scheduler decides about one step and what it is told back: plain data, no arrays.
+"""What the scheduler decides about one step and what it is told back: plain data.
 
-Rows are named tuples rather than frozen dataclasses: a step makes hundreds of them, and a tuple costs a
-quarter of the time to make.
+A step has hundreds of rows, most of them alike. So a plan holds their numbers as arrays, one entry a row, and
+makes a `PlannedRow` of them only for who asks for one.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from engine.request import Request, TopLogprobs
+from engine.seat_table import SeatTable
 
 
 class PlannedRow(NamedTuple):
@@ -49,23 +52,77 @@ class PageCopy(NamedTuple):
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+class RowArrays(NamedTuple):
+    """The rows of a step, an entry each: the fields of `PlannedRow`, and where the request's numbers are."""
+
+    requests: Any  # object[R], of Request
+    seats: np.ndarray  # i64[R]
+    tickets: np.ndarray  # i64[R], of the seats when the step was planned
+    starts: np.ndarray  # i32[R]
+    lens: np.ndarray  # i32[R]
+    samples: np.ndarray  # bool[R]
+    num_logits: np.ndarray  # i32[R]
+    is_pending: np.ndarray  # bool[R], the row's one token is drawn by the step in flight
+
+    def take(self, index: np.ndarray) -> RowArrays:
+        """Some of the rows, or all in another order."""
+        return RowArrays(*[array[index] for array in self])
+
+
+def row_arrays(table: SeatTable, decodes: np.ndarray, rows: Sequence[PlannedRow]) -> RowArrays:
+    """Seats of requests that compute their one token left, and then rows of any kind; all of them run."""
+    num_decodes = len(decodes)
+    seats = np.concatenate((decodes, [row.request.seat for row in rows])) if rows else decodes
+    starts, is_pending = table.num_computed[seats], table.num_pending[seats] > 0
+    lens, num_logits = np.ones(len(seats), np.int32), np.ones(len(seats), np.int32)
+    samples = np.ones(len(seats), bool)
+    for index, row in enumerate(rows, num_decodes):
+        lens[index], samples[index], num_logits[index] = row.num_tokens, row.samples, row.num_logits
+    return RowArrays(
+        table.requests[seats], seats, table.tickets[seats], starts, lens, samples, num_logits, is_pending
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """One step: rows of one token first, then chunks. No rows: nothing to do."""
 
-    rows: tuple[PlannedRow, ...]
+    table: SeatTable
+    """The numbers of the running requests, to be read only until the next step is planned."""
+    arrays: RowArrays
     preempted: tuple[Request, ...] = ()
     """Requests whose pages were taken away; they wait again, outputs kept."""
     copies: tuple[PageCopy, ...] = ()
     """No source is a target of another."""
 
     @property
+    def rows(self) -> tuple[PlannedRow, ...]:
+        """The rows, made one by one."""
+        return tuple(map(self.row, range(self.num_rows)))
+
+    def row(self, index: int) -> PlannedRow:
+        arrays = self.arrays
+        request = arrays.requests[index]
+        return PlannedRow(
+            request,
+            arrays.starts.item(index),
+            arrays.lens.item(index),
+            arrays.samples.item(index),
+            arrays.num_logits.item(index),
+            request.page_ids,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.arrays.seats)
+
+    @property
     def num_tokens(self) -> int:
-        return sum([row.num_tokens for row in self.rows])
+        return int(self.arrays.lens.sum())
 
     @property
     def num_logits(self) -> int:
-        return sum([row.num_logits for row in self.rows])
+        return int(self.arrays.num_logits.sum())
 
 
 class RowLogprobs(NamedTuple):
@@ -83,7 +140,7 @@ class RowLogprobs(NamedTuple):
 class StepResults(NamedTuple):
     """What the device says about one step."""
 
-    token_ids: Sequence[int | None]
-    """One a row of the plan, in its order: the drawn token, None when the row does not sample."""
+    token_ids: Sequence[int | None] | np.ndarray
+    """One a row of the plan, in its order: the drawn token; anything when the row does not sample."""
     logprobs: Mapping[int, RowLogprobs] = MappingProxyType({})
     """By the row's index, of those rows that were asked for any."""

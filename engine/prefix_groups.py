@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.errors import ConfigError
-from engine.plan import PlannedRow
 
 # These bound the work of a step whatever the tree: templates rarely nest deeper, and what branches beyond
 # these share is read by each row.
@@ -78,18 +77,23 @@ class Branch(NamedTuple):
     """Index of the branch around it; None at the top."""
 
 
-def arrange_rows(rows: Sequence[PlannedRow], page_size: int) -> tuple[list[int], list[Branch]]:
+def arrange_rows(
+    pages: Sequence[Sequence[int]], starts: Sequence[int], page_size: int
+) -> tuple[list[int], list[Branch]]:
     """Put rows that share leading pages next to each other.
 
     Only full pages before a row's first query count. What rows share more than MAX_DEPTH branches deep is not
     looked for.
+
+    Args:
+        pages: of each row.
+        starts: each row's first query.
 
     Returns:
         order: a permutation of the rows' indices, the row of each slot. Those that share pages come where the
             first of them was; rows that share nothing keep the order they came in.
         branches: the tree over the slots, outer branches before those inside.
     """
-    pages = [row.page_ids for row in rows]
     order: list[int] = []
     branches: list[Branch] = []
 
@@ -108,7 +112,7 @@ def arrange_rows(rows: Sequence[PlannedRow], page_size: int) -> tuple[list[int],
             if len(together) == 1:
                 order.append(together[0])
                 continue
-            first_query = min([rows[member].start for member in together]) // page_size
+            first_query = min([starts[member] for member in together]) // page_size
             if first_query <= column:
                 order.extend(together)
                 continue
@@ -117,8 +121,8 @@ def arrange_rows(rows: Sequence[PlannedRow], page_size: int) -> tuple[list[int],
             branches.append(Branch(start, start + len(together), stop, outer))
             place(together, stop, len(branches) - 1, depth + 1)
 
-    if rows:
-        place(list(range(len(rows))), 0, None, 0)
+    if pages:
+        place(list(range(len(pages))), 0, None, 0)
     return order, branches
 
 

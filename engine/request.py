@@ -8,6 +8,9 @@
 
 A request always has at least one remaining token while it runs: the last one drawn, whose keys and
 values are computed by the step that draws the next.
+
+While it runs, its counters and drawn tokens are in a row of the scheduler's `SeatTable`, where a step moves
+those of all requests at once; what is said here of them is read from there.
 """
 
 from __future__ import annotations
@@ -15,8 +18,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.seat_table import SeatTable
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """The likeliest alternatives at one position: (token id, log-probability), likeliest first."""
@@ -53,12 +60,11 @@ class Request:
 
     arrival: int = 0
     """Sequence number given by `Scheduler.add`; lower is older."""
-    output_token_ids: list[int] = field(default_factory=list)
-    num_computed: int = 0
+    table: SeatTable | None = None
+    """Where its numbers are while it runs, in the row `seat`."""
+    seat: int = 0
     page_ids: list[int] = field(default_factory=list)
     """Pages that hold tokens [0, num_computed) and room for those planned."""
-    num_pending: int = 0
-    """Tokens that the step in flight draws: 1 or 0."""
     num_pages_to_come: int = 0
     """Pages set aside for it while it runs, beyond page_ids (admission)."""
     page_hashes: list[bytes] = field(default_factory=list)
@@ -83,6 +89,9 @@ class Request:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    _output_token_ids: list[int] = field(default_factory=list, init=False)
+    _num_computed: int = field(default=0, init=False)
+    _num_pending: int = field(default=0, init=False)
     prompt_len: int = field(init=False)
     max_output_len: int = field(init=False)
     """Output tokens stop here: the lesser of `max_tokens` and what `max_total_len` leaves."""
@@ -99,28 +108,69 @@ class Request:
         ends = frozenset() if self.sampling.ignore_eos else self.eos_token_ids
         self.end_token_ids = ends.union(self.sampling.stop_token_ids)
 
+    # These three change only where the request has no seat, and by its seat's row where it has one.
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        if self.table is None:
+            return self._output_token_ids
+        return self._drawn(self.prompt_len, self.num_tokens)
+
+    @output_token_ids.setter
+    def output_token_ids(self, token_ids: list[int]) -> None:
+        self._output_token_ids = token_ids
+
+    @property
+    def num_computed(self) -> int:
+        return self._num_computed if self.table is None else self.table.num_computed.item(self.seat)
+
+    @num_computed.setter
+    def num_computed(self, num_computed: int) -> None:
+        self._num_computed = num_computed
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the step in flight draws: 1 or 0."""
+        return self._num_pending if self.table is None else self.table.num_pending.item(self.seat)
+
+    @num_pending.setter
+    def num_pending(self, num_pending: int) -> None:
+        self._num_pending = num_pending
+
+    def sit(self, table: SeatTable, seat: int) -> None:
+        """Its numbers are in this seat from now on."""
+        self.table, self.seat = table, seat
+
+    def stand(self) -> None:
+        """Its numbers are its own again."""
+        own = self.output_token_ids, self.num_computed, self.num_pending
+        self.table = None
+        self._output_token_ids, self._num_computed, self._num_pending = own
+
     @property
     def num_tokens(self) -> int:
-        return self.prompt_len + len(self.output_token_ids)
+        if self.table is None:
+            return self.prompt_len + len(self._output_token_ids)
+        return self.table.num_tokens.item(self.seat)
 
     @property
     def total_len(self) -> int:
         """Tokens known, and the one that is being drawn."""
-        return self.prompt_len + len(self.output_token_ids) + self.num_pending
+        return self.num_tokens + self.num_pending
 
     @property
     def remain_len(self) -> int:
         """Tokens whose keys and values no step has computed or is computing."""
-        return self.prompt_len + len(self.output_token_ids) + self.num_pending - self.num_computed
+        return self.num_tokens + self.num_pending - self.num_computed
 
     @property
     def num_drawn(self) -> int:
         """Output tokens known, and the one that is being drawn."""
-        return len(self.output_token_ids) + self.num_pending
+        return self.num_output_tokens + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.output_token_ids)
+        return self.num_tokens - self.prompt_len
 
     @property
     def is_finished(self) -> bool:
@@ -139,11 +189,17 @@ class Request:
             raise IndexError(f"tokens [{start}, {stop}) of a request of {self.num_tokens}")
         prompt_len = self.prompt_len
         if start >= prompt_len:
-            return self.output_token_ids[start - prompt_len : stop - prompt_len]
+            return self._drawn(start, stop)
         tokens = list(self.prompt_token_ids[start:stop])
         if stop > prompt_len:
-            tokens += self.output_token_ids[: stop - prompt_len]
+            tokens += self._drawn(prompt_len, stop)
         return tokens
+
+    def _drawn(self, start: int, stop: int) -> list[int]:
+        """Tokens [start, stop), none of the prompt."""
+        if self.table is None:
+            return self._output_token_ids[start - self.prompt_len : stop - self.prompt_len]
+        return self.table.tokens[self.seat, start:stop].tolist()
 
 
 def request_key(run_seed: int, row_id: str, sample_index: int, seed: int | None) -> tuple[int, int]:

@@ -35,7 +35,9 @@ class RequestGroup:
         """
         if _ends_with_hidden_token(request):
             return ""
-        return self._texts[request.sample_index].push(request.output_token_ids[-1:])
+        return self._texts[request.sample_index].push(
+            request.token_ids(request.num_tokens - 1, request.num_tokens)
+        )
 
     def stopped_by(self, request: Request) -> str | None:
         """The stop string found in the sample's text."""

@@ -7,6 +7,9 @@ prompt in chunks, a decode, a prefix found in the cache and a request that was p
 Order is by age (fcfs) or by priority and then age. A request's pages can be taken by those before it
 in this order, never by those after: so the first one always advances, and every admitted request
 finishes.
+
+What a step does to all rows alike is done at once, on the arrays of `SeatTable`; only rows to which something
+happens are looked at one by one.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ from __future__ import annotations
 from engine.admission import Admission
 from engine.errors import RequestError
 from engine.page_pool import PagePool
-from engine.plan import PlannedRow, StepPlan, StepResults
+from engine.plan import PlannedRow, StepPlan, StepResults, row_arrays
 from engine.prefix_cache import HashPage, PrefixCache, page_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings, SchedulerStats
+from engine.seat_table import SeatTable
 from engine.step_draft import StepDraft
-from engine.step_results import ends_with, record_logprob, record_prompt_logprobs
+from engine.step_results import drawn_tokens, record
 
 __all__ = ["Scheduler", "SchedulerSettings", "SchedulerStats"]
 
@@ -39,10 +43,12 @@ class Scheduler:
         self.cache = (
             PrefixCache(settings.page_size, self.pool, hash_page) if settings.enable_prefix_caching else None
         )
-        self._admission = Admission(settings, self.pool, self.cache)
+        self._table = SeatTable(
+            settings.max_num_seqs, settings.max_model_len, settings.page_size, settings.rank
+        )
+        self._admission = Admission(settings, self.pool, self.cache, self._table)
         # By request id, then by sample index.
         self._unfinished: dict[str, dict[int, Request]] = {}
-        self._running: list[Request] = []  # in order
         self._num_unfinished = 0
         self._next_arrival = 0
         self._num_preemptions = 0
@@ -84,8 +90,6 @@ class Scheduler:
             )
         if self._unfinished.get(request.request_id, {}).get(request.sample_index) is not request:
             raise ValueError(f"request {request.request_id!r} is not in this scheduler")
-        if request.status is RequestStatus.RUNNING:
-            self._running.remove(request)
         self._end(request, reason, stop_reason, now)
 
     def abort(self, request_id: str, now: float | None = None) -> list[Request]:
@@ -107,30 +111,23 @@ class Scheduler:
         Running requests come first: those with one token left (decodes), then the rest, each in order.
         Waiting ones are admitted into what is left of the budget, unless pages just ran out.
         """
-        limits = self.settings
-        step = StepDraft(limits.max_num_batched_tokens, limits.max_num_seqs - len(self._running))
-        page_size = limits.page_size
-        chunked: list[Request] = []
-        num_decodes = 0
-        add, make_row = step.singles.append, tuple.__new__  # a third of the time of PlannedRow(...)
-        for request in tuple(self._running):
-            num_computed = request.num_computed
-            if not request.num_pending and request.remain_len > 1:
-                chunked.append(request)
-            # The common case, in line: one token, and the last page has room for it.
-            elif num_computed % page_size:
-                add(make_row(PlannedRow, (request, num_computed, 1, True, 1, request.page_ids)))
-                num_decodes += 1
-            elif request.status is RequestStatus.RUNNING:  # it may have lost its place to one before it
-                self._plan_running(request, step)
-        step.tokens_left -= num_decodes
-        for request in chunked:
-            if request.status is RequestStatus.RUNNING:
-                self._plan_running(request, step)
-        if not step.preempted:
-            self._admission.admit(step, self._running, self._plan_chunk, now)
-        rows = (*step.singles, *step.chunks)
-        return StepPlan(rows, tuple(step.preempted), self._admission.copies())
+        table, page_size = self._table, self.settings.page_size
+        order = table.order
+        has_one_left = table.remain_lens(order) == 1
+        decodes, rest = order[has_one_left], order[~has_one_left]
+        step = StepDraft(self.settings, table.num_taken, len(decodes))
+        at_new_page = table.num_computed[decodes] % page_size == 0
+        eventful = [(request, self._plan_decode) for request in table.requests[decodes[at_new_page]].tolist()]
+        eventful += [(request, self._plan_running) for request in table.requests[rest].tolist()]
+        for request, plan in eventful:
+            if request.status is RequestStatus.RUNNING:  # it may have lost its place to one before it
+                plan(request, step)
+        if step.preempted:
+            decodes = decodes[table.tickets[decodes] > 0]
+        else:
+            self._admission.admit(step, self._plan_chunk, now)
+        arrays = row_arrays(table, decodes, (*step.singles, *step.chunks))
+        return StepPlan(table, arrays, tuple(step.preempted), self._admission.copies())
 
     def advance(self, plan: StepPlan) -> None:
         """The plan is dispatched: what it computes counts as computed, what it draws is pending.
@@ -142,31 +139,37 @@ class Scheduler:
         Requests that were finished since `schedule` are passed over. Raises ValueError when the plan is not
         the last one.
         """
+        table, arrays = self._table, plan.arrays
+        is_live = table.tickets[arrays.seats] == arrays.tickets
+        if not is_live.all():
+            for request in arrays.requests[~is_live].tolist():
+                if request.status is not RequestStatus.FINISHED:
+                    raise _not_the_last(request)
+            arrays = arrays.take(is_live)
+        seats, samples = arrays.seats, arrays.samples
+        has_moved = table.num_computed[seats] != arrays.starts
+        if has_moved.any():
+            raise _not_the_last(arrays.requests[has_moved][0])
         self._admission.copied()
-        cache, page_size = self.cache, self.settings.page_size
-        running, is_leaving = RequestStatus.RUNNING, False
-        for request, start, num_tokens, samples, _, _ in plan.rows:
-            if request.num_computed != start or request.status is not running:
-                if request.status is RequestStatus.FINISHED:
-                    continue
-                raise ValueError(
-                    f"the plan is not the last one: request {request.request_id!r} has moved since"
-                )
-            request.num_computed = num_computed = start + num_tokens
-            # All of these tokens are known: only the last of a request can be pending, and that is not
-            # computed before the step after the one that draws it.
-            if cache is not None and num_computed >= (request.num_shared_pages + 1) * page_size:
-                cache.insert(request)
-            if samples:
-                if cache is not None and num_tokens > 1:
-                    cache.insert_rest(request)
-                request.num_pending = 1
-                if num_computed >= request.max_computed_len:
-                    self._leave(request)
-                    is_leaving = True
-        if is_leaving:
-            self._running = [request for request in self._running if request.status is running]
         self._advanced = plan
+        stops = arrays.starts + arrays.lens
+        table.num_computed[seats] = stops
+        table.num_pending[seats] = samples
+        # All of these tokens are known: only the last of a request can be pending, and that is not computed
+        # before the step after the one that draws it.
+        page_size = self.settings.page_size
+        fills_page = stops // page_size > arrays.starts // page_size
+        ends_chunk = samples & (arrays.lens > 1)
+        leaves = samples & (stops >= table.max_computed_lens[seats])
+        for index in (fills_page | ends_chunk | leaves).nonzero()[0].tolist():
+            request = arrays.requests[index]
+            if self.cache is not None and fills_page[index]:
+                self.cache.insert(request)
+                table.write_pages(request)
+            if self.cache is not None and ends_chunk[index]:
+                self.cache.insert_rest(request)
+            if leaves[index]:
+                self._leave(request)
 
     def update(self, plan: StepPlan, results: StepResults, now: float | None = None) -> list[Request]:
         """Record what a step drew; returns the requests that ended with it, their pages freed.
@@ -175,42 +178,14 @@ class Scheduler:
         or aborted since are passed over; those preempted since keep their token. Raises ValueError when the
         results do not belong to the plan.
         """
-        if len(results.token_ids) != len(plan.rows):
-            raise ValueError(f"{len(results.token_ids)} results came for {len(plan.rows)} rows")
+        token_ids = drawn_tokens(plan, results)
         if self._advanced is not plan:
             self.advance(plan)
         self._advanced = None
-        finished: list[Request] = []
-        logprobs, over = results.logprobs, RequestStatus.FINISHED
-        num_silent = 0  # rows that draw nothing, or nothing that anybody waits for
-        for index, (row, token) in enumerate(zip(plan.rows, results.token_ids, strict=True)):
-            request = row[0]
-            if request.status is over:
-                num_silent += 1
-                continue
-            if row[4] != row[3]:  # logits of prompt positions
-                record_prompt_logprobs(row, logprobs.get(index))
-            if not row[3]:  # it draws nothing
-                num_silent += 1
-                continue
-            if token is None:
-                raise ValueError(f"request {request.request_id!r}: its row samples and no token came")
-            request.num_pending = 0
-            output = request.output_token_ids
-            output.append(token)
-            num_output = len(output)
-            if num_output == 1:
-                request.first_token_time = now
-            if logprobs and index in logprobs:
-                record_logprob(request, logprobs[index])
-            may_end = num_output >= request.max_output_len or token in request.end_token_ids
-            if may_end and ends_with(request, token):
-                finished.append(request)
-        self._num_generated_tokens += len(plan.rows) - num_silent
-        if finished:
-            self._running = [request for request in self._running if request.finish_reason is None]
-            for request in finished:
-                self._end(request, request.finish_reason or "stop", request.stop_reason, now)
+        finished, num_drawn = record(plan, token_ids, results.logprobs, now)
+        self._num_generated_tokens += num_drawn
+        for request in finished:
+            self._end(request, request.finish_reason or "stop", request.stop_reason, now)
         return finished
 
     @property
@@ -219,11 +194,11 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return self._table.num_taken
 
     @property
     def num_waiting(self) -> int:
-        return self._num_unfinished - len(self._running) - self._num_leaving
+        return self._num_unfinished - self._table.num_taken - self._num_leaving
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
@@ -247,18 +222,40 @@ class Scheduler:
 
     # -- planning ----------------------------------------------------------------------------------
 
+    def _plan_decode(self, request: Request, step: StepDraft) -> None:
+        """Give the request the page that its one token left begins; its row is made with all decodes'."""
+        stop = request.num_computed + 1
+        if self._make_room(request, stop, step):
+            self._hold(request, stop)
+            self._admission.claim(request, stop - 1, stop, step)
+
     def _plan_running(self, request: Request, step: StepDraft) -> None:
-        """Plan the request's next tokens, taking pages from those after it when there are none left."""
+        """Plan the next tokens of a request that has more than one left."""
         num_tokens = self._chunk_len(request, step)
-        if num_tokens < 1:
-            return
-        missing = self.settings.num_pages_for(request.num_computed + num_tokens) - len(request.page_ids)
+        if num_tokens >= 1 and self._make_room(request, request.num_computed + num_tokens, step):
+            self._plan(request, num_tokens, step)
+
+    def _make_room(self, request: Request, stop: int, step: StepDraft) -> bool:
+        """See that there are pages for [0, stop), taking them from those after it when there are none left;
+        False when it is itself the last one and had to go."""
+        missing = self.settings.num_pages_for(stop) - len(request.page_ids)
         while missing > self.pool.num_available:
-            victim = self._running[-1]
+            victim = self._table.last
             self._preempt(victim, step)
             if victim is request:
-                return
-        self._plan(request, num_tokens, step)
+                return False
+        return True
+
+    def _hold(self, request: Request, stop: int) -> None:
+        """Hold exactly the pages for [0, stop)."""
+        num_pages = self.settings.num_pages_for(stop)
+        if num_pages > len(request.page_ids):
+            request.page_ids += self.pool.allocate(num_pages - len(request.page_ids))
+        elif num_pages < len(request.page_ids):  # a plan that was given up had asked for more
+            self.pool.release(request.page_ids[num_pages:])
+            del request.page_ids[num_pages:]
+        self._table.write_pages(request)
+        self._admission.set_aside(request)
 
     def _chunk_len(self, request: Request, step: StepDraft) -> int:
         """How many of the request's remaining tokens fit in what is left of the step."""
@@ -275,18 +272,12 @@ class Scheduler:
     def _plan(self, request: Request, num_tokens: int, step: StepDraft) -> None:
         start = request.num_computed
         stop = start + num_tokens
-        num_pages = self.settings.num_pages_for(stop)
-        if num_pages > len(request.page_ids):
-            request.page_ids += self.pool.allocate(num_pages - len(request.page_ids))
-        elif num_pages < len(request.page_ids):  # a plan that was given up had asked for more
-            self.pool.release(request.page_ids[num_pages:])
-            del request.page_ids[num_pages:]
+        self._hold(request, stop)
         samples = stop == request.total_len
         if due := request.num_prompt_logprobs_due:
             num_logits = max(0, stop - max(start, request.prompt_len - 1 - due))
         else:
             num_logits = int(samples)
-        self._admission.set_aside(request)
         step.take(PlannedRow(request, start, num_tokens, samples, num_logits, request.page_ids))
         self._admission.claim(request, start, stop, step)
 
@@ -295,7 +286,6 @@ class Scheduler:
 
     def _preempt(self, request: Request, step: StepDraft) -> None:
         """Take a request's pages and let it wait again; its tokens stay known and are computed anew."""
-        self._running.remove(request)
         step.drop(request)
         step.preempted.append(request)
         self._free(request)
@@ -309,6 +299,8 @@ class Scheduler:
 
     def _free(self, request: Request) -> None:
         self._admission.release(request)
+        if request.status is RequestStatus.RUNNING:
+            self._table.release(request)
         # A new list: the plan in flight may still be looking at the old one.
         pages, request.page_ids = request.page_ids, []
         self.pool.release(pages)
@@ -331,12 +323,13 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises AssertionError unless pages, holders and requests add up, as between any two operations."""
         self.pool.check_integrity()
-        self._admission.check_integrity(self._running)
+        self._table.check_integrity()
+        self._admission.check_integrity()
         if self.cache is not None:
             self.cache.check_integrity()
         sources = self._admission.copy_sources()
         holders = [sources.count(page) for page in range(self.settings.num_pages)]
-        for request in self._running:
+        for request in self._table.running():
             if request.status is not RequestStatus.RUNNING:
                 raise AssertionError(f"{request.request_id} runs but is {request.status}")
             if len(request.page_ids) < self.settings.num_pages_for(request.num_computed):
@@ -350,10 +343,12 @@ class Scheduler:
                     )
         if holders != [self.pool.num_holders(page) for page in range(self.settings.num_pages)]:
             raise AssertionError("a page's reference count is not the number of its holders")
-        if [*map(self._admission.order, self._running)] != sorted(map(self._admission.order, self._running)):
-            raise AssertionError("the running requests are out of order")
         num_known = sum(map(len, self._unfinished.values()))
         num_waiting = self._admission.count_waiting()
-        num_running = len(self._running)
+        num_running = self._table.num_taken
         if not num_known == self._num_unfinished == num_waiting + num_running + self._num_leaving:
             raise AssertionError("a request is lost or counted twice")
+
+
+def _not_the_last(request: Request) -> ValueError:
+    return ValueError(f"the plan is not the last one: request {request.request_id!r} has moved since")

@@ -48,6 +48,10 @@ class SchedulerSettings:
                 "or absent"
             )
 
+    def rank(self, request: Request) -> tuple[int, int]:
+        """Who comes first: the lowest."""
+        return (request.priority if self.policy == "priority" else 0, request.arrival)
+
     def num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.plan import PlannedRow
 from engine.prefix_index import PrefixIndex
 from engine.request import Request
+from engine.scheduler_settings import SchedulerSettings
 
 
 class StepDraft:
@@ -12,7 +13,9 @@ class StepDraft:
 
     __slots__ = ("chunks", "claims", "owners", "preempted", "singles", "spare_logits", "tokens_left")
 
-    def __init__(self, max_tokens: int, spare_logits: int):
+    def __init__(self, settings: SchedulerSettings, num_running: int, num_decodes: int):
+        """Each of `num_decodes` running requests has one token left, which is in the step from the start."""
+        # Rows of one token that are no decodes, and longer ones.
         self.singles: list[PlannedRow] = []
         self.chunks: list[PlannedRow] = []
         self.preempted: list[Request] = []
@@ -20,9 +23,9 @@ class StepDraft:
         # place of a page they lie in, whose they are: an index into `owners`.
         self.claims = PrefixIndex()
         self.owners: list[Request] = []
-        self.tokens_left = max_tokens
+        self.tokens_left = settings.max_num_batched_tokens - num_decodes
         # Logits beyond the one that is set aside for each running request.
-        self.spare_logits = spare_logits
+        self.spare_logits = settings.max_num_seqs - num_running
 
     def take(self, row: PlannedRow) -> None:
         (self.singles if row.num_tokens == 1 else self.chunks).append(row)
@@ -32,6 +35,9 @@ class StepDraft:
 
     def drop(self, request: Request) -> None:
         """Take a preempted request's row out again."""
+        if request.remain_len == 1:
+            self.tokens_left += 1
+            return
         for rows in (self.singles, self.chunks):
             for index, row in enumerate(rows):
                 if row.request is request:

@@ -18,9 +18,9 @@ from engine.prefix_groups import (
     Branch,
     GroupArrays,
     GroupCosts,
-    arrange_rows,
     find_groups,
 )
+from engine.prefix_groups import arrange_rows as arrange_pages
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 
@@ -53,6 +53,10 @@ def groups_of(arrays: GroupArrays) -> list[tuple[int, int, int, int]]:
         assert array.dtype == np.int32
         assert not array[used:].any()
     return list(zip(*(array[:used].tolist() for array in arrays), strict=True))
+
+
+def arrange_rows(rows: list[PlannedRow], page_size: int) -> tuple[list[int], list[Branch]]:
+    return arrange_pages([row.page_ids for row in rows], [row.start for row in rows], page_size)
 
 
 def grouped(

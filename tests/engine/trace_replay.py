@@ -99,7 +99,7 @@ def replay(
     num_prompt_tokens = num_unlimited = num_steps = num_rows = max_held = 0
     seen = _Seen(page_size)
     coming = iter(events)
-    is_over, drawn = False, count(1 << 31)
+    is_over, drawn = False, count(1 << 30)
     while not is_over or scheduler.has_unfinished:
         while not is_over and scheduler.num_waiting < max_waiting:
             event = next(coming, None)

@@ -1,0 +1,162 @@
+"""The numbers of the running requests, a seat each: what a step reads and moves for all of them at once.
+
+A step of decodes does the same to every request: one more token computed, one more known. As rows of arrays
+that is a handful of numpy operations whatever the number of requests. Python looks at single requests only
+when something happens to them: they come, need a page, fill one, draw a token that may end them, or go.
+
+While a request has a seat its counters and its drawn tokens are here and nowhere else (`Request` reads them
+from here); before and after, they are the request's own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from engine.request import Request
+
+Rank = Callable[[Request], tuple[int, int]]
+
+
+class SeatTable:
+    """A seat for each of up to `num_seats` running requests; arrays are by seat.
+
+    rank: the running requests are kept in the order of this.
+    """
+
+    def __init__(self, num_seats: int, max_len: int, page_size: int, rank: Rank):
+        self._rank = rank
+        self.requests: Any = np.full(num_seats, None, object)
+        self.tickets = np.zeros(num_seats, np.int64)
+        """Whose seat it is: a number that no two takings share; 0 when it is free. A seat may have been given
+        to another since a step was planned, a ticket is not."""
+        self.num_computed = np.zeros(num_seats, np.int32)
+        self.num_tokens = np.zeros(num_seats, np.int32)
+        self.num_pending = np.zeros(num_seats, np.int32)
+        self.prompt_lens = np.zeros(num_seats, np.int32)
+        self.max_computed_lens = np.zeros(num_seats, np.int32)
+        self.tokens = np.zeros((num_seats, max_len), np.int32)
+        """By position: the prompt's last token, and those drawn."""
+        self.page_tables = np.zeros((num_seats, -(-max_len // page_size)), np.int32)
+        """The first `len(page_ids)` of each are the request's page ids."""
+        self._num_tickets = 0
+        self._free = list(range(num_seats - 1, -1, -1))
+        self._order = np.zeros(0, np.int64)
+        self._has_gaps = False  # seats in _order were released
+        # How many seated requests each set of end tokens has, and the tokens of all these sets.
+        self._ends: Counter[frozenset[int]] = Counter()
+        self._end_token_ids = np.zeros(0, np.int64)
+
+    @property
+    def num_taken(self) -> int:
+        return len(self.tickets) - len(self._free)
+
+    @property
+    def order(self) -> np.ndarray:
+        """The taken seats, in order."""
+        if self._has_gaps:
+            self._order = self._order[self.tickets[self._order] > 0]
+            self._has_gaps = False
+        return self._order
+
+    @property
+    def last(self) -> Request:
+        return self.requests[self.order[-1]]
+
+    def remain_lens(self, seats: np.ndarray) -> np.ndarray:
+        """Of each seat's request, tokens that no step has computed or is computing."""
+        return self.num_tokens[seats] + self.num_pending[seats] - self.num_computed[seats]
+
+    def running(self) -> list[Request]:
+        """The requests in order."""
+        return self.requests[self.order].tolist()
+
+    def take(self, request: Request) -> None:
+        """Give a request a seat and put it in its place in the order."""
+        order = self.order
+        place = len(order)
+        if place and self._rank(request) < self._rank(self.requests[order[-1]]):
+            place = bisect(order, self._rank(request), key=lambda seat: self._rank(self.requests[seat]))
+        seat = self._free.pop()
+        self._order = np.concatenate((order[:place], [seat], order[place:]))
+        self._num_tickets += 1
+        self.tickets[seat] = self._num_tickets
+        self.requests[seat] = request
+        self.num_computed[seat] = request.num_computed
+        self.num_tokens[seat] = request.num_tokens
+        self.num_pending[seat] = request.num_pending
+        self.prompt_lens[seat] = request.prompt_len
+        self.max_computed_lens[seat] = request.max_computed_len
+        self.tokens[seat, request.prompt_len - 1] = request.prompt_token_ids[-1]
+        if request.output_token_ids:
+            self.tokens[seat, request.prompt_len : request.num_tokens] = request.output_token_ids
+        if request.end_token_ids:
+            self._ends[request.end_token_ids] += 1
+            if self._ends[request.end_token_ids] == 1:
+                self._list_end_tokens()
+        request.sit(self, seat)
+        self.write_pages(request)
+
+    def release(self, request: Request) -> None:
+        """The request takes its numbers with it."""
+        seat = request.seat
+        request.stand()
+        if request.end_token_ids:
+            self._ends[request.end_token_ids] -= 1
+            if not self._ends[request.end_token_ids]:
+                del self._ends[request.end_token_ids]
+                self._list_end_tokens()
+        self.tickets[seat] = 0
+        self.requests[seat] = None
+        self._free.append(seat)
+        self._has_gaps = True
+
+    def write_pages(self, request: Request) -> None:
+        """The request's pages have changed."""
+        self.page_tables[request.seat, : len(request.page_ids)] = request.page_ids
+
+    def append(self, seats: np.ndarray, token_ids: np.ndarray) -> None:
+        """The tokens that were pending have come."""
+        positions = self.num_tokens[seats]
+        self.tokens[seats, positions] = token_ids
+        self.num_tokens[seats] = positions + 1
+        self.num_pending[seats] = 0
+
+    def may_end(self, token_ids: np.ndarray) -> np.ndarray:
+        """bool[len(token_ids)]: which of these end some of the requests, not necessarily their own."""
+        return np.isin(token_ids, self._end_token_ids)
+
+    @property
+    def has_end_tokens(self) -> bool:
+        return len(self._end_token_ids) > 0
+
+    def _list_end_tokens(self) -> None:
+        together: Iterable[int] = frozenset().union(*self._ends)
+        self._end_token_ids = np.array(sorted(together), np.int64)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless each seat is free or holds one request, as that one says."""
+        taken = self.tickets.nonzero()[0].tolist()
+        if sorted(self.order.tolist()) != taken or sorted([*taken, *self._free]) != [
+            *range(len(self.tickets))
+        ]:
+            raise AssertionError("a seat is free and taken, or neither")
+        ranks = [self._rank(request) for request in self.running()]
+        if ranks != sorted(ranks):
+            raise AssertionError("the running requests are out of order")
+        for seat in taken:
+            request = self.requests[seat]
+            if request.table is not self or request.seat != seat:
+                raise AssertionError(f"{request.request_id} does not know its seat")
+            if self.page_tables[seat, : len(request.page_ids)].tolist() != request.page_ids:
+                raise AssertionError(f"{request.request_id} has other pages in its seat")
+            if request.remain_len < 1:
+                raise AssertionError(f"{request.request_id} runs and has nothing to compute")
+        if self._ends != Counter(
+            request.end_token_ids for request in self.running() if request.end_token_ids
+        ):
+            raise AssertionError("end tokens are known of requests that do not run")
