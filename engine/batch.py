@@ -53,6 +53,8 @@ class BatchBuilder:
         self._device = device
         self._seats = SeatSampling(max_num_seqs, vocab_size)
         self._range = np.arange(max(bucket.num_tokens for bucket in buckets), dtype=np.int32)
+        self._slots = list(range(max_num_seqs))
+        self._idle_numbers_of: dict[Bucket, np.ndarray] = {}
         self._idle: dict[int, dict[str, jax.Array]] = {}
         self._nothing_drawn = jax.device_put(np.zeros(self._num_draws, np.int32), device)
 
@@ -64,9 +66,11 @@ class BatchBuilder:
         if self._group_costs is None:
             return plan, []
         arrays = plan.arrays
-        pages = [request.page_ids for request in arrays.requests.tolist()]
-        order, branches = arrange_rows(pages, arrays.starts.tolist(), self._page_size)
-        return replace(plan, arrays=arrays.take(np.array(order, np.int64))), branches
+        page_tables = plan.table.page_tables[arrays.seats]
+        order, branches = arrange_rows(page_tables, arrays.starts, self._page_size)
+        if order == self._slots[: len(order)]:
+            return plan, branches
+        return replace(plan, arrays=arrays.take(np.array(order))), branches
 
     def build(
         self, plan: StepPlan, branches: Sequence[Branch], bucket: Bucket, before: InFlight | None
@@ -76,12 +80,9 @@ class BatchBuilder:
         before: the step in flight; rows whose last token it draws read the token on the device.
         Raises ValueError when there are such rows and there is no step in flight.
         """
-        shape = self.shape(bucket)
-        numbers = np.zeros(shape.size, np.int32)
-        views = shape.views(numbers)
+        numbers = self._idle_numbers(bucket).copy()
+        views = self.shape(bucket).views(numbers)
         draws = Draws(np.zeros(self._seats.num_seats, np.int32), False, False)
-        views["sampled"][:] = self._seats.idle[:, None]
-        views["sources"][:] = self._range[: bucket.num_tokens] + self._num_draws
         unusual: dict[str, np.ndarray] = {}
         if plan.num_rows:
             rows = plan.arrays
@@ -89,7 +90,7 @@ class BatchBuilder:
             ends = rows.lens.cumsum(dtype=np.int32)
             if branches:
                 views["groups"][:] = find_groups(
-                    branches, rows.lens.tolist(), self._page_size, self._group_costs, self._max_num_seqs
+                    branches, ends, self._page_size, self._group_costs, self._max_num_seqs
                 )
             self._fill_tokens(plan, views, ends, before)
             draws, unusual = self._fill_logits(plan, views, ends)
@@ -141,10 +142,12 @@ class BatchBuilder:
         views["num_logits"][0] = total
         logit_ends = rows.num_logits.cumsum(dtype=np.int32)
         views["logit_tokens"][:total] = np.repeat(ends - logit_ends, rows.num_logits) + self._range[:total]
-        drawing = rows.take(rows.samples)
+        drawing = rows.where(rows.samples)
         requests, seats, stops = drawing.requests, drawing.seats, drawing.starts + drawing.lens
         at = logit_ends[rows.samples] - 1
-        views["sampled"][:, at] = self._seats.sampled[seats].T
+        # Without log-probabilities of prompts a row of logits is a draw: nothing need be scattered.
+        columns = slice(0, total) if total == len(at) else at
+        views["sampled"][:, columns] = self._seats.sampled[:, seats]
         views["sample_positions"][at] = stops
         needs = self._seats.needs[seats]
         masked = ((needs & MASK) > 0) | (stops < self._seats.min_total_len[seats])
@@ -196,6 +199,16 @@ class BatchBuilder:
                 views["targets"][index:end] = targets
                 views["has_target"][index:end] = 1
             index += row.num_logits
+
+    def _idle_numbers(self, bucket: Bucket) -> np.ndarray:
+        """The packed numbers of a step with no rows, made once."""
+        if bucket not in self._idle_numbers_of:
+            shape = self.shape(bucket)
+            numbers = self._idle_numbers_of[bucket] = np.zeros(shape.size, np.int32)
+            views = shape.views(numbers)
+            views["sampled"][:] = self._seats.idle[:, None]
+            views["sources"][:] = self._range[: bucket.num_tokens] + self._num_draws
+        return self._idle_numbers_of[bucket]
 
     def _idle_arrays(self, size: int) -> dict[str, jax.Array]:
         """What stands in for the arrays that a step's rows do not need."""

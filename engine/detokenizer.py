@@ -140,6 +140,12 @@ class IncrementalDetokenizer:
         return len(text)
 
 
+def whole_text(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    """What an `IncrementalDetokenizer` makes of all these tokens when there are no stop strings."""
+    decoder = text_decoder(tokenizer, skip_special_tokens)
+    return decoder.push(token_ids) + decoder.finish()
+
+
 def text_decoder(tokenizer: Tokenizer, skip_special_tokens: bool) -> TextDecoder:
     """The exact decoder where a token is a sequence of bytes, else one that only asks `tokenizer.decode`."""
     token_bytes = _token_bytes(tokenizer, skip_special_tokens)
@@ -241,22 +247,26 @@ _TABLES: WeakKeyDictionary[Any, dict[bool, tuple[bytes, ...]]] = WeakKeyDictiona
 
 def _token_bytes(tokenizer: Tokenizer, skip_special_tokens: bool) -> Sequence[bytes] | None:
     """The bytes of each token id, or None when the tokenizer's decoder is not the byte-level one."""
+    tables = _TABLES.get(tokenizer)
+    if tables is None:
+        tables = _TABLES[tokenizer] = _byte_tables(tokenizer)
+    return tables.get(skip_special_tokens)
+
+
+def _byte_tables(tokenizer: Tokenizer) -> dict[bool, tuple[bytes, ...]]:
+    """By whether special tokens are skipped; none when the tokenizer's decoder is not the byte-level one."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
     # By name, so that this module needs neither package.
     if type(getattr(backend, "decoder", None)).__name__ != "ByteLevel":
-        return None
-    tables = _TABLES.get(tokenizer)
-    if tables is None:
-        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        whole: list[bytes] = []
-        visible: list[bytes] = []
-        for token_id in range(max(backend.get_vocab(with_added_tokens=True).values()) + 1):
-            token = backend.id_to_token(token_id) or ""
-            whole.append(_bytes_of_token(token))
-            visible.append(b"" if token in special else whole[-1])
-        tables = {False: tuple(whole), True: tuple(visible)}
-        _TABLES[tokenizer] = tables
-    return tables[skip_special_tokens]
+        return {}
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    whole: list[bytes] = []
+    visible: list[bytes] = []
+    for token_id in range(max(backend.get_vocab(with_added_tokens=True).values()) + 1):
+        token = backend.id_to_token(token_id) or ""
+        whole.append(_bytes_of_token(token))
+        visible.append(b"" if token in special else whole[-1])
+    return {False: tuple(whole), True: tuple(visible)}
 
 
 def _bytes_of_token(token: str) -> bytes:

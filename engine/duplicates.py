@@ -38,7 +38,23 @@ def duplicate_key(token_ids: tuple[int, ...], salt: str | None, sampling: Sampli
         sampling = _greedy(sampling)
     elif sampling.seed is None:
         return None
-    return token_ids, salt, sampling
+    return _Key(token_ids, salt, sampling)
+
+
+class _Key:
+    """Compares like its parts; it is hashed several times, a long prompt once."""
+
+    __slots__ = ("_hash", "_parts")
+
+    def __init__(self, *parts: Hashable):
+        self._parts = parts
+        self._hash = hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._hash == other._hash and self._parts == other._parts
 
 
 @lru_cache(maxsize=256)

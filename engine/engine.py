@@ -54,6 +54,7 @@ class Engine:
         self.max_model_len = self.config.model_len(loaded.config.max_position_embeddings)
         self._runner = runner or self._make_runner(loaded, takes_weights)
         self._in_flight: InFlight | None = None
+        self._eos_token_ids = frozenset(loaded.config.eos_token_ids)
         self._scheduler = Scheduler(
             SchedulerSettings(
                 max_num_seqs=self.config.max_num_seqs,
@@ -218,7 +219,7 @@ class Engine:
                 ),
                 sample_index=index,
                 priority=priority,
-                eos_token_ids=frozenset(self.model_config.eos_token_ids),
+                eos_token_ids=self._eos_token_ids,
                 bad_words_token_ids=bad_words,
                 cache_salt=cache_salt,
                 expected_len=None if expected_output_len is None else len(token_ids) + expected_output_len,

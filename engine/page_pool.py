@@ -14,6 +14,7 @@ Only page numbers live here, never their contents.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -28,9 +29,10 @@ class PagePool:
         self._num_holders = [0] * num_pages
         # A stack: what was released last is handed out first, while a CPU's caches still hold it.
         self._free = list(range(num_pages - 1, -1, -1))
-        # Oldest release first (dicts keep insertion order).
-        self._cached: dict[int, None] = {}
-        self._cached_pinned: dict[int, None] = {}
+        # Oldest release first. To find the first entry of a plain dict, all that were deleted before it are
+        # passed.
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._cached_pinned: OrderedDict[int, None] = OrderedDict()
         self._pinned: set[int] = set()
         # Pages whose content is known, held or not, with whom to tell when the content is given up.
         self._forget: dict[int, Callable[[int], None]] = {}
@@ -151,8 +153,7 @@ class PagePool:
 
     def _evict_oldest(self) -> int:
         queue = self._cached or self._cached_pinned
-        page = next(iter(queue))
-        del queue[page]
+        page, _ = queue.popitem(last=False)
         self._pinned.discard(page)
         self._forget.pop(page)(page)
         self.num_evictions += 1

@@ -64,9 +64,13 @@ class RowArrays(NamedTuple):
     num_logits: np.ndarray  # i32[R]
     is_pending: np.ndarray  # bool[R], the row's one token is drawn by the step in flight
 
-    def take(self, index: np.ndarray) -> RowArrays:
-        """Some of the rows, or all in another order."""
-        return RowArrays(*[array[index] for array in self])
+    def take(self, order: np.ndarray) -> RowArrays:
+        """The rows in another order, or some of them."""
+        return RowArrays(*[array[order] for array in self])
+
+    def where(self, mask: np.ndarray) -> RowArrays:
+        """Those of the rows for which bool[R] is true: mostly all."""
+        return self if mask.all() else self.take(mask)
 
 
 def row_arrays(table: SeatTable, decodes: np.ndarray, rows: Sequence[PlannedRow]) -> RowArrays:

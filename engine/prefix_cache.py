@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.page_pool import PagePool
 from engine.prefix_index import PrefixIndex
@@ -56,8 +56,7 @@ def tokens_of(request: Request, start: int, stop: int) -> tuple[int, ...]:
     return tuple(request.token_ids(start, stop))
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
+class _Known(NamedTuple):
     """One page whose content is known, with all that a hit has to verify."""
 
     page: int

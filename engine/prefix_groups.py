@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +77,7 @@ class Branch(NamedTuple):
 
 
 def arrange_rows(
-    pages: Sequence[Sequence[int]], starts: Sequence[int], page_size: int
+    page_tables: np.ndarray, starts: np.ndarray, page_size: int
 ) -> tuple[list[int], list[Branch]]:
     """Put rows that share leading pages next to each other.
 
@@ -86,66 +85,93 @@ def arrange_rows(
     looked for.
 
     Args:
-        pages: of each row.
-        starts: each row's first query.
+        page_tables: each row's pages, i32[num_rows, table_width].
+        starts: each row's first query, i32[num_rows].
 
     Returns:
         order: a permutation of the rows' indices, the row of each slot. Those that share pages come where the
             first of them was; rows that share nothing keep the order they came in.
         branches: the tree over the slots, outer branches before those inside.
     """
+    num_full = starts // page_size
     order: list[int] = []
     branches: list[Branch] = []
 
-    def place(members: list[int], column: int, outer: int | None, depth: int) -> None:
+    def place(rows: _Rows, column: int, outer: int | None, depth: int) -> None:
         """Give slots to rows that share all columns before `column`."""
-        heads = [pages[member][column] for member in members]
+        heads = rows.column(column)
         num_heads = len(set(heads))
-        if depth == MAX_DEPTH or num_heads == len(members):
-            order.extend(members)
+        if depth == MAX_DEPTH or num_heads == len(heads):
+            order.extend(rows.members)
             return
-        below: dict[int, list[int]] = {heads[0]: members} if num_heads == 1 else {}
+        below: dict[int, list[int]] = {}
         if num_heads > 1:
-            for head, member in zip(heads, members, strict=True):
+            for head, member in zip(heads, rows.members, strict=True):
                 below.setdefault(head, []).append(member)
-        for together in below.values():
-            if len(together) == 1:
-                order.append(together[0])
+        for members in below.values() if below else (rows.members,):
+            if len(members) == 1:
+                order.append(members[0])
                 continue
-            first_query = min([starts[member] for member in together]) // page_size
-            if first_query <= column:
-                order.extend(together)
+            together = _Rows(page_tables, num_full, members) if below else rows
+            most = together.least_full()
+            if most <= column:
+                order.extend(members)
                 continue
-            stop = _num_shared([pages[member] for member in together], column + 1, first_query)
+            stop = together.num_shared(column + 1, most)
             start = len(order)
-            branches.append(Branch(start, start + len(together), stop, outer))
+            branches.append(Branch(start, start + len(members), stop, outer))
             place(together, stop, len(branches) - 1, depth + 1)
 
-    if pages:
-        place(list(range(len(pages))), 0, None, 0)
+    if len(starts):
+        place(_Rows(page_tables, num_full, list(range(len(starts)))), 0, None, 0)
     return order, branches
 
 
-def _num_shared(pages: Sequence[Sequence[int]], known: int, most: int) -> int:
-    """How many leading pages all share: at least `known`, at most `most`."""
-    first = pages[0]
-    num_shared = most
-    for other in pages:
-        if other[num_shared - 1] != first[num_shared - 1]:
-            low, high = known, num_shared - 1
-            while low < high:
-                middle = (low + high + 1) // 2
-                if other[middle - 1] == first[middle - 1]:
-                    low = middle
-                else:
-                    high = middle - 1
-            num_shared = low
-    return num_shared
+class _Rows:
+    """Some rows of the page tables. Many are looked at with numpy, few one by one: of four rows numpy would
+    spend most of its time on being called."""
+
+    MANY = 24
+
+    def __init__(self, page_tables: np.ndarray, num_full: np.ndarray, members: list[int]):
+        self._page_tables, self._num_full = page_tables, num_full
+        self.members = members
+        self._index = np.array(members) if len(members) >= self.MANY else None
+
+    def column(self, column: int) -> list[int]:
+        """Each row's page in this column."""
+        if self._index is None:
+            item = self._page_tables.item
+            return [item(member, column) for member in self.members]
+        return self._page_tables[self._index, column].tolist()
+
+    def least_full(self) -> int:
+        """Pages that are full and before the first query in every row."""
+        if self._index is None:
+            return min([self._num_full.item(member) for member in self.members])
+        return self._num_full[self._index].min().item()
+
+    def num_shared(self, known: int, most: int) -> int:
+        """How many leading pages all share: at least `known`, at most `most`."""
+        low, high, middle = known, most, most  # mostly all that may be
+        while low < high:
+            if self._are_alike(middle - 1):
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return low
+
+    def _are_alike(self, column: int) -> bool:
+        if self._index is None:
+            return len(set(self.column(column))) == 1
+        pages = self._page_tables[self._index, column]
+        return bool((pages == pages[0]).all())
 
 
 def find_groups(
     branches: Sequence[Branch],
-    num_queries: Sequence[int],
+    query_ends: np.ndarray,
     page_size: int,
     costs: GroupCosts | None,
     max_groups: int,
@@ -154,13 +180,13 @@ def find_groups(
 
     Args:
         branches: as `arrange_rows` gives them.
-        num_queries: of each slot.
+        query_ends: for each slot, how many queries it and those before it have, i32[num_slots].
         costs: the device's; None where attention is never grouped: then there are no groups.
         max_groups: the arrays' size, at least the number of slots.
     """
     groups = GroupArrays(*np.zeros((4, max_groups), np.int32))
     if costs is not None and branches:
-        num_before = (0, *accumulate(num_queries))
+        num_before = [0, *query_ends.tolist()]
         worthy = _worthy(branches, num_before, page_size, costs)
         chosen = _choose(worthy, num_before, page_size, costs)
         for array, values in zip(groups, zip(*chosen, strict=True), strict=False):

@@ -93,6 +93,8 @@ class PrefixPins:
 
     def note(self, page: int, parent: int | None, token_ids: Tokens, salt: str | None) -> None:
         """A page has become known: pin it if a pinned prefix covers it."""
+        if not self._roots:
+            return
         above = self._roots.get(salt) if parent is None else self._by_page.get(parent)
         node = None if above is None else above.below.get(token_ids)
         if node is not None:

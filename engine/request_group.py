@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.detokenizer import IncrementalDetokenizer
+from engine.detokenizer import IncrementalDetokenizer, whole_text
 from engine.errors import RequestError
 from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from engine.request import Request, TopLogprobs
@@ -47,11 +47,12 @@ class RequestGroup:
         """The sample is finished: what its text held back."""
         self._num_open -= 1
         if not self.grows:
-            text = self._new_text()
             tokens = request.output_token_ids
-            text.push(tokens[:-1] if _ends_with_hidden_token(request) else tokens)
-            text.finish()
-            self._whole_texts[request.sample_index] = text.text
+            self._whole_texts[request.sample_index] = whole_text(
+                self._tokenizer,
+                tokens[:-1] if _ends_with_hidden_token(request) else tokens,
+                request.sampling.skip_special_tokens,
+            )
             return ""
         delta = self._texts[request.sample_index].finish()
         stop = self.stopped_by(request)

@@ -26,7 +26,7 @@ class SeatSampling:
         self.num_seats = num_seats
         self._vocab_size = vocab_size
         self._tickets = np.zeros(num_seats, np.int64)
-        self.sampled = np.zeros((num_seats, len(SAMPLED_COLUMNS)), np.int32)
+        self.sampled = np.zeros((len(SAMPLED_COLUMNS), num_seats), np.int32)
         """The columns of SAMPLED_COLUMNS, by their bits."""
         self.needs = np.zeros(num_seats, np.int32)
         """Bits: what the request's draws need."""
@@ -67,7 +67,7 @@ class SeatSampling:
         if sampling.temperature == 0:
             drawn_with = (0.0, self._vocab_size, 1.0, 0.0)
         prompt_len = request.prompt_len if needs & PENALTY else 0
-        self.sampled[seat] = self._numbers(*drawn_with, *request.key, *has_penalty, prompt_len)
+        self.sampled[:, seat] = self._numbers(*drawn_with, *request.key, *has_penalty, prompt_len)
 
     @staticmethod
     def _numbers(*values: float) -> np.ndarray:

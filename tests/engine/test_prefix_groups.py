@@ -56,7 +56,10 @@ def groups_of(arrays: GroupArrays) -> list[tuple[int, int, int, int]]:
 
 
 def arrange_rows(rows: list[PlannedRow], page_size: int) -> tuple[list[int], list[Branch]]:
-    return arrange_pages([row.page_ids for row in rows], [row.start for row in rows], page_size)
+    page_tables = np.zeros((len(rows), max((len(row.page_ids) for row in rows), default=0)), np.int32)
+    for table, row in zip(page_tables, rows, strict=True):
+        table[: len(row.page_ids)] = row.page_ids
+    return arrange_pages(page_tables, np.array([row.start for row in rows], np.int32), page_size)
 
 
 def grouped(
@@ -65,7 +68,8 @@ def grouped(
     order, branches = arrange_rows(rows, PAGE_SIZE)
     assert sorted(order) == list(range(len(rows)))
     slots = [rows[index] for index in order]
-    arrays = find_groups(branches, [row.num_tokens for row in slots], PAGE_SIZE, costs, max_groups)
+    query_ends = np.cumsum([row.num_tokens for row in slots], dtype=np.int32)
+    arrays = find_groups(branches, query_ends, PAGE_SIZE, costs, max_groups)
     return slots, branches, groups_of(arrays)
 
 
