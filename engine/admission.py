@@ -10,10 +10,10 @@ import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
+from engine.packed_tokens import num_common_tokens
 from engine.page_pool import PagePool
 from engine.plan import PageCopy
-from engine.prefix_cache import PrefixCache, root_hash, tokens_of
-from engine.prefix_index import num_common_tokens
+from engine.prefix_cache import PrefixCache, root_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings
 from engine.seat_table import SeatTable
@@ -168,8 +168,8 @@ class Admission:
         hashes = self._cache.hashes(request, last)
         for index in range(start // page_size, last + 1):
             stop = min((index + 1) * page_size, request.num_tokens)
-            token_ids = tokens_of(request, index * page_size, stop)
-            step.claims.add(_prefix_hash(request, hashes, index), token_ids, len(step.owners))
+            tokens = request.packed_tokens(index * page_size, stop)
+            step.claims.add(_prefix_hash(request, hashes, index), tokens, len(step.owners))
         step.owners.append(request)
 
     def _start(self, request: Request, found: _Found, now: float | None) -> None:
@@ -192,11 +192,11 @@ class Admission:
     def _find(self, request: Request) -> _Found:
         """What the prefix cache has of the request."""
         if self._cache is None:
-            return _Found([], 0, 0, 0, ())
+            return _Found([], 0, 0, 0, b"")
         readable = self._num_readable_tokens(request)
         pages = self._cache.match(request, readable)
         start = len(pages) * self._settings.page_size
-        wanted = tokens_of(request, start, max(start, min(start + self._settings.page_size, readable)))
+        wanted = request.packed_tokens(start, max(start, min(start + self._settings.page_size, readable)))
         source, num_copied = self._cache.closest(pages, wanted, request.cache_salt) if wanted else (0, 0)
         if not pages and num_copied < self._settings.min_shared_tokens:
             num_copied = 0
@@ -224,7 +224,7 @@ class Admission:
         is_worth_it = num_claimed >= min(limits.page_size, found.num_copied + limits.min_shared_tokens)
         if not is_worth_it or limits.rank(owner) > limits.rank(request):
             return False
-        num_common = num_common_tokens(request.prompt_token_ids, owner.prompt_token_ids)
+        num_common = num_common_tokens(request.packed_prompt, owner.packed_prompt)
         self._awaited[request] = (owner, num_common)
         return True
 
@@ -268,8 +268,8 @@ class _Found(NamedTuple):
     """Its tokens that are to be copied; 0 for none."""
     num_readable: int
     """Most tokens that the request may take."""
-    wanted: tuple[int, ...]
-    """Tokens behind the pages, up to a page of them, that the request would take too; none with no cache."""
+    wanted: bytes
+    """Tokens behind the pages, up to a page of them, that it would take too, packed; none with no cache."""
 
 
 def _prefix_hash(request: Request, hashes: list[bytes], num_pages: int) -> bytes:

@@ -23,16 +23,17 @@ this order: they cover a chain from its first page on.
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from engine.packed_tokens import NUM_BYTES
 from engine.page_pool import PagePool
 from engine.prefix_index import PrefixIndex
 from engine.prefix_pins import PrefixPins
 from engine.request import Request
 
-HashPage = Callable[[bytes, Sequence[int]], bytes]
+HashPage = Callable[[bytes, bytes], bytes]
+"""(the parent's hash, a page's packed tokens) -> the page's hash."""
 
 _DIGEST_SIZE = 16
 
@@ -44,16 +45,9 @@ def root_hash(salt: str | None) -> bytes:
     return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_SIZE).digest()
 
 
-def page_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of one full page: covers its tokens and, through `parent`, all before it (16 bytes)."""
-    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=_DIGEST_SIZE).digest()
-
-
-def tokens_of(request: Request, start: int, stop: int) -> tuple[int, ...]:
-    """Known tokens [start, stop) of a request, mostly of its prompt alone."""
-    if stop <= request.prompt_len:
-        return request.prompt_token_ids[start:stop]
-    return tuple(request.token_ids(start, stop))
+def page_hash(parent: bytes, tokens: bytes) -> bytes:
+    """Hash of one full page: covers its packed tokens and, through `parent`, all before it (16 bytes)."""
+    return hashlib.blake2b(parent + tokens, digest_size=_DIGEST_SIZE).digest()
 
 
 class _Known(NamedTuple):
@@ -62,8 +56,8 @@ class _Known(NamedTuple):
     page: int
     parent: int | None
     """The page it continues; None for the first of a chain."""
-    token_ids: tuple[int, ...]
-    """Those of the full page; or the first of a page that may be filled differently by its owner."""
+    tokens: bytes
+    """Packed: those of the full page; or the first of a page that may be filled differently by its owner."""
     salt: str | None
     hash: bytes | None
     """None when the page is not full."""
@@ -110,7 +104,7 @@ class PrefixCache:
             size = self.page_size
             parent = hashes[-1] if hashes else root_hash(request.cache_salt)
             for index in range(len(hashes), num_pages):
-                parent = self._hash_page(parent, tokens_of(request, index * size, (index + 1) * size))
+                parent = self._hash_page(parent, request.packed_tokens(index * size, (index + 1) * size))
                 hashes.append(parent)
         return hashes
 
@@ -134,13 +128,13 @@ class PrefixCache:
             pages.append(parent)
         return pages
 
-    def closest(self, pages: Sequence[int], token_ids: tuple[int, ...], salt: str | None) -> tuple[int, int]:
-        """The known page that goes on from `pages` most like `token_ids`, and how many tokens they have in
-        common (0: there is none).
+    def closest(self, pages: Sequence[int], tokens: bytes, salt: str | None) -> tuple[int, int]:
+        """The known page that goes on from `pages` most like these packed tokens, and how many they have in common
+        (0: there is none).
 
         What they have in common is computed. The page is not held yet: `pool.share` it until it is copied.
         """
-        return self._continuations.closest(pages[-1] if pages else (salt,), token_ids) or (0, 0)
+        return self._continuations.closest(pages[-1] if pages else (salt,), tokens) or (0, 0)
 
     def insert(self, request: Request) -> None:
         """Make the request's full computed pages known, and swap those known already for the known ones.
@@ -175,7 +169,7 @@ class PrefixCache:
         """Evict the full pages of this prefix, those known and those to come, only after all that are not
         pinned. Pins add up; `release` undoes one."""
 
-        def find(parent: int | None, of_page: tuple[int, ...]) -> int | None:
+        def find(parent: int | None, of_page: bytes) -> int | None:
             return self._continuations.find((salt,) if parent is None else parent, of_page)
 
         self._pins.pin(token_ids, salt, find)
@@ -189,7 +183,7 @@ class PrefixCache:
         return (
             known.parent == parent
             and known.salt == request.cache_salt
-            and known.token_ids == tokens_of(request, start, start + self.page_size)
+            and known.tokens == request.packed_tokens(start, start + self.page_size)
         )
 
     def _remember(
@@ -198,14 +192,14 @@ class PrefixCache:
         self._unlearn(page)  # what was known of it while it was not full
         start = index * self.page_size
         stop = min(start + self.page_size, request.num_computed)
-        token_ids = tokens_of(request, start, stop)
-        known = _Known(page, parent, token_ids, request.cache_salt, digest)
+        tokens = request.packed_tokens(start, stop)
+        known = _Known(page, parent, tokens, request.cache_salt, digest)
         self._by_page[page] = known
-        self._continuations.add(known.prefix, token_ids, page)
+        self._continuations.add(known.prefix, tokens, page)
         self._pool.keep(page, self._forget)
         if digest is not None:
             self._by_hash[digest] = known
-            self._pins.note(page, parent, token_ids, request.cache_salt)
+            self._pins.note(page, parent, tokens, request.cache_salt)
 
     def _unlearn(self, page: int) -> None:
         """Forget a held page that is not full: it is known by more tokens now, or is a double."""
@@ -215,7 +209,7 @@ class PrefixCache:
 
     def _forget(self, page: int) -> None:
         known = self._by_page.pop(page)
-        self._continuations.remove(known.prefix, known.token_ids, page)
+        self._continuations.remove(known.prefix, known.tokens, page)
         if known.hash is not None:
             del self._by_hash[known.hash]
             self._pins.forget(page)
@@ -231,7 +225,7 @@ class PrefixCache:
                 raise AssertionError(f"page {page} is known as {known.page}")
             if known.hash is not None and self._by_hash.get(known.hash) is not known:
                 raise AssertionError(f"page {page} cannot be found by its hash")
-            if (len(known.token_ids) == self.page_size) != (known.hash is not None):
+            if (len(known.tokens) == self.page_size * NUM_BYTES) != (known.hash is not None):
                 raise AssertionError(f"page {page} is known as full and is not, or the reverse")
             if known.parent is not None and known.parent not in self._by_page:
                 raise AssertionError(f"page {page} continues a page that was evicted")

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from engine.packed_tokens import pack_tokens
 from engine.page_pool import PagePool
-
-Tokens = tuple[int, ...]
 
 
 class PinnedPage:
     """One full page of pinned prefixes, below the page it continues."""
 
-    __slots__ = ("below", "count", "num_ends", "page", "parent", "token_ids")
+    __slots__ = ("below", "count", "num_ends", "page", "parent", "tokens")
 
-    def __init__(self, parent: PinnedPage | None, token_ids: Tokens):
+    def __init__(self, parent: PinnedPage | None, tokens: bytes):
         self.parent = parent
-        self.token_ids = token_ids
+        self.tokens = tokens
         self.count = 0
         """Pins that cover it."""
         self.num_ends = 0
         """Those of them that cover nothing behind it."""
         self.page: int | None = None
         """The page that holds it at the moment."""
-        self.below: dict[Tokens, PinnedPage] = {}
+        self.below: dict[bytes, PinnedPage] = {}
 
 
 class PrefixPins:
@@ -40,21 +39,21 @@ class PrefixPins:
         self._by_page: dict[int, PinnedPage] = {}
 
     def pin(
-        self, token_ids: Sequence[int], salt: str | None, find: Callable[[int | None, Tokens], int | None]
+        self, token_ids: Sequence[int], salt: str | None, find: Callable[[int | None, bytes], int | None]
     ) -> None:
         """Count one pin more on each full page of a prefix, and pin those of its pages that are known.
 
         find: the known page that continues a page (None: that begins a prefix) with these tokens, if any.
         """
-        node = self._roots.setdefault(salt, PinnedPage(None, ()))
+        node = self._roots.setdefault(salt, PinnedPage(None, b""))
         pages: list[int] = []
         is_known = True
-        for token_ids_of_page in self._pages(token_ids):
-            below = node.below.get(token_ids_of_page)
+        for tokens_of_page in self._pages(token_ids):
+            below = node.below.get(tokens_of_page)
             if below is None:
-                below = node.below[token_ids_of_page] = PinnedPage(node, token_ids_of_page)
+                below = node.below[tokens_of_page] = PinnedPage(node, tokens_of_page)
             if below.page is None and is_known:
-                below.page = find(node.page, token_ids_of_page)
+                below.page = find(node.page, tokens_of_page)
                 if below.page is not None:
                     self._by_page[below.page] = below
             node = below
@@ -69,8 +68,8 @@ class PrefixPins:
         """Undo one `pin`. Raises ValueError, changing nothing, when exactly this prefix is not pinned."""
         nodes: list[PinnedPage] = []
         node = self._roots.get(salt)
-        for token_ids_of_page in self._pages(token_ids):
-            node = node.below.get(token_ids_of_page) if node is not None else None
+        for tokens_of_page in self._pages(token_ids):
+            node = node.below.get(tokens_of_page) if node is not None else None
             if node is not None:
                 nodes.append(node)
         if node is None or node.num_ends == 0:
@@ -87,16 +86,16 @@ class PrefixPins:
                     del self._by_page[node.page]
                     self._pool.unpin(node.page)
                 if node.parent is not None:
-                    del node.parent.below[node.token_ids]
+                    del node.parent.below[node.tokens]
         if not (root := self._roots[salt]).below and root.num_ends == 0:
             del self._roots[salt]
 
-    def note(self, page: int, parent: int | None, token_ids: Tokens, salt: str | None) -> None:
+    def note(self, page: int, parent: int | None, tokens: bytes, salt: str | None) -> None:
         """A page has become known: pin it if a pinned prefix covers it."""
         if not self._roots:
             return
         above = self._roots.get(salt) if parent is None else self._by_page.get(parent)
-        node = None if above is None else above.below.get(token_ids)
+        node = None if above is None else above.below.get(tokens)
         if node is not None:
             node.page = page
             self._by_page[page] = node
@@ -108,10 +107,10 @@ class PrefixPins:
         if node is not None:
             node.page = None
 
-    def _pages(self, token_ids: Sequence[int]) -> Iterator[Tokens]:
+    def _pages(self, token_ids: Sequence[int]) -> Iterator[bytes]:
         size = self._page_size
         for stop in range(size, len(token_ids) + 1, size):
-            yield tuple(token_ids[stop - size : stop])
+            yield pack_tokens(token_ids[stop - size : stop])
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless each pinned page is of a prefix that is pinned from its beginning."""
@@ -121,7 +120,7 @@ class PrefixPins:
             parent = node.parent
             if node.page != page or node.count < 1 or parent is None:
                 raise AssertionError(f"page {page} is pinned for a prefix that is not")
-            if parent.below.get(node.token_ids) is not node:
+            if parent.below.get(node.tokens) is not node:
                 raise AssertionError(f"page {page} is pinned for a prefix that was released")
             if parent.parent is not None and (parent.page is None or parent.count < node.count):
                 raise AssertionError(f"page {page} is pinned and the page it continues is not")

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from engine.packed_tokens import NUM_BYTES, pack_tokens
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Request:
     _output_token_ids: list[int] = field(default_factory=list, init=False)
     _num_computed: int = field(default=0, init=False)
     _num_pending: int = field(default=0, init=False)
+    packed_prompt: bytes = field(init=False, repr=False)
     prompt_len: int = field(init=False)
     max_output_len: int = field(init=False)
     """Output tokens stop here: the lesser of `max_tokens` and what `max_total_len` leaves."""
@@ -102,6 +104,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
+        self.packed_prompt = pack_tokens(self.prompt_token_ids)
         self.prompt_len = len(self.prompt_token_ids)
         self.max_output_len = min(self.sampling.max_tokens, self.max_total_len - self.prompt_len)
         self.max_computed_len = self.prompt_len + self.max_output_len - 1
@@ -194,6 +197,17 @@ class Request:
         if stop > prompt_len:
             tokens += self._drawn(prompt_len, stop)
         return tokens
+
+    def packed_tokens(self, start: int, stop: int) -> bytes:
+        """The same, packed."""
+        prompt_len = self.prompt_len
+        tokens = self.packed_prompt[start * NUM_BYTES : stop * NUM_BYTES]
+        if stop <= prompt_len:
+            return tokens
+        start = max(start, prompt_len)
+        if self.table is None:
+            return tokens + pack_tokens(self._drawn(start, stop))
+        return tokens + self.table.tokens[self.seat, start:stop].tobytes()
 
     def _drawn(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop), none of the prompt."""

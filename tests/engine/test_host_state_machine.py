@@ -35,9 +35,9 @@ MAX_STEPS_TO_DRAIN = 4000
 STEMS = [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8), (1,) * 8, (1, 2, 3, 4, 1, 2, 3, 4)]
 
 
-def weak_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+def weak_hash(parent: bytes, tokens: bytes) -> bytes:
     """Collides half of the time."""
-    return bytes([sum(token_ids) % 2])
+    return bytes([sum(tokens) % 2])
 
 
 class HostMachine(RuleBasedStateMachine):

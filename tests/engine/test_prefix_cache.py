@@ -1,9 +1,8 @@
 """Full pages are shared by content; a hit is verified; what was evicted is gone. Exact page numbers."""
 
-from collections.abc import Sequence
-
 import pytest
 
+from engine.packed_tokens import pack_tokens
 from engine.page_pool import PagePool
 from engine.prefix_cache import HashPage, PrefixCache, page_hash, root_hash
 from engine.request import Request
@@ -36,19 +35,18 @@ def check(pool: PagePool, cache: PrefixCache) -> None:
 
 
 def closest(cache: PrefixCache, request: Request, pages: list[int], max_tokens: int) -> tuple[int, int]:
-    return cache.closest(
-        pages, tuple(request.token_ids(len(pages) * PAGE_SIZE, max_tokens)), request.cache_salt
-    )
+    return cache.closest(pages, request.packed_tokens(len(pages) * PAGE_SIZE, max_tokens), request.cache_salt)
 
 
 def test_a_hash_covers_the_tokens_the_parent_and_the_salt():
     root = root_hash(None)
-    assert page_hash(root, [1, 2, 3]) == page_hash(root, (1, 2, 3))
-    assert page_hash(root, [1, 2, 3]) != page_hash(root, [1, 3, 2])
-    assert page_hash(page_hash(root, [1]), [2]) != page_hash(page_hash(root, [2]), [2])
+    assert page_hash(root, pack_tokens([1, 2, 3])) == page_hash(root, pack_tokens((1, 2, 3)))
+    assert page_hash(root, pack_tokens([1, 2, 3])) != page_hash(root, pack_tokens([1, 3, 2]))
+    one, two = pack_tokens([1]), pack_tokens([2])
+    assert page_hash(page_hash(root, one), two) != page_hash(page_hash(root, two), two)
     salted = {root_hash(salt) for salt in (None, "", "a", "b")}
     assert len(salted) == 4
-    assert len({page_hash(salt, [1]) for salt in salted}) == 4
+    assert len({page_hash(salt, one) for salt in salted}) == 4
 
 
 def test_full_pages_of_a_common_beginning_are_found():
@@ -128,7 +126,7 @@ def test_using_a_page_makes_it_the_last_to_be_evicted():
 class CollidingHash:
     """Every page has the same hash."""
 
-    def __call__(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
+    def __call__(self, parent: bytes, tokens: bytes) -> bytes:
         return b"collision"
 
 
@@ -159,17 +157,17 @@ def test_a_collision_on_insertion_leaves_both_requests_their_own_pages():
 
 
 def test_hashes_are_computed_once_and_only_as_far_as_needed():
-    calls: list[tuple[int, ...]] = []
+    calls: list[bytes] = []
 
-    def counting(parent: bytes, token_ids: Sequence[int]) -> bytes:
-        calls.append(tuple(token_ids))
-        return page_hash(parent, token_ids)
+    def counting(parent: bytes, tokens: bytes) -> bytes:
+        calls.append(tokens)
+        return page_hash(parent, tokens)
 
     pool, cache = make_cache(hash_page=counting)
     request = make_request("a", range(16))
     for _ in range(3):
         assert cache.match(request, 16) == []
-    assert calls == [(0, 1, 2, 3)]  # the first page misses: the rest is not worth hashing
+    assert calls == [pack_tokens(range(4))]  # the first page misses: the rest is not worth hashing
     compute(pool, cache, request)
     assert cache.match(request, 16) == [0, 1, 2, 3]
     assert len(calls) == 4
