@@ -43,11 +43,14 @@ struct Span {
   const float* values;
 };
 
+// Vectors of a row that a block of rows keeps in registers: 24 in all with 32 registers, 12 with 16.
+constexpr int vectors_at_once(int rows) { return rows <= 3 || kLanes == 16 ? 4 : 2; }
+
 // logits[r][t] = sum over h of q[r][h] * keys[h][t], for `Rows` queries and at least the keys [begin, end) of a span.
 template <int Rows>
 TIDEMILL_INLINE void span_logits(const float* q, int64_t begin, int64_t end, int64_t head_dim, const Span& span,
                                  float* logits) {
-  constexpr int kVectors = Rows <= 3 ? 4 : 2;
+  constexpr int kVectors = vectors_at_once(Rows);
   constexpr int kWidth = kVectors * kLanes;
   static_assert(kSpan % kWidth == 0 || kWidth > kSpan, "whole blocks of keys");
   constexpr int kUsed = kWidth > kSpan ? static_cast<int>(kSpan) / kLanes : kVectors;
@@ -81,7 +84,7 @@ TIDEMILL_INLINE void span_logits(const float* q, int64_t begin, int64_t end, int
 template <int Rows>
 TIDEMILL_INLINE void span_outputs(const float* weights, int64_t begin, int64_t end, int64_t head_dim,
                                   const float* values, float* out) {
-  constexpr int kVectors = Rows <= 3 ? 4 : 2;
+  constexpr int kVectors = vectors_at_once(Rows);
   int64_t h = 0;
   for (; h + kVectors * kLanes <= head_dim; h += kVectors * kLanes) {
     vf acc[Rows][kVectors];
@@ -199,9 +202,12 @@ class AttentionCall {
     if (block.num_slots > 1) {  // one query each
       end = block.shared_len;
       attend(tile, 0, count, block.first_slot, head, begin, end, scratch);
-      for (int64_t member = 0; member < block.num_slots; ++member)
+      for (int64_t member = 0; member < block.num_slots; ++member) {
+        if (in_place_ && member + 1 < block.num_slots && tile.last[(member + 1) * ratio_] > end)
+          prefetch_span(block.first_slot + member + 1, head, end);
         attend(tile, member * ratio_, ratio_, block.first_slot + member, head, end,
                std::numeric_limits<int64_t>::max(), scratch);
+      }
     } else {
       attend(tile, 0, count, block.first_slot, head, begin, end, scratch);
     }
@@ -341,8 +347,19 @@ class AttentionCall {
     }
   }
 
+  // Common head sizes as instances of their own: addresses are then constants.
   void add_span(Tile& tile, int64_t from, int64_t count, int64_t start, int64_t held, const Span& span) const {
-    const int64_t dim = a_.head_dim;
+    switch (a_.head_dim) {
+      case 64: return add_span_of(std::integral_constant<int64_t, 64>(), tile, from, count, start, held, span);
+      case 128: return add_span_of(std::integral_constant<int64_t, 128>(), tile, from, count, start, held, span);
+      default: return add_span_of(a_.head_dim, tile, from, count, start, held, span);
+    }
+  }
+
+  // `dim` is a number or a constant.
+  template <typename Dim>
+  void add_span_of(Dim dim, Tile& tile, int64_t from, int64_t count, int64_t start, int64_t held,
+                   const Span& span) const {
     int64_t begin = kSpan, end = 0;  // what any of the queries sees
     for (int64_t i = from; i < from + count; ++i) {
       const int64_t seen_begin = std::max<int64_t>(tile.first[i] - start, 0);
@@ -356,7 +373,7 @@ class AttentionCall {
       span_logits<rows.value>(tile.q + at * dim, begin, end, dim, span, tile.logits + at * kSpan);
     });
     for (int64_t i = from; i < from + count; ++i)
-      weigh(tile, i, std::max<int64_t>(tile.first[i] - start, 0), std::min(tile.last[i] - start, held));
+      weigh(tile, i, std::max<int64_t>(tile.first[i] - start, 0), std::min(tile.last[i] - start, held), dim);
     by_rows(from, count, [&](auto rows, int64_t at) {
       span_outputs<rows.value>(tile.logits + at * kSpan, begin, end, dim, span.values, tile.out + at * dim);
     });
@@ -377,41 +394,47 @@ class AttentionCall {
   }
 
   // Turn a query's logits over one span, of which it sees [begin, end), into weights, and rescale what it has.
-  void weigh(Tile& tile, int64_t query, int64_t begin, int64_t end) const {
+  TIDEMILL_INLINE void weigh(Tile& tile, int64_t query, int64_t begin, int64_t end, int64_t dim) const {
     float* logits = tile.logits + query * kSpan;
     if (begin >= end) {
       std::fill(logits, logits + kSpan, 0.0f);
       return;
     }
+    constexpr int kCount = kSpan / kLanes;
     const float lowest = -std::numeric_limits<float>::infinity();
-    const vi numbers = lane_numbers();
-    const vi low = splat_int(static_cast<int32_t>(begin)), high = splat_int(static_cast<int32_t>(end));
+    vf values[kCount];
     vf best = splat(lowest);
-    for (int64_t t = 0; t < kSpan; t += kLanes) {
-      const vi number = numbers + splat_int(static_cast<int32_t>(t));
-      vf logit = load(logits + t);
-      if (a_.soft_cap > 0) logit = splat(a_.soft_cap) * hyperbolic_tangent(logit / splat(a_.soft_cap));
-      const vi is_seen = (number >= low) & (number < high);
-      logit = is_seen ? logit : splat(lowest);
-      store(logits + t, logit);
-      best = maximum(logit, best);
+    for (int i = 0; i < kCount; ++i) values[i] = load(logits + i * kLanes);
+    if (a_.soft_cap > 0)
+      for (vf& value : values) value = splat(a_.soft_cap) * hyperbolic_tangent(value / splat(a_.soft_cap));
+    if (begin > 0 || end < kSpan) {
+      const vi low = splat_int(static_cast<int32_t>(begin)), high = splat_int(static_cast<int32_t>(end));
+      for (int i = 0; i < kCount; ++i) {
+        const vi number = lane_numbers() + splat_int(i * kLanes);
+        values[i] = (number >= low) & (number < high) ? values[i] : splat(lowest);
+      }
     }
+    for (const vf& value : values) best = maximum(value, best);
     const float before = tile.maximum[query];
     const float highest_logit = std::max(before, highest(best));
     const vf shift = splat(highest_logit);
     vf added = vf{};
-    for (int64_t t = 0; t < kSpan; t += kLanes) {
-      const vf weight = exponential(load(logits + t) - shift);
-      store(logits + t, weight);
+    for (int i = 0; i < kCount; ++i) {
+      const vf weight = exponential(values[i] - shift);
+      store(logits + i * kLanes, weight);
       added = added + weight;
     }
-    const float decay = exponential(splat(before - highest_logit))[0];
-    tile.maximum[query] = highest_logit;
-    tile.total[query] = tile.total[query] * decay + sum(added);
-    if (decay != 1.0f) {
-      float* out = tile.out + query * a_.head_dim;
-      for (int64_t h = 0; h < a_.head_dim; ++h) out[h] *= decay;
+    if (before == highest_logit) {
+      tile.total[query] += sum(added);
+      return;
     }
+    const vf decay = exponential(splat(before - highest_logit));
+    tile.maximum[query] = highest_logit;
+    tile.total[query] = tile.total[query] * decay[0] + sum(added);
+    float* out = tile.out + query * dim;
+    int64_t h = 0;
+    for (; h + kLanes <= dim; h += kLanes) store(out + h, load(out + h) * decay);
+    for (; h < dim; ++h) out[h] *= decay[0];
   }
 
   // Few queries are done with a span before the hardware's own prefetcher has found the next page.

@@ -11,7 +11,7 @@
 namespace tidemill {
 namespace TIDEMILL_ISA {
 
-constexpr int64_t kBlockBytes = 320 * 1024;  // of a block's rows, in the second-level cache
+constexpr int64_t kMinBlockBytes = 320 * 1024;  // of a block's rows, in the second-level cache
 constexpr int64_t kSerialElements = 16384;   // fewer than these are prepared sooner than a thread is woken
 constexpr int64_t kRowsAtOnce = 8;           // rows that one item of the preparation takes
 
@@ -131,28 +131,37 @@ struct PairMemory {
   };
 };
 
-// How the work is cut: items are (block of rows, pair of panels), panels innermost; a thread takes runs of items,
-// long ones first, short ones last, so that all end together.
+// How the work is cut: items are (block of rows, pair of panels); a thread takes runs of items, long ones first, short
+// ones last, so that all end together. Where all rows fit in the second-level cache, blocks are innermost and
+// the panels are read from memory once; elsewhere panels are.
 struct LinearWork {
   int64_t block_rows, num_blocks, num_pairs;
+  bool are_blocks_inner;
   std::vector<int64_t> runs;  // bounds of the runs, over all items
 
   LinearWork(const Linear& args, int64_t num_threads) {
     const bool is_int = args.format == Linear::Format::kInt8 || args.format == Linear::Format::kInt4;
-    const int64_t row_bytes = args.in_dim * (is_int ? 2 : 4);
-    const int64_t fitting = std::min(kMaxBlockRows, kBlockBytes / row_bytes / kTileRows * kTileRows);
+    const int64_t row_bytes = args.in_dim * (is_int ? kIntRowBytes : 4);
+    const int64_t block_bytes = std::max(kMinBlockBytes, second_level_cache_bytes() / 16 * 7);
+    const int64_t fitting = std::min(kMaxBlockRows, block_bytes / row_bytes / kTileRows * kTileRows);
     const int64_t max_rows = std::max<int64_t>(fitting, 4 * kTileRows);
     const int64_t count = (args.num_rows + max_rows - 1) / max_rows;
     const int64_t even = (args.num_rows + count - 1) / count;
     block_rows = (even + kTileRows - 1) / kTileRows * kTileRows;
     num_blocks = (args.num_rows + block_rows - 1) / block_rows;
     num_pairs = args.num_panels / 2;
+    are_blocks_inner = args.num_rows * row_bytes <= block_bytes;
     const int64_t num_items = num_blocks * num_pairs;
     runs.push_back(0);
     while (runs.back() < num_items) {
       const int64_t left = num_items - runs.back();
       runs.push_back(runs.back() + (num_threads > 1 ? std::max<int64_t>(1, left / (2 * num_threads)) : left));
     }
+  }
+
+  int64_t pair(int64_t item) const { return are_blocks_inner ? item / num_blocks : item % num_pairs; }
+  int64_t first_row(int64_t item) const {
+    return (are_blocks_inner ? item % num_blocks : item / num_pairs) * block_rows;
   }
 };
 
@@ -177,7 +186,7 @@ void linear(const Linear& args, Pool& pool) {
   parallel_for(pool, static_cast<int64_t>(work.runs.size()) - 1, [&](int64_t run) {
     PairMemory memory;
     for (int64_t item = work.runs[run]; item < work.runs[run + 1]; ++item) {
-      const int64_t pair = item % work.num_pairs, first_row = item / work.num_pairs * work.block_rows;
+      const int64_t pair = work.pair(item), first_row = work.first_row(item);
       const int64_t num_rows = std::min(work.block_rows, args.num_rows - first_row);
       if (is_int)
         int_pair(args, quantised, first_row, num_rows, pair, memory.results, memory.ints);

@@ -13,12 +13,15 @@ constexpr int kPanelsAtOnce = kLanes == 16 ? 2 : 1;
 constexpr int kAcross = kPanelsAtOnce * kVectors;
 constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 2;
 constexpr int64_t kMaxBlockRows = 132;  // a multiple of every kTileRows
-constexpr int64_t kFloatSlice = 256 / kPanelsAtOnce;  // inputs of one slice: 16 KiB of float32 panels
+// Inputs of one slice. With 32 registers a tile asks for 128 bytes of the panels in 12 cycles, which the second-level
+// cache gives, so results need not be put aside; else 16 KiB of the panels stay in the first-level cache.
+constexpr int64_t kFloatSlice = kLanes == 16 ? 2048 : 256 / kPanelsAtOnce;
+constexpr int64_t kNarrowSlice = 256 / kPanelsAtOnce;  // of bfloat16 panels, which are widened
 static_assert(kMaxBlockRows % kTileRows == 0, "whole tiles");
 
 // A slice of bfloat16 panels, widened.
 struct FloatMemory {
-  alignas(64) float panels[kPanelsAtOnce][kFloatSlice * kPanel];
+  alignas(64) float panels[kPanelsAtOnce][kNarrowSlice * kPanel];
 };
 
 // One slice of the panels that are worked on together.
@@ -29,10 +32,15 @@ struct FloatSlice {
   bool is_first;
 };
 
-// results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16]. Meanwhile the same slice of the rows that
-// come `Rows` further down is fetched from the second-level cache: too short a stretch for the hardware to foresee.
+// results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16].
+//
+// Three rows share a pointer, and the inputs go by fours: a pointer a row would be more than there are registers.
 template <int Rows, bool HasAhead>
 void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
+  constexpr int kSharing = 3, kPointers = (Rows + kSharing - 1) / kSharing;
+  const float* rows[kPointers];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPointers; ++i) rows[i] = x + i * kSharing * row_stride;
   const float* panels[kPanelsAtOnce];
   const char* ahead[kPanelsAtOnce];
   for (int p = 0; p < kPanelsAtOnce; ++p) {
@@ -45,29 +53,39 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
 #pragma GCC unroll 4
     for (int c = 0; c < kAcross; ++c)
       acc[r][c] = slice.is_first ? vf{} : load(results[c / kVectors] + r * kPanel + c % kVectors * kLanes);
-  const auto multiply = [&](int64_t k) __attribute__((always_inline)) {
+  const auto multiply = [&](int at) __attribute__((always_inline)) {
     vf column[kAcross];
 #pragma GCC unroll 4
-    for (int c = 0; c < kAcross; ++c) column[c] = load(panels[c / kVectors] + k * kPanel + c % kVectors * kLanes);
+    for (int c = 0; c < kAcross; ++c) column[c] = load(panels[c / kVectors] + at * kPanel + c % kVectors * kLanes);
     if (HasAhead)
 #pragma GCC unroll 2
-      for (int p = 0; p < kPanelsAtOnce; ++p) __builtin_prefetch(ahead[p] + k * 64, 0, 2);
+      for (int p = 0; p < kPanelsAtOnce; ++p) __builtin_prefetch(ahead[p] + at * 64, 0, 2);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
-      const vf factor = splat(x[r * row_stride + k]);
+      const vf factor = splat(rows[r / kSharing][at + r % kSharing * row_stride]);
 #pragma GCC unroll 4
       for (int c = 0; c < kAcross; ++c) acc[r][c] = fma(factor, column[c], acc[r][c]);
     }
   };
-  constexpr int64_t kLine = 16;
-  const int64_t count = slice.count;
-  int64_t k = 0;
-  for (; k + kLine <= count; k += kLine) {
-#pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r) __builtin_prefetch(x + (Rows + r) * row_stride + k, 0, 3);
-    for (int64_t end = k + kLine, at = k; at < end; ++at) multiply(at);
+  const auto advance = [&](int by) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) rows[i] += by;
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanelsAtOnce; ++p) {
+      panels[p] += by * kPanel;
+      ahead[p] += by * 64;
+    }
+  };
+  int64_t left = slice.count;
+  for (; left >= 4; left -= 4) {
+#pragma GCC unroll 4
+    for (int at = 0; at < 4; ++at) multiply(at);
+    advance(4);
   }
-  for (; k < count; ++k) multiply(k);
+  for (; left > 0; --left) {
+    multiply(0);
+    advance(1);
+  }
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
@@ -90,10 +108,11 @@ TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_
                                 float (*results)[kMaxBlockRows * kPanel], FloatMemory& memory) {
   const int64_t in_dim = args.in_dim;
   const bool is_narrow = args.format == Linear::Format::kBfloat16;
+  const int64_t slice_len = is_narrow ? kNarrowSlice : kFloatSlice;
   for (int first = 0; first < 2; first += kPanelsAtOnce) {
-    for (int64_t begin = 0; begin < in_dim; begin += kFloatSlice) {
+    for (int64_t begin = 0; begin < in_dim; begin += slice_len) {
       FloatSlice slice;
-      slice.count = std::min(kFloatSlice, in_dim - begin);
+      slice.count = std::min(slice_len, in_dim - begin);
       slice.is_first = begin == 0;
       const bool is_last = begin + slice.count == in_dim;
       float* target[kPanelsAtOnce];

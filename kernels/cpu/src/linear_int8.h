@@ -45,9 +45,11 @@ TIDEMILL_INLINE vi dot(vi sum, vi x, vi w) {
 
 constexpr int64_t kQuadSteps = kUsesQuads ? 1 : 2;
 constexpr int64_t kGroupSteps = kGroup / 4 * kQuadSteps;
+constexpr int64_t kIntRowBytes = kUsesQuads ? 1 : 2;  // of a quantised row, for each input
 constexpr int64_t kSliceSteps = kIntSlice / 4 * kQuadSteps;
 
 typedef int16_t vs __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
+typedef uint8_t vb __attribute__((vector_size(TIDEMILL_LANES), aligned(1)));  // a byte a lane
 
 TIDEMILL_INLINE vi load_int(const void* p) { return *static_cast<const vi*>(p); }
 TIDEMILL_INLINE void store_int(void* p, vi x) { *static_cast<vi*>(p) = x; }
@@ -192,20 +194,23 @@ struct IntRows {
     scales[place(row, group) + row % kTileRows] = limit / 127.0f;
     const vf inverse = splat(limit > 0 ? 127.0f / limit : 0.0f);
     const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    alignas(64) int32_t whole[kGroup];
-    for (int64_t k = 0; k < kGroup; k += kLanes) {
-      const vf scaled = load(values + k) * inverse;
-      store_int(whole + k, as_int(scaled + shifter) - as_int(shifter));
-    }
     int32_t* target = steps + place(row, group) * kGroupSteps + row % kTileRows;
-    for (int64_t quad = 0; quad < kGroup / 4; ++quad) {
-      const int32_t* q = whole + 4 * quad;
-      int32_t* step = target + quad * kQuadSteps * kTileRows;
-      if (kUsesQuads) {
-        uint32_t bytes = 0;
-        for (int i = 3; i >= 0; --i) bytes = bytes << 8 | static_cast<uint32_t>(q[i] + 128);
-        step[0] = static_cast<int32_t>(bytes);
-      } else {
+    if (kUsesQuads) {
+      alignas(64) uint8_t bytes[kGroup];
+      for (int64_t k = 0; k < kGroup; k += kLanes) {
+        const vi whole = as_int(load(values + k) * inverse + shifter) - as_int(shifter);
+        const auto narrow = __builtin_convertvector(whole + splat_int(128), vb);
+        std::memcpy(bytes + k, &narrow, kLanes);
+      }
+      for (int64_t quad = 0; quad < kGroup / 4; ++quad)
+        std::memcpy(target + quad * kTileRows, bytes + 4 * quad, sizeof(int32_t));
+    } else {
+      alignas(64) int32_t whole[kGroup];
+      for (int64_t k = 0; k < kGroup; k += kLanes)
+        store_int(whole + k, as_int(load(values + k) * inverse + shifter) - as_int(shifter));
+      for (int64_t quad = 0; quad < kGroup / 4; ++quad) {
+        const int32_t* q = whole + 4 * quad;
+        int32_t* step = target + quad * kQuadSteps * kTileRows;
         step[0] = static_cast<int32_t>((q[0] & 0xffff) | static_cast<uint32_t>(q[2]) << 16);
         step[kTileRows] = static_cast<int32_t>((q[1] & 0xffff) | static_cast<uint32_t>(q[3]) << 16);
       }

@@ -5,6 +5,8 @@
 #include <memory>
 #include <thread>
 
+#include <unistd.h>
+
 namespace tidemill {
 
 void parallel_for(Pool& pool, int64_t num_items, const std::function<void(int64_t)>& body) {
@@ -29,6 +31,15 @@ void parallel_for(Pool& pool, int64_t num_items, const std::function<void(int64_
   work();
   for (int spins = 0; state->done.load(std::memory_order_acquire) < num_items; ++spins)
     if (spins > 2000) std::this_thread::yield();
+}
+
+int64_t second_level_cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t found = std::max<int64_t>(0, sysconf(_SC_LEVEL2_CACHE_SIZE));
+  return found;
+#else
+  return 0;
+#endif
 }
 
 }  // namespace tidemill

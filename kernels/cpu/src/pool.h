@@ -19,4 +19,7 @@ class Pool {
 // progress: a helper that starts late finds nothing left to do.
 void parallel_for(Pool& pool, int64_t num_items, const std::function<void(int64_t)>& body);
 
+// Bytes of one core's second-level cache; 0 where the system does not tell.
+int64_t second_level_cache_bytes();
+
 }  // namespace tidemill

@@ -46,18 +46,26 @@ TIDEMILL_INLINE bool any(vi mask) {
 }
 
 TIDEMILL_INLINE float highest(vf x) {
+#if TIDEMILL_LANES == 16
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(x));
+#else
   float best = x[0];
   for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
   return best;
+#endif
 }
 
 // By halves, in one order.
 TIDEMILL_INLINE float sum(vf x) {
+#if TIDEMILL_LANES == 16
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
+#else
   float part[kLanes];
   store(part, x);
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
   return part[0];
+#endif
 }
 
 // exp(x) to about one unit in the last place; 0 below -87.3, where the result would be subnormal. exp(0) is 1.
