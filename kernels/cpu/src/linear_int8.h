@@ -17,7 +17,7 @@ namespace tidemill {
 namespace TIDEMILL_ISA {
 
 constexpr int64_t kGroup = 64;      // inputs that share a scale
-constexpr int64_t kIntSlice = 512;  // inputs of one slice
+constexpr int64_t kIntSlice = 512;  // inputs of one slice whose panels are unpacked
 #if defined(TIDEMILL_VNNI)
 constexpr bool kUsesQuads = true;
 TIDEMILL_INLINE vi dot(vi sum, vi x, vi w) {
@@ -45,6 +45,8 @@ TIDEMILL_INLINE vi dot(vi sum, vi x, vi w) {
 
 constexpr int64_t kQuadSteps = kUsesQuads ? 1 : 2;
 constexpr int64_t kGroupSteps = kGroup / 4 * kQuadSteps;
+// Inputs of one slice whose panels are read as they lie: see kFloatSlice.
+constexpr int64_t kPackedSlice = kLanes == 16 ? 2048 : kIntSlice;
 constexpr int64_t kIntRowBytes = kUsesQuads ? 1 : 2;  // of a quantised row, for each input
 constexpr int64_t kSliceSteps = kIntSlice / 4 * kQuadSteps;
 
@@ -58,7 +60,7 @@ TIDEMILL_INLINE vs as_short(vi x) { return reinterpret_cast<vs>(x); }
 // What is made of a slice of panels.
 struct IntMemory {
   alignas(64) int32_t panels[kPanelsAtOnce][kSliceSteps * kPanel];  // as steps
-  alignas(64) int32_t start[kPanelsAtOnce][kIntSlice / kGroup * kPanel];  // what a group's sums begin with
+  alignas(64) int32_t start[kPanelsAtOnce][kPackedSlice / kGroup * kPanel];  // what a group's sums begin with
 };
 
 struct IntSlice {
@@ -223,13 +225,14 @@ TIDEMILL_INLINE void int_pair(const Linear& args, const IntRows& x, int64_t firs
                               float (*results)[kMaxBlockRows * kPanel], IntMemory& memory) {
   const bool is_int4 = args.format == Linear::Format::kInt4;
   const int64_t in_dim = x.num_groups * kGroup;
+  const int64_t slice_len = kUsesQuads && !is_int4 ? kPackedSlice : kIntSlice;
   const int64_t panel_bytes = in_dim * kPanel / (is_int4 ? 2 : 1);
   const int8_t* weights = static_cast<const int8_t*>(args.weights);
   // From zero, and not by a branch for the first group: a product that is added behind a branch may be rounded twice.
   for (int p = 0; p < 2; ++p) std::fill(results[p], results[p] + num_rows * kPanel, 0.0f);
   for (int first = 0; first < 2; first += kPanelsAtOnce) {
-    for (int64_t begin = 0; begin < in_dim; begin += kIntSlice) {
-      const int64_t count = std::min(kIntSlice, in_dim - begin);
+    for (int64_t begin = 0; begin < in_dim; begin += slice_len) {
+      const int64_t count = std::min(slice_len, in_dim - begin);
       IntSlice slice;
       slice.num_groups = count / kGroup;
       slice.ahead_stride = count * panel_bytes / in_dim / (slice.num_groups * kGroupSteps);
