@@ -17,7 +17,8 @@ import numpy as np
 
 from engine.buckets import Bucket
 from engine.in_flight import Draws, InFlight
-from engine.plan import StepPlan, row_arrays
+from engine.packed_tokens import unpack_tokens
+from engine.plan import StepPlan
 from engine.prefix_groups import Branch, GroupCosts, arrange_rows, find_groups
 from engine.sampler import MAX_LOGIT_BIAS
 from engine.seat_sampling import BIAS, HISTORY, LOGPROBS, MASK, PENALTY, SeatSampling
@@ -89,9 +90,9 @@ class BatchBuilder:
             self._seats.see(rows)
             ends = rows.lens.cumsum(dtype=np.int32)
             if branches:
-                views["groups"][:] = find_groups(
-                    branches, ends, self._page_size, self._group_costs, self._max_num_seqs
-                )
+                groups = find_groups(branches, ends, self._page_size, self._group_costs, self._max_num_seqs)
+                for view, array in zip(views["groups"], groups, strict=True):
+                    view[:] = array
             self._fill_tokens(plan, views, ends, before)
             draws, unusual = self._fill_logits(plan, views, ends)
         # The numbers themselves go to the device with the step's call: a put of their own costs the host
@@ -104,15 +105,14 @@ class BatchBuilder:
     def idle_arrays(self, bucket: Bucket) -> StepArrays:
         """Inputs of a step with no rows: the shapes to compile for."""
         table = SeatTable(0, self._max_model_len, self._page_size, lambda request: (0, request.arrival))
-        nothing = StepPlan(table, row_arrays(table, table.order, ()))
-        return self.build(nothing, (), bucket, None)[0]
+        return self.build(StepPlan.of(table, table.order, ()), (), bucket, None)[0]
 
     def _fill_tokens(
         self, plan: StepPlan, views: dict[str, np.ndarray], ends: np.ndarray, before: InFlight | None
     ) -> None:
         """Tokens, positions and the attention's rows. `ends`: where each row's tokens end."""
         rows, table = plan.arrays, plan.table
-        num_rows, num_tokens = plan.num_rows, int(ends[-1])
+        num_rows, num_tokens = plan.num_rows, plan.num_tokens
         begins = ends - rows.lens
         views["query_start"][:num_rows] = begins
         views["query_start"][num_rows:] = num_tokens
@@ -130,8 +130,9 @@ class BatchBuilder:
         is_last = rows.samples & (rows.lens == 1)  # the seat has the last token of its request
         views["token_ids"][begins[is_last]] = table.tokens[rows.seats[is_last], rows.starts[is_last]]
         for index in (~is_last).nonzero()[0].tolist():
-            row, begin = plan.row(index), begins[index]
-            views["token_ids"][begin : begin + row.num_tokens] = row.request.token_ids(row.start, row.stop)
+            start, begin, num_tokens = rows.starts.item(index), begins.item(index), rows.lens.item(index)
+            tokens = rows.requests[index].packed_tokens(start, start + num_tokens)
+            views["token_ids"][begin : begin + num_tokens] = unpack_tokens(tokens)
 
     def _fill_logits(
         self, plan: StepPlan, views: dict[str, np.ndarray], ends: np.ndarray

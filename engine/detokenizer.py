@@ -142,7 +142,10 @@ class IncrementalDetokenizer:
 
 def whole_text(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
     """What an `IncrementalDetokenizer` makes of all these tokens when there are no stop strings."""
-    decoder = text_decoder(tokenizer, skip_special_tokens)
+    token_bytes = _token_bytes(tokenizer, skip_special_tokens)
+    if token_bytes is not None:
+        return _joined(token_bytes, token_ids).decode("utf-8", "replace")
+    decoder = _WindowDecoder(tokenizer, skip_special_tokens)
     return decoder.push(token_ids) + decoder.finish()
 
 
@@ -166,16 +169,18 @@ class _ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
-        table = self._token_bytes
-        try:
-            whole = b"".join(map(table.__getitem__, token_ids))
-        except IndexError:
-            # An id beyond the vocabulary (models pad their last layer) has no text, as in tokenizer.decode.
-            whole = b"".join([table[token] for token in token_ids if token < len(table)])
-        return self._utf8.decode(whole)
+        return self._utf8.decode(_joined(self._token_bytes, token_ids))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
+
+
+def _joined(token_bytes: Sequence[bytes], token_ids: Sequence[int]) -> bytes:
+    try:
+        return b"".join(map(token_bytes.__getitem__, token_ids))
+    except IndexError:
+        # An id beyond the vocabulary (models pad their last layer) has no text, as in tokenizer.decode.
+        return b"".join([token_bytes[token] for token in token_ids if token < len(token_bytes)])
 
 
 class _WindowDecoder:

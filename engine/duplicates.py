@@ -32,17 +32,17 @@ class _Leader:
     followers: list[Follower]
 
 
-def duplicate_key(token_ids: tuple[int, ...], salt: str | None, sampling: SamplingParams) -> Hashable | None:
-    """What duplicates have in common; None for a request whose draws are its own."""
+def duplicate_key(tokens: bytes, salt: str | None, sampling: SamplingParams) -> Hashable | None:
+    """What duplicates with this packed prompt have in common; None for a request whose draws are its own."""
     if sampling.is_greedy:
         sampling = _greedy(sampling)
     elif sampling.seed is None:
         return None
-    return _Key(token_ids, salt, sampling)
+    return _Key(tokens, salt, sampling)
 
 
 class _Key:
-    """Compares like its parts; it is hashed several times, a long prompt once."""
+    """Compares like its parts; it is looked up several times, and hashed once."""
 
     __slots__ = ("_hash", "_parts")
 

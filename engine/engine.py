@@ -18,7 +18,7 @@ from engine.compilation import use_compilation_cache
 from engine.config import EngineConfig
 from engine.duplicates import Duplicates, Follower, duplicate_key
 from engine.errors import RequestError
-from engine.inputs import Chat, Prompts, TokenIds, as_list, check_token_ids, is_token_ids, sampling_of_each
+from engine.inputs import Chat, Prompts, TokenIds, as_list, checked_tokens, is_token_ids, sampling_of_each
 from engine.outputs import EngineStats, RequestOutput
 from engine.platforms import select_platform
 from engine.request import Request, request_key
@@ -198,11 +198,11 @@ class Engine:
             raise RequestError(
                 "bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them"
             )
-        check_token_ids(request_id, token_ids, self.model_config.vocab_size)
+        tokens = checked_tokens(request_id, token_ids, self.model_config.vocab_size)
         if expected_output_len is not None and expected_output_len < 1:
             raise ValueError(f"expected_output_len is {expected_output_len}: give at least 1, or None")
         text, now = prompt if isinstance(prompt, str) else None, time.monotonic()
-        key = None if stream else duplicate_key(token_ids, cache_salt, params)
+        key = None if stream else duplicate_key(tokens, cache_salt, params)
         if key is not None and self._duplicates.follow(key, Follower(request_id, text, now), priority):
             return
         bad_words = bad_word_token_ids(self.tokenizer, params.bad_words)
@@ -212,6 +212,7 @@ class Engine:
             Request(
                 request_id=request_id,
                 prompt_token_ids=token_ids,
+                packed_prompt=tokens,
                 sampling=others if index else params,
                 key=request_key(self.config.seed, identity or request_id, index, params.seed),
                 max_total_len=max(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from operator import countOf
 from typing import Any, TypeGuard
 
 from engine.errors import ConfigError, RequestError
+from engine.packed_tokens import max_token, pack_tokens
 from engine.sampling_params import SamplingParams
 
 Chat = Sequence[Mapping[str, Any]]
@@ -42,10 +45,14 @@ def sampling_of_each(
     return list(sampling)
 
 
-def check_token_ids(request_id: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
-    """Raises RequestError naming the first token that is not in a vocabulary of `vocab_size`."""
-    if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size:
-        return
+def checked_tokens(request_id: str, token_ids: tuple[int, ...], vocab_size: int) -> bytes:
+    """A prompt's tokens, packed. Raises RequestError naming the first one that is not in a vocabulary of
+    `vocab_size`."""
+    if countOf(map(type, token_ids), int) == len(token_ids):
+        with suppress(OverflowError):
+            tokens = pack_tokens(token_ids)
+            if not tokens or max_token(tokens) < vocab_size:
+                return tokens
     for position, token in enumerate(token_ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(
@@ -53,3 +60,4 @@ def check_token_ids(request_id: str, token_ids: tuple[int, ...], vocab_size: int
                 f"request {request_id!r}: prompt token {position} is {token!r}; token ids are "
                 f"whole numbers from 0 to {vocab_size - 1}",
             )
+    raise AssertionError("a token was refused and is none of these")

@@ -9,12 +9,24 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
+import numpy as np
+
 NUM_BYTES = 4
 """Of a token."""
 
 
 def pack_tokens(token_ids: Iterable[int]) -> bytes:
     return array("I", token_ids).tobytes()
+
+
+def unpack_tokens(tokens: bytes) -> np.ndarray:
+    """i32[number of tokens], read only."""
+    return np.frombuffer(tokens, np.int32)
+
+
+def max_token(tokens: bytes) -> int:
+    """The largest of at least one."""
+    return np.frombuffer(tokens, np.uint32).max().item()
 
 
 def num_common_tokens(one: bytes, other: bytes) -> int:

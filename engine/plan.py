@@ -73,20 +73,6 @@ class RowArrays(NamedTuple):
         return self if mask.all() else self.take(mask)
 
 
-def row_arrays(table: SeatTable, decodes: np.ndarray, rows: Sequence[PlannedRow]) -> RowArrays:
-    """Seats of requests that compute their one token left, and then rows of any kind; all of them run."""
-    num_decodes = len(decodes)
-    seats = np.concatenate((decodes, [row.request.seat for row in rows])) if rows else decodes
-    starts, is_pending = table.num_computed[seats], table.num_pending[seats] > 0
-    lens, num_logits = np.ones(len(seats), np.int32), np.ones(len(seats), np.int32)
-    samples = np.ones(len(seats), bool)
-    for index, row in enumerate(rows, num_decodes):
-        lens[index], samples[index], num_logits[index] = row.num_tokens, row.samples, row.num_logits
-    return RowArrays(
-        table.requests[seats], seats, table.tickets[seats], starts, lens, samples, num_logits, is_pending
-    )
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """One step: rows of one token first, then chunks. No rows: nothing to do."""
@@ -94,10 +80,41 @@ class StepPlan:
     table: SeatTable
     """The numbers of the running requests, to be read only until the next step is planned."""
     arrays: RowArrays
+    num_tokens: int
+    num_logits: int
     preempted: tuple[Request, ...] = ()
     """Requests whose pages were taken away; they wait again, outputs kept."""
     copies: tuple[PageCopy, ...] = ()
     """No source is a target of another."""
+
+    @classmethod
+    def of(
+        cls,
+        table: SeatTable,
+        decodes: np.ndarray,
+        rows: Sequence[PlannedRow],
+        preempted: Sequence[Request] = (),
+        copies: Sequence[PageCopy] = (),
+    ) -> StepPlan:
+        """A step of seats whose requests compute their one token left, and then of rows of any kind."""
+        seats = np.concatenate((decodes, [row.request.seat for row in rows])) if rows else decodes
+        lens, num_logits = np.ones((2, len(seats)), np.int32)
+        samples = np.ones(len(seats), bool)
+        for index, row in enumerate(rows, len(decodes)):
+            lens[index], samples[index], num_logits[index] = row.num_tokens, row.samples, row.num_logits
+        arrays = RowArrays(
+            requests=table.requests[seats],
+            seats=seats,
+            tickets=table.tickets[seats],
+            starts=table.num_computed[seats],
+            lens=lens,
+            samples=samples,
+            num_logits=num_logits,
+            is_pending=table.num_pending[seats] > 0,
+        )
+        num_tokens = len(decodes) + sum([row.num_tokens for row in rows])
+        num_drawn = len(decodes) + sum([row.num_logits for row in rows])
+        return cls(table, arrays, num_tokens, num_drawn, tuple(preempted), tuple(copies))
 
     @property
     def rows(self) -> tuple[PlannedRow, ...]:
@@ -119,14 +136,6 @@ class StepPlan:
     @property
     def num_rows(self) -> int:
         return len(self.arrays.seats)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.arrays.lens.sum())
-
-    @property
-    def num_logits(self) -> int:
-        return int(self.arrays.num_logits.sum())
 
 
 class RowLogprobs(NamedTuple):

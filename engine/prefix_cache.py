@@ -129,8 +129,8 @@ class PrefixCache:
         return pages
 
     def closest(self, pages: Sequence[int], tokens: bytes, salt: str | None) -> tuple[int, int]:
-        """The known page that goes on from `pages` most like these packed tokens, and how many they have in common
-        (0: there is none).
+        """The known page that goes on from `pages` most like these packed tokens, and how many they have in
+        common (0: there is none).
 
         What they have in common is computed. The page is not held yet: `pool.share` it until it is copied.
         """

@@ -123,7 +123,7 @@ def arrange_rows(
             place(together, stop, len(branches) - 1, depth + 1)
 
     if len(starts):
-        place(_Rows(page_tables, num_full, list(range(len(starts)))), 0, None, 0)
+        place(_Rows(page_tables, num_full, [*range(len(starts))]), 0, None, 0)
     return order, branches
 
 

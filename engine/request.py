@@ -44,6 +44,8 @@ class Request:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
+    packed_prompt: bytes = field(default=b"", repr=False)
+    """Its token ids, packed; made of them when not given."""
     sampling: SamplingParams
     key: tuple[int, int]
     """Two uint32 (`request_key`): with a token's position they make its random key."""
@@ -93,7 +95,6 @@ class Request:
     _output_token_ids: list[int] = field(default_factory=list, init=False)
     _num_computed: int = field(default=0, init=False)
     _num_pending: int = field(default=0, init=False)
-    packed_prompt: bytes = field(init=False, repr=False)
     prompt_len: int = field(init=False)
     max_output_len: int = field(init=False)
     """Output tokens stop here: the lesser of `max_tokens` and what `max_total_len` leaves."""
@@ -104,7 +105,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
-        self.packed_prompt = pack_tokens(self.prompt_token_ids)
+        self.packed_prompt = self.packed_prompt or pack_tokens(self.prompt_token_ids)
         self.prompt_len = len(self.prompt_token_ids)
         self.max_output_len = min(self.sampling.max_tokens, self.max_total_len - self.prompt_len)
         self.max_computed_len = self.prompt_len + self.max_output_len - 1

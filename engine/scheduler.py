@@ -17,7 +17,7 @@ from __future__ import annotations
 from engine.admission import Admission
 from engine.errors import RequestError
 from engine.page_pool import PagePool
-from engine.plan import PlannedRow, StepPlan, StepResults, row_arrays
+from engine.plan import PlannedRow, StepPlan, StepResults
 from engine.prefix_cache import HashPage, PrefixCache, page_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings, SchedulerStats
@@ -126,8 +126,8 @@ class Scheduler:
             decodes = decodes[table.tickets[decodes] > 0]
         else:
             self._admission.admit(step, self._plan_chunk, now)
-        arrays = row_arrays(table, decodes, (*step.singles, *step.chunks))
-        return StepPlan(table, arrays, tuple(step.preempted), self._admission.copies())
+        rows = (*step.singles, *step.chunks)
+        return StepPlan.of(table, decodes, rows, step.preempted, self._admission.copies())
 
     def advance(self, plan: StepPlan) -> None:
         """The plan is dispatched: what it computes counts as computed, what it draws is pending.

@@ -10,6 +10,7 @@ from engine.duplicates import duplicate_key
 from engine.engine import Engine
 from engine.errors import RequestError
 from engine.outputs import RequestOutput
+from engine.packed_tokens import pack_tokens
 from engine.sampling_params import SamplingParams
 from tests.engine.engines import tiny_engine
 
@@ -116,11 +117,11 @@ def test_what_differs_runs_by_itself(engine: Engine):
 
 def test_what_shapes_a_draw_means_nothing_to_greedy_requests():
     keys = {
-        duplicate_key((1, 2), None, sampling)
+        duplicate_key(pack_tokens((1, 2)), None, sampling)
         for sampling in (GREEDY, GREEDY.replace(seed=4), GREEDY.replace(top_k=3, top_p=0.5, min_p=0.1))
     }
     assert len(keys) == 1
-    assert duplicate_key((1, 2), None, FREE) is None
+    assert duplicate_key(pack_tokens((1, 2)), None, FREE) is None
 
 
 def test_when_the_leader_is_aborted_the_first_follower_goes_on_with_what_was_computed(engine: Engine):
