@@ -62,13 +62,23 @@ def sample(logits: jax.Array, inputs: SamplingInputs, backend: str = "xla") -> S
     Order, as vLLM's: bias, penalties, mask, then (rows with a temperature) temperature, min_p, top_k,
     top_p. Log-probabilities are of the logits as the model gave them.
     """
-    changed = jax.lax.cond(inputs.any_bias, _add_bias, lambda x, _: x, logits, inputs)
-    changed = jax.lax.cond(inputs.any_penalty, _penalise, lambda x, _: x, changed, inputs)
-    changed = jax.lax.cond(inputs.any_mask, _mask, lambda x, _: x, changed, inputs)
     draws = Draws(inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.keys, inputs.positions)
-    token_ids = draw(changed, draws, inputs.num_rows, backend)
+
+    def draw_from(logits: jax.Array) -> jax.Array:
+        return draw(logits, draws, inputs.num_rows, backend)
+
+    # The draw is inside both branches: one that gave its logits back would copy tens of megabytes a step.
+    is_changed = inputs.any_bias | inputs.any_penalty | inputs.any_mask
+    token_ids = jax.lax.cond(is_changed, lambda x: draw_from(_changed(x, inputs)), draw_from, logits)
     token_ids = jnp.where(inputs.has_target, inputs.targets, token_ids)
     return jax.lax.cond(inputs.any_logprobs, _with_logprobs, _without_logprobs, logits, token_ids)
+
+
+def _changed(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """The logits that rows with biases, penalties or masks draw from; those of other rows as they are."""
+    changed = jax.lax.cond(inputs.any_bias, _add_bias, lambda x, _: x, logits, inputs)
+    changed = jax.lax.cond(inputs.any_penalty, _penalise, lambda x, _: x, changed, inputs)
+    return jax.lax.cond(inputs.any_mask, _mask, lambda x, _: x, changed, inputs)
 
 
 def _add_bias(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
