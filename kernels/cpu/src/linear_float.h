@@ -34,7 +34,9 @@ struct FloatSlice {
 
 // results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16].
 //
-// Three rows share a pointer, and the inputs go by fours: a pointer a row would be more than there are registers.
+// Three rows share a pointer, and the inputs go by fours: a pointer a row would be more than there are registers. Where
+// slices are short, the same slice of the rows that come `Rows` further down is fetched from the second-level cache
+// meanwhile: too short a stretch for the hardware to foresee.
 template <int Rows, bool HasAhead>
 void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
   constexpr int kSharing = 3, kPointers = (Rows + kSharing - 1) / kSharing;
@@ -78,6 +80,9 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
   };
   int64_t left = slice.count;
   for (; left >= 4; left -= 4) {
+    if (kLanes < 16 && left % kPanel == 0)
+#pragma GCC unroll 12
+      for (int r = Rows; r < 2 * Rows; ++r) __builtin_prefetch(x + r * row_stride + slice.count - left, 0, 3);
 #pragma GCC unroll 4
     for (int at = 0; at < 4; ++at) multiply(at);
     advance(4);
