@@ -13,7 +13,6 @@ namespace TIDEMILL_ISA {
 
 constexpr int64_t kMinBlockBytes = 320 * 1024;  // of a block's rows, in the second-level cache
 constexpr int64_t kSerialElements = 16384;   // fewer than these are prepared sooner than a thread is woken
-constexpr int64_t kRowsAtOnce = 8;           // rows that one item of the preparation takes
 
 TIDEMILL_INLINE float read_activation(const Linear& args, const void* data, int64_t index) {
   return args.type == Linear::Type::kFloat32 ? static_cast<const float*>(data)[index]
@@ -175,7 +174,8 @@ void linear(const Linear& args, Pool& pool) {
   const float* x = static_cast<const float*>(args.x);
   if (is_int || args.type != Linear::Type::kFloat32 || args.norm_weight != nullptr) {
     const bool is_small = args.num_rows * args.in_dim <= kSerialElements;
-    const int64_t at_once = is_small ? args.num_rows : kRowsAtOnce;
+    // Whole tiles: quantised rows of one lie side by side, and two threads would write to the same cache lines.
+    const int64_t at_once = is_small ? args.num_rows : kTileRows;
     parallel_for(pool, (args.num_rows + at_once - 1) / at_once, [&](int64_t item) {
       const int64_t end = std::min(args.num_rows, (item + 1) * at_once);
       for (int64_t row = item * at_once; row < end; ++row) prepare_row(args, is_int ? &quantised : nullptr, row);
