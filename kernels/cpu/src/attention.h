@@ -16,8 +16,16 @@
 
 namespace tidemill {
 namespace TIDEMILL_ISA {
-
 constexpr int64_t kSpan = 64;
+}  // namespace TIDEMILL_ISA
+}  // namespace tidemill
+
+#include "attention_float.h"
+#include "attention_int8.h"
+
+namespace tidemill {
+namespace TIDEMILL_ISA {
+
 constexpr int64_t kMaxQueries = 48;      // query heads of one block
 constexpr int64_t kMaxChunkTokens = 16;  // tokens of one sequence in a block
 constexpr int64_t kMaxMembers = 16;      // sequences that share a block
@@ -27,104 +35,32 @@ static_assert(kSpan % kLanes == 0, "a span is whole vectors");
 // Queries of one block and one KV head, and their softmax so far. A query is a (token, head of the group) pair.
 struct Tile {
   int64_t count = 0;
-  float* q = nullptr;        // [count, H], scaled
+  float* q = nullptr;        // [count, H]: scaled, or in whole numbers where pages are int8
   float* out = nullptr;      // [count, H], not yet divided
   float* logits = nullptr;   // [count, kSpan], then weights
-  float* maximum = nullptr;  // [count]
+  float* maximum = nullptr;  // [count]; this and what follows with room for a vector more
   float* total = nullptr;    // [count]
+  vf* parts = nullptr;       // [kLanes], what is not yet added up of some queries
   int64_t* first = nullptr;  // [count], lowest visible key
   int64_t* last = nullptr;   // [count], one past the highest
+  // Where pages are int8:
+  vf* more_parts = nullptr;        // [kLanes]
+  float* q_scales = nullptr;       // [count], the call's scale included
+  float* weight_scales = nullptr;  // [count], of the span that is worked on
+  // And where the CPU multiplies bytes:
+  int32_t* q_quads = nullptr;   // [count, quads of H]
+  int32_t* q_starts = nullptr;  // [count], what a logit's sum begins with because keys have 128 added
+  int32_t* weights = nullptr;   // [count, kSpan / 4], bytes
 };
 
-// One span's keys as [H, kSpan] with a row stride, and its values as [kSpan, H]; in the page or in the scratch.
-struct Span {
-  const float* keys;
-  int64_t key_stride;
-  const float* values;
+// What a thread works in, kept from task to task.
+struct TaskMemory {
+  std::vector<float> tile_floats, span_floats, span_scales;
+  std::vector<int64_t> bounds;
+  std::vector<int32_t> tile_quads, span_quads;
+  std::vector<int8_t> span_bytes;
+  vf parts[2 * kLanes];
 };
-
-// Vectors of a row that a block of rows keeps in registers: 24 in all with 32 registers, 12 with 16.
-constexpr int vectors_at_once(int rows) { return rows <= 3 || kLanes == 16 ? 4 : 2; }
-
-// logits[r][t] = sum over h of q[r][h] * keys[h][t], for `Rows` queries and at least the keys [begin, end) of a span.
-template <int Rows>
-TIDEMILL_INLINE void span_logits(const float* q, int64_t begin, int64_t end, int64_t head_dim, const Span& span,
-                                 float* logits) {
-  constexpr int kVectors = vectors_at_once(Rows);
-  constexpr int kWidth = kVectors * kLanes;
-  static_assert(kSpan % kWidth == 0 || kWidth > kSpan, "whole blocks of keys");
-  constexpr int kUsed = kWidth > kSpan ? static_cast<int>(kSpan) / kLanes : kVectors;
-  constexpr int64_t kStep = kUsed * kLanes;
-  for (int64_t token = begin / kStep * kStep; token < end; token += kStep) {
-    vf acc[Rows][kUsed];
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < kUsed; ++c) acc[r][c] = vf{};
-    const float* key = span.keys + token;
-    for (int64_t h = 0; h < head_dim; ++h, key += span.key_stride) {
-      vf column[kUsed];
-#pragma GCC unroll 4
-      for (int c = 0; c < kUsed; ++c) column[c] = load(key + c * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        const vf factor = splat(q[r * head_dim + h]);
-#pragma GCC unroll 4
-        for (int c = 0; c < kUsed; ++c) acc[r][c] = fma(factor, column[c], acc[r][c]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < kUsed; ++c) store(logits + r * kSpan + token + c * kLanes, acc[r][c]);
-  }
-}
-
-// out[r][h] += sum over t in [begin, end) of weights[r][t] * values[t][h].
-template <int Rows>
-TIDEMILL_INLINE void span_outputs(const float* weights, int64_t begin, int64_t end, int64_t head_dim,
-                                  const float* values, float* out) {
-  constexpr int kVectors = vectors_at_once(Rows);
-  int64_t h = 0;
-  for (; h + kVectors * kLanes <= head_dim; h += kVectors * kLanes) {
-    vf acc[Rows][kVectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) acc[r][c] = load(out + r * head_dim + h + c * kLanes);
-    const float* value = values + begin * head_dim + h;
-    for (int64_t t = begin; t < end; ++t, value += head_dim) {
-      vf row[kVectors];
-#pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) row[c] = load(value + c * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        const vf weight = splat(weights[r * kSpan + t]);
-#pragma GCC unroll 4
-        for (int c = 0; c < kVectors; ++c) acc[r][c] = fma(weight, row[c], acc[r][c]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) store(out + r * head_dim + h + c * kLanes, acc[r][c]);
-  }
-  for (; h + kLanes <= head_dim; h += kLanes) {
-    for (int r = 0; r < Rows; ++r) {
-      vf acc = load(out + r * head_dim + h);
-      for (int64_t t = begin; t < end; ++t)
-        acc = fma(splat(weights[r * kSpan + t]), load(values + t * head_dim + h), acc);
-      store(out + r * head_dim + h, acc);
-    }
-  }
-  for (; h < head_dim; ++h) {
-    for (int r = 0; r < Rows; ++r) {
-      float acc = out[r * head_dim + h];
-      for (int64_t t = begin; t < end; ++t) acc = std::fma(weights[r * kSpan + t], values[t * head_dim + h], acc);
-      out[r * head_dim + h] = acc;
-    }
-  }
-}
 
 // What one call needs beside its arguments: which page a slot's column is, how a type is read, blocks.
 class AttentionCall {
@@ -132,84 +68,47 @@ class AttentionCall {
   explicit AttentionCall(const Attention& args)
       : a_(args),
         ratio_(args.num_heads / args.num_kv_heads),
-        in_place_(args.page_type == Attention::Type::kFloat32 && args.page_size >= kSpan) {
+        is_int8_(args.page_type == Attention::Type::kInt8),
+        in_place_(args.page_size >= kSpan && (args.page_type == Attention::Type::kFloat32 ||
+                                              (is_int8_ && args.head_dim % kLanes == 0))) {
     plan_blocks();
   }
 
   int64_t num_tasks() const { return static_cast<int64_t>(blocks_.size()) * a_.num_kv_heads; }
 
-  // Write the new keys and values of one token.
-  void write_token(int64_t token) const {
+  // Whether any token has to be written, or cleared, before the tasks begin.
+  bool has_early_tokens() const { return has_early_tokens_; }
+
+  // Write a token's keys and values if other queries of the step read them; clear the output of a padding token. A
+  // token that is its sequence's only one is written by the tasks that read it, while its span is in the cache.
+  void prepare_token(int64_t token) const {
     const int64_t slot = slot_of_token_[token];
     if (slot < 0) {
       clear_token(token);
-      return;
-    }
-    const int64_t position = a_.kv_len[slot] - (a_.query_start[slot + 1] - token);
-    const int64_t page = page_of(slot, position / a_.page_size);
-    if (page < 0) return;
-    const int64_t offset = position % a_.page_size, dim = a_.head_dim, size = a_.page_size;
-    for (int64_t head = 0; head < a_.num_kv_heads; ++head) {
-      const int64_t source = (token * a_.num_kv_heads + head) * dim;
-      const int64_t plane = page * a_.num_kv_heads + head;
-      const int64_t key = plane * dim * size + offset, value = (plane * size + offset) * dim;
-      switch (a_.page_type) {
-        case Attention::Type::kFloat32: {
-          float* keys = static_cast<float*>(a_.keys) + key;
-          float* values = static_cast<float*>(a_.values) + value;
-          for (int64_t h = 0; h < dim; ++h) keys[h * size] = read(a_.k, source + h);
-          for (int64_t h = 0; h < dim; ++h) values[h] = read(a_.v, source + h);
-          break;
-        }
-        case Attention::Type::kBfloat16: {
-          uint16_t* keys = static_cast<uint16_t*>(a_.keys) + key;
-          uint16_t* values = static_cast<uint16_t*>(a_.values) + value;
-          for (int64_t h = 0; h < dim; ++h) keys[h * size] = to_bf16(read(a_.k, source + h));
-          for (int64_t h = 0; h < dim; ++h) values[h] = to_bf16(read(a_.v, source + h));
-          break;
-        }
-        case Attention::Type::kInt8: {
-          int8_t* keys = static_cast<int8_t*>(a_.keys) + key;
-          int8_t* values = static_cast<int8_t*>(a_.values) + value;
-          a_.key_scales[plane * size + offset] = quantise(a_.k, source, keys, size);
-          a_.value_scales[plane * size + offset] = quantise(a_.v, source, values, 1);
-          break;
-        }
-      }
+    } else if (a_.query_start[slot + 1] - a_.query_start[slot] > 1) {
+      for (int64_t head = 0; head < a_.num_kv_heads; ++head) write_head(slot, token, head);
     }
   }
 
   void run_task(int64_t task) const {
     const Block& block = blocks_[task / a_.num_kv_heads];
-    const int64_t head = task % a_.num_kv_heads, dim = a_.head_dim;
+    const int64_t head = task % a_.num_kv_heads;
     const int64_t count = block.num_tokens * ratio_;
-    thread_local std::vector<float> memory;
-    thread_local std::vector<int64_t> bounds;
-    memory.resize(count * (2 * dim + kSpan + 2) + 2 * kSpan * dim);
-    bounds.resize(2 * count);
-    Tile tile;
-    tile.count = count;
-    tile.q = memory.data();
-    tile.out = tile.q + count * dim;
-    tile.logits = tile.out + count * dim;
-    tile.maximum = tile.logits + count * kSpan;
-    tile.total = tile.maximum + count;
-    tile.first = bounds.data();
-    tile.last = tile.first + count;
-    float* scratch = tile.total + count;
+    thread_local TaskMemory memory;
+    Tile tile = make_tile(count, memory);
     start(block, head, tile);
-    int64_t begin = 0, end = std::numeric_limits<int64_t>::max();
-    if (block.num_slots > 1) {  // one query each
-      end = block.shared_len;
-      attend(tile, 0, count, block.first_slot, head, begin, end, scratch);
-      for (int64_t member = 0; member < block.num_slots; ++member) {
-        if (in_place_ && member + 1 < block.num_slots && tile.last[(member + 1) * ratio_] > end)
-          prefetch_span(block.first_slot + member + 1, head, end);
-        attend(tile, member * ratio_, ratio_, block.first_slot + member, head, end,
-               std::numeric_limits<int64_t>::max(), scratch);
-      }
-    } else {
-      attend(tile, 0, count, block.first_slot, head, begin, end, scratch);
+    int64_t begin = 0;
+    if (block.num_slots > 1) {
+      begin = block.shared_len;
+      attend(tile, 0, count, block.first_slot, head, 0, begin, memory);
+    }
+    const int64_t each = count / block.num_slots;
+    for (int64_t member = 0; member < block.num_slots; ++member) {
+      const int64_t slot = block.first_slot + member;
+      if (in_place_ && member + 1 < block.num_slots && tile.last[(member + 1) * each] > begin)
+        prefetch_span(slot + 1, head, begin);
+      if (block.is_decode) write_head(slot, block.first_token + member, head);
+      attend(tile, member * each, each, slot, head, begin, std::numeric_limits<int64_t>::max(), memory);
     }
     finish(block, head, tile);
   }
@@ -219,6 +118,7 @@ class AttentionCall {
     int64_t first_token, num_tokens;
     int64_t first_slot, num_slots;  // several slots: one query each
     int64_t shared_len;             // keys that all slots share, whole spans
+    bool is_decode;                 // each slot has no other query in the step
   };
 
   void plan_blocks() {
@@ -243,7 +143,7 @@ class AttentionCall {
       if (end - begin == 1 && group[slot] >= 0 && !blocks_.empty()) {
         Block& previous = blocks_.back();
         const int64_t other = previous.first_slot;
-        if (previous.num_slots == previous.num_tokens && group[other] == group[slot] &&
+        if (previous.is_decode && group[other] == group[slot] &&
             previous.num_slots < max_members && previous.first_token + previous.num_tokens == begin &&
             previous.first_slot + previous.num_slots == slot) {
           ++previous.num_slots;
@@ -252,7 +152,76 @@ class AttentionCall {
         }
       }
       for (int64_t token = begin; token < end; token += max_tokens)
-        blocks_.push_back({token, std::min(max_tokens, end - token), slot, 1, shared[slot]});
+        blocks_.push_back({token, std::min(max_tokens, end - token), slot, 1, shared[slot], end - begin == 1});
+      has_early_tokens_ = has_early_tokens_ || end - begin > 1;
+    }
+    for (int64_t slot : slot_of_token_) has_early_tokens_ = has_early_tokens_ || slot < 0;
+  }
+
+  Tile make_tile(int64_t count, TaskMemory& memory) const {
+    const int64_t dim = a_.head_dim;
+    const int64_t padded = count + kLanes;
+    memory.tile_floats.resize(count * (2 * dim + kSpan) + 4 * padded);
+    memory.bounds.resize(2 * count);
+    Tile tile;
+    tile.count = count;
+    tile.q = memory.tile_floats.data();
+    tile.out = tile.q + count * dim;
+    tile.logits = tile.out + count * dim;
+    tile.maximum = tile.logits + count * kSpan;
+    tile.total = tile.maximum + padded;
+    tile.q_scales = tile.total + padded;
+    tile.weight_scales = tile.q_scales + padded;
+    tile.parts = memory.parts;
+    tile.more_parts = memory.parts + kLanes;
+    tile.first = memory.bounds.data();
+    tile.last = tile.first + count;
+    if (is_int8_ && kHasByteDot) {
+      memory.tile_quads.resize(count * (quads_of(dim) + 1 + kSpan / 4));
+      tile.q_quads = memory.tile_quads.data();
+      tile.q_starts = tile.q_quads + count * quads_of(dim);
+      tile.weights = tile.q_starts + count;
+    }
+    return tile;
+  }
+
+  // Write one head of a token's new key and value.
+  void write_head(int64_t slot, int64_t token, int64_t head) const {
+    const int64_t position = a_.kv_len[slot] - (a_.query_start[slot + 1] - token);
+    const int64_t page = page_of(slot, position / a_.page_size);
+    if (page < 0) return;
+    const int64_t offset = position % a_.page_size, dim = a_.head_dim, size = a_.page_size;
+    const int64_t source = (token * a_.num_kv_heads + head) * dim;
+    const int64_t plane = page * a_.num_kv_heads + head;
+    const int64_t key = plane * dim * size + offset, value = (plane * size + offset) * dim;
+    thread_local std::vector<float> memory;
+    memory.resize(2 * dim);
+    const float* new_key = as_floats(a_.k, source, memory.data());
+    const float* new_value = as_floats(a_.v, source, memory.data() + dim);
+    switch (a_.page_type) {
+      case Attention::Type::kFloat32: {
+        float* keys = static_cast<float*>(a_.keys) + key;
+        for (int64_t h = 0; h < dim; ++h) keys[h * size] = new_key[h];
+        std::memcpy(static_cast<float*>(a_.values) + value, new_value, dim * sizeof(float));
+        break;
+      }
+      case Attention::Type::kBfloat16: {
+        uint16_t* keys = static_cast<uint16_t*>(a_.keys) + key;
+        uint16_t* values = static_cast<uint16_t*>(a_.values) + value;
+        for (int64_t h = 0; h < dim; ++h) keys[h * size] = to_bf16(new_key[h]);
+        for (int64_t h = 0; h < dim; ++h) values[h] = to_bf16(new_value[h]);
+        break;
+      }
+      case Attention::Type::kInt8: {
+        thread_local std::vector<int8_t> bytes;
+        bytes.resize(dim);
+        a_.key_scales[plane * size + offset] = quantise_symmetric(new_key, dim, bytes.data());
+        int8_t* keys = static_cast<int8_t*>(a_.keys) + key;
+        for (int64_t h = 0; h < dim; ++h) keys[h * size] = bytes[h];
+        a_.value_scales[plane * size + offset] =
+            quantise_symmetric(new_value, dim, static_cast<int8_t*>(a_.values) + value);
+        break;
+      }
     }
   }
 
@@ -268,15 +237,11 @@ class AttentionCall {
                : from_bf16(static_cast<const uint16_t*>(data)[index]);
   }
 
-  // Symmetric over one head of one token; returns the scale.
-  float quantise(const void* data, int64_t source, int8_t* target, int64_t stride) const {
-    float largest = 0;
-    for (int64_t h = 0; h < a_.head_dim; ++h) largest = std::max(largest, std::fabs(read(data, source + h)));
-    const float scale = largest / 127.0f;
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    for (int64_t h = 0; h < a_.head_dim; ++h)
-      target[h * stride] = static_cast<int8_t>(std::nearbyint(read(data, source + h) * inverse));
-    return scale;
+  // [H] of an activation in float32: where it lies, or at `target`.
+  const float* as_floats(const void* data, int64_t index, float* target) const {
+    if (a_.activation_type == Attention::Type::kFloat32) return static_cast<const float*>(data) + index;
+    for (int64_t h = 0; h < a_.head_dim; ++h) target[h] = read(data, index + h);
+    return target;
   }
 
   void clear_token(int64_t token) const {
@@ -294,12 +259,11 @@ class AttentionCall {
       const int64_t slot = block.num_slots > 1 ? block.first_slot + i / ratio_ : block.first_slot;
       const int64_t source = (token * a_.num_heads + query_head) * dim;
       float* query = tile.q + i * dim;
-      if (a_.activation_type == Attention::Type::kFloat32) {
-        const float* from = static_cast<const float*>(a_.q) + source;
+      const float* from = as_floats(a_.q, source, query);
+      if (is_int8_)
+        quantise_query(tile, i, from);
+      else
         for (int64_t h = 0; h < dim; ++h) query[h] = from[h] * a_.scale;
-      } else {
-        for (int64_t h = 0; h < dim; ++h) query[h] = read(a_.q, source + h) * a_.scale;
-      }
       const int64_t position = a_.kv_len[slot] - (a_.query_start[slot + 1] - token);
       int64_t first = 0;
       if (a_.window > 0) first = std::max(first, position - (a_.window - 1));
@@ -309,6 +273,21 @@ class AttentionCall {
       const bool has_sink = a_.sinks != nullptr;
       tile.maximum[i] = has_sink ? a_.sinks[query_head] : -std::numeric_limits<float>::infinity();
       tile.total[i] = has_sink ? 1.0f : 0.0f;
+    }
+  }
+
+  void quantise_query(Tile& tile, int64_t query, const float* x) const {
+    const int64_t dim = a_.head_dim, num_quads = quads_of(dim);
+    thread_local std::vector<int8_t> bytes;
+    bytes.assign(4 * num_quads, 0);
+    tile.q_scales[query] = quantise_symmetric(x, dim, bytes.data()) * a_.scale;
+    if (kHasByteDot) {
+      std::memcpy(tile.q_quads + query * num_quads, bytes.data(), 4 * num_quads);
+      int32_t total = 0;
+      for (int8_t byte : bytes) total += byte;
+      tile.q_starts[query] = -128 * total;
+    } else {
+      for (int64_t h = 0; h < dim; ++h) tile.q[query * dim + h] = bytes[h];
     }
   }
 
@@ -331,7 +310,7 @@ class AttentionCall {
 
   // Queries [from, from + count) of the tile over the keys [begin, end) of a slot, in whole spans.
   void attend(Tile& tile, int64_t from, int64_t count, int64_t slot, int64_t head, int64_t begin, int64_t end,
-              float* scratch) const {
+              TaskMemory& memory) const {
     int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
     for (int64_t i = from; i < from + count; ++i) {
       first = std::min(first, tile.first[i]);
@@ -342,24 +321,19 @@ class AttentionCall {
     for (int64_t start = begin; start < end; start += kSpan) {
       const int64_t held = std::min(kSpan, last - start);
       if (in_place_ && count < kComputeBound && start + kSpan < end) prefetch_span(slot, head, start + kSpan);
-      const Span span = read_span(slot, head, start, held, scratch);
-      add_span(tile, from, count, start, held, span);
+      // Common head sizes as instances of their own: addresses are then constants.
+      switch (a_.head_dim) {
+        case 64: add_span(std::integral_constant<int64_t, 64>(), tile, from, count, slot, head, start, held, memory); break;
+        case 128: add_span(std::integral_constant<int64_t, 128>(), tile, from, count, slot, head, start, held, memory); break;
+        default: add_span(a_.head_dim, tile, from, count, slot, head, start, held, memory);
+      }
     }
   }
 
-  // Common head sizes as instances of their own: addresses are then constants.
-  void add_span(Tile& tile, int64_t from, int64_t count, int64_t start, int64_t held, const Span& span) const {
-    switch (a_.head_dim) {
-      case 64: return add_span_of(std::integral_constant<int64_t, 64>(), tile, from, count, start, held, span);
-      case 128: return add_span_of(std::integral_constant<int64_t, 128>(), tile, from, count, start, held, span);
-      default: return add_span_of(a_.head_dim, tile, from, count, start, held, span);
-    }
-  }
-
-  // `dim` is a number or a constant.
+  // The keys [start, start + held) of a slot; `dim` is a number or a constant.
   template <typename Dim>
-  void add_span_of(Dim dim, Tile& tile, int64_t from, int64_t count, int64_t start, int64_t held,
-                   const Span& span) const {
+  void add_span(Dim dim, Tile& tile, int64_t from, int64_t count, int64_t slot, int64_t head, int64_t start,
+                int64_t held, TaskMemory& memory) const {
     int64_t begin = kSpan, end = 0;  // what any of the queries sees
     for (int64_t i = from; i < from + count; ++i) {
       const int64_t seen_begin = std::max<int64_t>(tile.first[i] - start, 0);
@@ -369,14 +343,45 @@ class AttentionCall {
       end = std::max(end, seen_end);
     }
     if (begin >= end) return;
+    if (!is_int8_) {
+      const Span span = read_span(slot, head, start, held, memory);
+      by_rows(from, count, [&](auto rows, int64_t at) {
+        span_logits<rows.value>(tile.q + at * dim, begin, end, dim, span, tile.logits + at * kSpan);
+      });
+      weigh<false>(dim, tile, from, count, start, held, nullptr);
+      by_rows(from, count, [&](auto rows, int64_t at) {
+        span_outputs<rows.value>(tile.logits + at * kSpan, nullptr, begin, end, dim, span.values, tile.out + at * dim);
+      });
+      return;
+    }
+    const ByteSpan bytes = read_bytes(slot, head, start, held, memory);
+#if defined(TIDEMILL_VNNI)
+    const int64_t num_quads = quads_of(dim);
+    memory.span_quads.resize(num_quads * kSpan + kSpan / 4 * whole_vectors(dim));
+    int32_t* keys = memory.span_quads.data();
+    int32_t* values = keys + num_quads * kSpan;
+    key_quads(bytes, dim, keys);
+    by_rows(from, count, [&](auto rows, int64_t at) {
+      byte_logits<rows.value>(tile.q_quads + at * num_quads, tile.q_starts + at, num_quads, keys,
+                              tile.logits + at * kSpan);
+    });
+    weigh<true>(dim, tile, from, count, start, held, &bytes);
+    value_quads(bytes, dim, values);
+    by_rows(from, count, [&](auto rows, int64_t at) {
+      byte_outputs<rows.value>(tile.weights + at * (kSpan / 4), tile.weight_scales + at, dim, values,
+                               tile.out + at * dim);
+    });
+#else
+    const Span span = widened(bytes, held, memory);
     by_rows(from, count, [&](auto rows, int64_t at) {
       span_logits<rows.value>(tile.q + at * dim, begin, end, dim, span, tile.logits + at * kSpan);
     });
-    for (int64_t i = from; i < from + count; ++i)
-      weigh(tile, i, std::max<int64_t>(tile.first[i] - start, 0), std::min(tile.last[i] - start, held), dim);
+    weigh<true>(dim, tile, from, count, start, held, &bytes);
     by_rows(from, count, [&](auto rows, int64_t at) {
-      span_outputs<rows.value>(tile.logits + at * kSpan, begin, end, dim, span.values, tile.out + at * dim);
+      span_outputs<rows.value>(tile.logits + at * kSpan, tile.weight_scales + at, begin, end, dim, span.values,
+                               tile.out + at * dim);
     });
+#endif
   }
 
   // Calls `body` with the number of rows as a constant, six at a time and then the rest.
@@ -393,64 +398,134 @@ class AttentionCall {
     }
   }
 
-  // Turn a query's logits over one span, of which it sees [begin, end), into weights, and rescale what it has.
-  TIDEMILL_INLINE void weigh(Tile& tile, int64_t query, int64_t begin, int64_t end, int64_t dim) const {
-    float* logits = tile.logits + query * kSpan;
-    if (begin >= end) {
-      std::fill(logits, logits + kSpan, 0.0f);
-      return;
-    }
+  // Turn the logits of queries [from, from + count) over one span into weights, and rescale what they have. As many
+  // queries as a vector has lanes go together, so that what is one number a query costs a vector's instruction for all.
+  template <bool kIsInt8, typename Dim>
+  TIDEMILL_INLINE void weigh(Dim dim, Tile& tile, int64_t from, int64_t count, int64_t start, int64_t held,
+                             const ByteSpan* bytes) const {
+    for (int64_t at = from; at < from + count; at += kLanes)
+      weigh_some<kIsInt8>(dim, tile, at, static_cast<int>(std::min<int64_t>(kLanes, from + count - at)), start, held,
+                          bytes);
+  }
+
+  template <bool kIsInt8, typename Dim>
+  TIDEMILL_INLINE void weigh_some(Dim dim, Tile& tile, int64_t from, int count, int64_t start, int64_t held,
+                                  const ByteSpan* bytes) const {
     constexpr int kCount = kSpan / kLanes;
     const float lowest = -std::numeric_limits<float>::infinity();
-    vf values[kCount];
-    vf best = splat(lowest);
-    for (int i = 0; i < kCount; ++i) values[i] = load(logits + i * kLanes);
-    if (a_.soft_cap > 0)
-      for (vf& value : values) value = splat(a_.soft_cap) * hyperbolic_tangent(value / splat(a_.soft_cap));
-    if (begin > 0 || end < kSpan) {
-      const vi low = splat_int(static_cast<int32_t>(begin)), high = splat_int(static_cast<int32_t>(end));
-      for (int i = 0; i < kCount; ++i) {
-        const vi number = lane_numbers() + splat_int(i * kLanes);
-        values[i] = (number >= low) & (number < high) ? values[i] : splat(lowest);
+    const vi is_one_of = lane_numbers() < splat_int(count);
+    vf* parts = tile.parts;
+    for (int i = 0; i < count; ++i) {
+      const int64_t query = from + i;
+      float* logits = tile.logits + query * kSpan;
+      const int64_t begin = std::max<int64_t>(tile.first[query] - start, 0);
+      const int64_t end = std::min(tile.last[query] - start, held);
+      vf values[kCount];
+      for (int c = 0; c < kCount; ++c) {
+        values[c] = load(logits + c * kLanes);
+        if (kIsInt8) values[c] = values[c] * load(bytes->key_scales + c * kLanes) * splat(tile.q_scales[query]);
+        if (a_.soft_cap > 0)
+          values[c] = splat(a_.soft_cap) * hyperbolic_tangent(values[c] / splat(a_.soft_cap));
+      }
+      if (begin > 0 || end < kSpan) {
+        const vi low = splat_int(static_cast<int32_t>(std::min(begin, kSpan)));
+        const vi high = splat_int(static_cast<int32_t>(std::max<int64_t>(end, 0)));
+        for (int c = 0; c < kCount; ++c) {
+          const vi number = lane_numbers() + splat_int(c * kLanes);
+          values[c] = (number >= low) & (number < high) ? values[c] : splat(lowest);
+        }
+      }
+      vf best = values[0];
+      for (int c = 1; c < kCount; ++c) best = maximum(values[c], best);
+      parts[i] = best;
+      if (kIsInt8 || a_.soft_cap > 0 || begin > 0 || end < kSpan)
+        for (int c = 0; c < kCount; ++c) store(logits + c * kLanes, values[c]);
+    }
+    const auto larger = [](vf a, vf b) { return maximum(a, b); };
+    const auto added = [](vf a, vf b) { return a + b; };
+    const vf before = load(tile.maximum + from);
+    const vf now = maximum(before, reduce_rows(parts, larger));
+    const vf shift = now > splat(lowest) ? now : vf{};  // a query may have seen nothing so far
+    const vf decay = bounded_exponential(before - shift);
+    store(tile.maximum + from, is_one_of ? now : before);
+    float shifts[kLanes], decays[kLanes];
+    store(shifts, shift);
+    store(decays, decay);
+    for (int i = 0; i < count; ++i) {
+      const int64_t query = from + i;
+      float* weights = tile.logits + query * kSpan;
+      vf total = vf{}, most = vf{};
+      for (int c = 0; c < kCount; ++c) {
+        vf weight = bounded_exponential(load(weights + c * kLanes) - splat(shifts[i]));
+        total = total + weight;
+        if (kIsInt8) {  // a scale that nothing was stored with may be anything
+          weight = weight > vf{} ? weight * load(bytes->value_scales + c * kLanes) : vf{};
+          most = maximum(weight, most);
+        }
+        store(weights + c * kLanes, weight);
+      }
+      parts[i] = total;
+      if (kIsInt8) tile.more_parts[i] = most;
+      if (decays[i] == 1.0f) continue;
+      float* out = tile.out + query * dim;
+      int64_t h = 0;
+      for (; h + kLanes <= dim; h += kLanes) store(out + h, load(out + h) * splat(decays[i]));
+      for (; h < dim; ++h) out[h] *= decays[i];
+    }
+    const vf old_total = load(tile.total + from);
+    store(tile.total + from, is_one_of ? fma(old_total, decay, reduce_rows(parts, added)) : old_total);
+    if (kIsInt8) narrow_weights(tile, from, count, reduce_rows(tile.more_parts, larger));
+  }
+
+  // The weights of `count` queries over one span as bytes; `largest` has each query's largest.
+  TIDEMILL_INLINE void narrow_weights(Tile& tile, int64_t from, int count, vf largest) const {
+    float inverses[kLanes];
+    store(inverses, largest > vf{} ? splat(255.0f) / largest : vf{});
+    const vf old_scales = load(tile.weight_scales + from);
+    store(tile.weight_scales + from, lane_numbers() < splat_int(count) ? largest / splat(255.0f) : old_scales);
+    for (int i = 0; i < count; ++i) {
+      float* weights = tile.logits + (from + i) * kSpan;
+      for (int64_t t = 0; t < kSpan; t += kLanes) {
+        const vi whole = nearest(load(weights + t), splat(inverses[i]));
+        if (kHasByteDot) {
+          const auto narrow = __builtin_convertvector(whole, vb);
+          std::memcpy(tile.weights + ((from + i) * kSpan + t) / 4, &narrow, kLanes);
+        } else {
+          store(weights + t, __builtin_convertvector(whole, vf));
+        }
       }
     }
-    for (const vf& value : values) best = maximum(value, best);
-    const float before = tile.maximum[query];
-    const float highest_logit = std::max(before, highest(best));
-    const vf shift = splat(highest_logit);
-    vf added = vf{};
-    for (int i = 0; i < kCount; ++i) {
-      const vf weight = exponential(values[i] - shift);
-      store(logits + i * kLanes, weight);
-      added = added + weight;
-    }
-    if (before == highest_logit) {
-      tile.total[query] += sum(added);
-      return;
-    }
-    const vf decay = exponential(splat(before - highest_logit));
-    tile.maximum[query] = highest_logit;
-    tile.total[query] = tile.total[query] * decay[0] + sum(added);
-    float* out = tile.out + query * dim;
-    int64_t h = 0;
-    for (; h + kLanes <= dim; h += kLanes) store(out + h, load(out + h) * decay);
-    for (; h < dim; ++h) out[h] *= decay[0];
   }
 
   // Few queries are done with a span before the hardware's own prefetcher has found the next page.
   void prefetch_span(int64_t slot, int64_t head, int64_t start) const {
-    const int64_t dim = a_.head_dim, size = a_.page_size;
+    const int64_t dim = a_.head_dim, size = a_.page_size, bytes = is_int8_ ? 1 : sizeof(float);
     const int64_t plane = std::max<int64_t>(page_of(slot, start / size), 0) * a_.num_kv_heads + head;
-    const float* keys = static_cast<const float*>(a_.keys) + plane * dim * size + start % size;
-    const float* values = static_cast<const float*>(a_.values) + (plane * size + start % size) * dim;
-    constexpr int64_t kLine = 16;
+    const char* keys = static_cast<const char*>(a_.keys) + (plane * dim * size + start % size) * bytes;
+    const char* values = static_cast<const char*>(a_.values) + (plane * size + start % size) * dim * bytes;
+    constexpr int64_t kLine = 64;
     for (int64_t h = 0; h < dim; ++h)
-      for (int64_t t = 0; t < kSpan; t += kLine) __builtin_prefetch(keys + h * size + t, 0, 2);
-    for (int64_t i = 0; i < kSpan * dim; i += kLine) __builtin_prefetch(values + i, 0, 2);
+      for (int64_t t = 0; t < kSpan * bytes; t += kLine) __builtin_prefetch(keys + h * size * bytes + t, 0, 2);
+    for (int64_t i = 0; i < kSpan * dim * bytes; i += kLine) __builtin_prefetch(values + i, 0, 2);
+    if (!is_int8_) return;
+    for (const float* scales : {a_.key_scales, a_.value_scales})
+      for (int64_t t = 0; t < kSpan; t += kLine / 4) __builtin_prefetch(scales + plane * size + start % size + t, 0, 2);
   }
 
-  // The span's keys and values: where they lie, or converted and put together in `scratch` [2, kSpan * H].
-  Span read_span(int64_t slot, int64_t head, int64_t start, int64_t held, float* scratch) const {
+  // Calls `body(t, run, plane, offset)` for each page that the keys [start, start + held) of a slot lie in: the span's
+  // keys [t, t + run) are the page's from `offset` on; a plane is one head of a page.
+  template <typename Body>
+  TIDEMILL_INLINE void by_pages(int64_t slot, int64_t head, int64_t start, int64_t held, const Body& body) const {
+    const int64_t size = a_.page_size;
+    for (int64_t t = 0, run; t < held; t += run) {
+      const int64_t position = start + t, offset = position % size;
+      run = std::min(size - offset, held - t);
+      body(t, run, std::max<int64_t>(page_of(slot, position / size), 0) * a_.num_kv_heads + head, offset);
+    }
+  }
+
+  // The span's keys and values: where they lie, or converted and put together in memory [2, kSpan * H].
+  Span read_span(int64_t slot, int64_t head, int64_t start, int64_t held, TaskMemory& memory) const {
     const int64_t dim = a_.head_dim, size = a_.page_size;
     if (in_place_) {
       const int64_t page = std::max<int64_t>(page_of(slot, start / size), 0);
@@ -458,61 +533,86 @@ class AttentionCall {
       return {static_cast<const float*>(a_.keys) + plane * dim * size + offset, size,
               static_cast<const float*>(a_.values) + (plane * size + offset) * dim};
     }
-    float* keys = scratch;
-    float* values = scratch + kSpan * dim;
-    for (int64_t t = 0; t < held;) {
-      const int64_t position = start + t, offset = position % size;
-      const int64_t run = std::min(size - offset, held - t);
-      const int64_t plane = std::max<int64_t>(page_of(slot, position / size), 0) * a_.num_kv_heads + head;
+    memory.span_floats.resize(2 * kSpan * dim);
+    float* keys = memory.span_floats.data();
+    float* values = keys + kSpan * dim;
+    by_pages(slot, head, start, held, [&](int64_t t, int64_t run, int64_t plane, int64_t offset) {
       const int64_t key = plane * dim * size + offset, value = (plane * size + offset) * dim;
-      switch (a_.page_type) {
-        case Attention::Type::kFloat32: {
-          const float* from = static_cast<const float*>(a_.keys) + key;
-          for (int64_t h = 0; h < dim; ++h) std::memcpy(keys + h * kSpan + t, from + h * size, run * sizeof(float));
-          std::memcpy(values + t * dim, static_cast<const float*>(a_.values) + value, run * dim * sizeof(float));
-          break;
-        }
-        case Attention::Type::kBfloat16: {
-          const uint16_t* from = static_cast<const uint16_t*>(a_.keys) + key;
-          for (int64_t h = 0; h < dim; ++h)
-            for (int64_t i = 0; i < run; ++i) keys[h * kSpan + t + i] = from_bf16(from[h * size + i]);
-          from = static_cast<const uint16_t*>(a_.values) + value;
-          for (int64_t i = 0; i < run * dim; ++i) values[t * dim + i] = from_bf16(from[i]);
-          break;
-        }
-        case Attention::Type::kInt8: {
-          const int8_t* from = static_cast<const int8_t*>(a_.keys) + key;
-          const float* scales = a_.key_scales + plane * size + offset;
-          for (int64_t h = 0; h < dim; ++h)
-            for (int64_t i = 0; i < run; ++i) keys[h * kSpan + t + i] = from[h * size + i] * scales[i];
-          from = static_cast<const int8_t*>(a_.values) + value;
-          scales = a_.value_scales + plane * size + offset;
-          for (int64_t i = 0; i < run; ++i)
-            for (int64_t h = 0; h < dim; ++h) values[(t + i) * dim + h] = from[i * dim + h] * scales[i];
-          break;
-        }
+      if (a_.page_type == Attention::Type::kFloat32) {
+        const float* from = static_cast<const float*>(a_.keys) + key;
+        for (int64_t h = 0; h < dim; ++h) std::memcpy(keys + h * kSpan + t, from + h * size, run * sizeof(float));
+        std::memcpy(values + t * dim, static_cast<const float*>(a_.values) + value, run * dim * sizeof(float));
+      } else {
+        const uint16_t* from = static_cast<const uint16_t*>(a_.keys) + key;
+        for (int64_t h = 0; h < dim; ++h)
+          for (int64_t i = 0; i < run; ++i) keys[h * kSpan + t + i] = from_bf16(from[h * size + i]);
+        from = static_cast<const uint16_t*>(a_.values) + value;
+        for (int64_t i = 0; i < run * dim; ++i) values[t * dim + i] = from_bf16(from[i]);
       }
-      t += run;
+    });
+    // Past the end the memory holds an earlier span's numbers, which the mask and the bounds keep out.
+    return {keys, kSpan, values};
+  }
+
+  // The span's bytes and scales: where they lie, or put together in memory.
+  ByteSpan read_bytes(int64_t slot, int64_t head, int64_t start, int64_t held, TaskMemory& memory) const {
+    const int64_t dim = a_.head_dim, size = a_.page_size;
+    const int8_t* all_keys = static_cast<const int8_t*>(a_.keys);
+    const int8_t* all_values = static_cast<const int8_t*>(a_.values);
+    if (in_place_) {
+      const int64_t page = std::max<int64_t>(page_of(slot, start / size), 0);
+      const int64_t plane = page * a_.num_kv_heads + head, offset = start % size, at = plane * size + offset;
+      return {all_keys + plane * dim * size + offset, size, all_values + at * dim, dim, a_.key_scales + at,
+              a_.value_scales + at};
     }
-    // Past the end the scratch holds an earlier span's numbers, which the mask and the bounds keep out.
+    const int64_t width = whole_vectors(dim);
+    memory.span_bytes.resize(kSpan * (dim + width));
+    memory.span_scales.resize(2 * kSpan);
+    int8_t* keys = memory.span_bytes.data();
+    int8_t* values = keys + kSpan * dim;
+    float* key_scales = memory.span_scales.data();
+    float* value_scales = key_scales + kSpan;
+    by_pages(slot, head, start, held, [&](int64_t t, int64_t run, int64_t plane, int64_t offset) {
+      const int64_t at = plane * size + offset;
+      for (int64_t h = 0; h < dim; ++h)
+        std::memcpy(keys + h * kSpan + t, all_keys + (plane * dim + h) * size + offset, run);
+      for (int64_t i = 0; i < run; ++i) std::memcpy(values + (t + i) * width, all_values + (at + i) * dim, dim);
+      std::memcpy(key_scales + t, a_.key_scales + at, run * sizeof(float));
+      std::memcpy(value_scales + t, a_.value_scales + at, run * sizeof(float));
+    });
+    return {keys, kSpan, values, width, key_scales, value_scales};
+  }
+
+  // A span's bytes as numbers of 32 bits, for CPUs that do not multiply bytes.
+  Span widened(const ByteSpan& bytes, int64_t held, TaskMemory& memory) const {
+    const int64_t dim = a_.head_dim;
+    memory.span_floats.resize(2 * kSpan * dim);
+    float* keys = memory.span_floats.data();
+    float* values = keys + kSpan * dim;
+    for (int64_t h = 0; h < dim; ++h)
+      for (int64_t t = 0; t < kSpan; ++t) keys[h * kSpan + t] = bytes.keys[h * bytes.key_stride + t];
+    for (int64_t t = 0; t < held; ++t)
+      for (int64_t h = 0; h < dim; ++h) values[t * dim + h] = bytes.values[t * bytes.value_stride + h];
     return {keys, kSpan, values};
   }
 
   const Attention& a_;
   const int64_t ratio_;
-  const bool in_place_;
+  const bool is_int8_;
+  const bool in_place_;  // spans are read where they lie
+  bool has_early_tokens_ = false;
   std::vector<Block> blocks_;
   std::vector<int64_t> slot_of_token_;
 };
 
-// Writes come first, for all tokens: a chunk's later queries see its earlier keys.
+// Writes come first where a chunk's later queries see its earlier keys.
 void attention(const Attention& args, Pool& pool) {
   const AttentionCall call(args);
   constexpr int64_t kTokensAtOnce = 16;
-  const int64_t num_runs = (args.num_tokens + kTokensAtOnce - 1) / kTokensAtOnce;
+  const int64_t num_runs = call.has_early_tokens() ? (args.num_tokens + kTokensAtOnce - 1) / kTokensAtOnce : 0;
   parallel_for(pool, num_runs, [&](int64_t run) {
     const int64_t end = std::min(args.num_tokens, (run + 1) * kTokensAtOnce);
-    for (int64_t token = run * kTokensAtOnce; token < end; ++token) call.write_token(token);
+    for (int64_t token = run * kTokensAtOnce; token < end; ++token) call.prepare_token(token);
   });
   parallel_for(pool, call.num_tasks(), [&](int64_t task) { call.run_task(task); });
 }

@@ -20,10 +20,7 @@ constexpr int64_t kGroup = 64;      // inputs that share a scale
 constexpr int64_t kIntSlice = 512;  // inputs of one slice whose panels are unpacked
 #if defined(TIDEMILL_VNNI)
 constexpr bool kUsesQuads = true;
-TIDEMILL_INLINE vi dot(vi sum, vi x, vi w) {
-  return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(x),
-                                                  reinterpret_cast<__m512i>(w)));
-}
+TIDEMILL_INLINE vi dot(vi sum, vi x, vi w) { return byte_dot(sum, x, w); }
 #elif TIDEMILL_LANES == 16
 constexpr bool kUsesQuads = false;
 TIDEMILL_INLINE vi dot(vi sum, vi x, vi w) {
@@ -51,10 +48,7 @@ constexpr int64_t kIntRowBytes = kUsesQuads ? 1 : 2;  // of a quantised row, for
 constexpr int64_t kSliceSteps = kIntSlice / 4 * kQuadSteps;
 
 typedef int16_t vs __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
-typedef uint8_t vb __attribute__((vector_size(TIDEMILL_LANES), aligned(1)));  // a byte a lane
 
-TIDEMILL_INLINE vi load_int(const void* p) { return *static_cast<const vi*>(p); }
-TIDEMILL_INLINE void store_int(void* p, vi x) { *static_cast<vi*>(p) = x; }
 TIDEMILL_INLINE vs as_short(vi x) { return reinterpret_cast<vs>(x); }
 
 // What is made of a slice of panels.
@@ -195,13 +189,11 @@ struct IntRows {
     const float limit = highest(largest);
     scales[place(row, group) + row % kTileRows] = limit / 127.0f;
     const vf inverse = splat(limit > 0 ? 127.0f / limit : 0.0f);
-    const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     int32_t* target = steps + place(row, group) * kGroupSteps + row % kTileRows;
     if (kUsesQuads) {
       alignas(64) uint8_t bytes[kGroup];
       for (int64_t k = 0; k < kGroup; k += kLanes) {
-        const vi whole = as_int(load(values + k) * inverse + shifter) - as_int(shifter);
-        const auto narrow = __builtin_convertvector(whole + splat_int(128), vb);
+        const auto narrow = __builtin_convertvector(nearest(load(values + k), inverse) + splat_int(128), vb);
         std::memcpy(bytes + k, &narrow, kLanes);
       }
       for (int64_t quad = 0; quad < kGroup / 4; ++quad)
@@ -209,7 +201,7 @@ struct IntRows {
     } else {
       alignas(64) int32_t whole[kGroup];
       for (int64_t k = 0; k < kGroup; k += kLanes)
-        store_int(whole + k, as_int(load(values + k) * inverse + shifter) - as_int(shifter));
+        store_int(whole + k, nearest(load(values + k), inverse));
       for (int64_t quad = 0; quad < kGroup / 4; ++quad) {
         const int32_t* q = whole + 4 * quad;
         int32_t* step = target + quad * kQuadSteps * kTileRows;
