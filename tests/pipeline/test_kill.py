@@ -27,14 +27,14 @@ SEED = int(os.environ.get("TIDEMILL_KILL_SEED", "0"))
 
 @pytest.fixture(scope="module")
 def command(tiny_checkpoint: str, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A job of 3 shards and 15 chunks, small enough to be killed often; with sampling, bad rows, duplicates."""
+    """A job of 3 shards and 15 chunks, small enough to be killed often: draws, bad rows, duplicates."""
     folder = tmp_path_factory.mktemp("input")
     for shard in range(2):
-        rows = [
-            {"id": f"{shard}-{i}", "prompt": f"{shard} said {i} and then", "own": None} for i in range(9)
-        ]
+        rows = [{"id": f"{shard}-{i}", "prompt": f"{shard} said {i} and then", "own": None} for i in range(9)]
         write_jsonl(folder / f"{shard}.jsonl.gz", lines(rows) + b"not json\n")
-    greedy = [{"id": f"2-{i}", "prompt": f"in the end {i % 4}", "own": '{"temperature": 0}'} for i in range(10)]
+    greedy = [
+        {"id": f"2-{i}", "prompt": f"in the end {i % 4}", "own": '{"temperature": 0}'} for i in range(10)
+    ]
     write_parquet(folder / "2.parquet", greedy)
     return [
         *(sys.executable, "-m", "pipeline.run"),

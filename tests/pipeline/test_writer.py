@@ -176,7 +176,11 @@ def test_a_row_that_asks_for_what_another_does_is_counted_apart(tmp_path: Path):
     writer = writer_of(tmp_path, 4)
     greedy = SamplingParams(temperature=0, max_tokens=6)
     alike = {"token_ids": (1, 2), "sampling": greedy}
-    for prompt in (prompt_at(2, **alike), prompt_at(1, token_ids=(1, 3), sampling=greedy), prompt_at(0, **alike)):
+    for prompt in (
+        prompt_at(2, **alike),
+        prompt_at(1, token_ids=(1, 3), sampling=greedy),
+        prompt_at(0, **alike),
+    ):
         writer.add_completion(prompt, run(prompt))
     writer.add_reject(reject_at(3))
     files = writer.close({})
