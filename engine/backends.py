@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.group_costs import device_keys
 from kernels.cpu import isa_name, native_library, why_absent
 
 # On two cores with AVX2; ARCHITECTURE.md has the figures.
@@ -37,6 +38,10 @@ class Backends(NamedTuple):
     def skips_padding(self) -> bool:
         """Padding rows of a step cost nothing that counts: attention, products and draws leave them out."""
         return self.attention == self.linear == "cpu"
+
+    def device_keys(self, device: Any) -> tuple[str, ...]:
+        """Under which names constants of attention on this JAX device are kept."""
+        return device_keys(device.platform, device.device_kind, self.attention, isa_name())
 
     def describe(self) -> str:
         """One line: what runs, and what is lost where it is not the best."""

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from engine.buckets import Bucket
+from engine.group_costs import GroupCosts
 from engine.in_flight import Draws, InFlight
 from engine.packed_tokens import unpack_tokens
 from engine.plan import StepPlan
-from engine.prefix_groups import Branch, GroupCosts, arrange_rows, find_groups
+from engine.prefix_groups import Branch, arrange_rows, find_groups
 from engine.sampler import MAX_LOGIT_BIAS
 from engine.seat_sampling import BIAS, HISTORY, LOGPROBS, MASK, PENALTY, SeatSampling
 from engine.seat_table import SeatTable

@@ -34,11 +34,15 @@ class _Leader:
 
 def duplicate_key(tokens: bytes, salt: str | None, sampling: SamplingParams) -> Hashable | None:
     """What duplicates with this packed prompt have in common; None for a request whose draws are its own."""
+    shared = shared_sampling(sampling)
+    return None if shared is None else _Key(tokens, salt, shared)
+
+
+def shared_sampling(sampling: SamplingParams) -> SamplingParams | None:
+    """The sampling in effect, the same for all that draw alike; None where draws depend on the request."""
     if sampling.is_greedy:
-        sampling = _greedy(sampling)
-    elif sampling.seed is None:
-        return None
-    return _Key(tokens, salt, sampling)
+        return _greedy(sampling)
+    return None if sampling.seed is None else sampling
 
 
 class _Key:

@@ -4,7 +4,7 @@ The rows' pages make a tree: rows that begin with the same pages lie below the s
 that tree the rows below a branch are neighbours, and the branch is a range of slots and a range of columns of
 their page tables. Attention of a whole range to its shared pages is a product of all its queries with each
 page, where each row alone would read the page again (Hydragen, Juravsky et al. 2024; cascade attention, Ye
-et al. 2024). Whether that pays is told by a model of costs.
+et al. 2024). Whether that pays is told by a model of costs (`engine/group_costs.py`).
 
 A shared page comes from the prefix cache, where it stands in one place of one chain. So two rows with the
 same page in a column have the same pages before it, and a look at one column tells what a walk to it would.
@@ -15,41 +15,16 @@ Plain Python and numpy, no JAX: this runs on the host while the device computes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from engine.errors import ConfigError
+from engine.group_costs import GroupCosts
 
 # These bound the work of a step whatever the tree: templates rarely nest deeper, and what branches beyond
 # these share is read by each row.
 MAX_DEPTH = 8
 MAX_BRANCHES = 128
-
-
-@dataclass(frozen=True, slots=True)
-class GroupCosts:
-    """What attention costs on one kind of device, in microseconds of one layer. The defaults are estimates.
-
-    A group pays when what its rows no longer read is more than what the extra pass costs.
-    """
-
-    token: float = 0.02
-    """For a row to read the keys and values of one more token of a prefix by itself."""
-    query: float = 0.3
-    """To put a query's running softmax aside after the shared pages and take it up again."""
-    group: float = 2.0
-    """To set up one more pass."""
-
-    def __post_init__(self) -> None:
-        for name in ("token", "query", "group"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"GroupCosts.{name} is {getattr(self, name)}: give microseconds, 0 or more")
-
-    def saving(self, num_rows: int, num_queries: int, num_tokens: int) -> float:
-        """What reading `num_tokens` once for `num_rows` rows saves; negative when it costs more."""
-        return (num_rows - 1) * num_tokens * self.token - num_queries * self.query - self.group
 
 
 class GroupArrays(NamedTuple):

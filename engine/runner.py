@@ -15,13 +15,13 @@ from engine.buckets import Bucket, choose_bucket, declare_buckets
 from engine.compilation import counting_compiles
 from engine.config import EngineConfig
 from engine.errors import RetraceError
+from engine.group_costs import group_costs
 from engine.in_flight import InFlight, step_results
 from engine.memory import num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
 from engine.models.packed import PackedModel, pack_model
 from engine.page_copies import PageCopier
 from engine.plan import StepPlan, StepResults
-from engine.prefix_groups import GroupCosts
 from engine.sampler import StepOutputs, sample
 from engine.step_inputs import StepArrays, StepShape
 from kernels.paged_attention import AttentionOptions, PageLayout, Pages, attend, page_layout
@@ -102,7 +102,7 @@ class StepRunner:
             max_model_len=max_model_len,
             page_size=config.page_size,
             device=self._device,
-            group_costs=GroupCosts() if self.backends.attention == "cpu" else None,
+            group_costs=group_costs(self.backends.device_keys(self._device)),
         )
         page_bytes = self._layout.page_bytes * self._num_layers
         fit = partial(

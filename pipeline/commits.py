@@ -10,16 +10,18 @@ import hashlib
 import json
 import random
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import OutputError, RetryLater
+from pipeline.exact_duplicates import KEY_BYTES
 from pipeline.fingerprint import canonical_json
 from pipeline.storage import Outcome, PassingFault, Storage
 
-COMMIT_VERSION = 2
+COMMIT_VERSION = 3
 MAX_TRIES = 5
 _FIRST_PAUSE_S = 0.1
 
@@ -41,8 +43,10 @@ class CommitRecord:
     """One committed chunk: the rows at places [start, stop) of its shard's order.
 
     `order` is the SHA-256 of its window's record (pipeline/row_order.py). `counts` has rows, ok, rejected,
-    duplicates, samples, prompt_tokens, generated_tokens, where rows = ok + rejected + duplicates. `rejects`
-    is None when no row was rejected.
+    duplicates, samples, prompt_tokens, generated_tokens, where rows = ok + rejected + duplicates, and a
+    duplicate repeats another row of the chunk. `duplicate_keys` are the keys of its rows that could be
+    duplicates, joined in input order (pipeline/exact_duplicates.py). `rejects` is None when no row was
+    rejected.
     """
 
     shard: int
@@ -55,11 +59,13 @@ class CommitRecord:
     trace: FileRef
     rejects: FileRef | None
     counts: Mapping[str, int]
+    duplicate_keys: bytes
     input_version: Mapping[str, Any]
     metrics: Mapping[str, Any]
 
     def to_bytes(self) -> bytes:
-        return canonical_json({"commit_version": COMMIT_VERSION, **asdict(self)})
+        keys = b64encode(self.duplicate_keys).decode("ascii")
+        return canonical_json({"commit_version": COMMIT_VERSION, **asdict(self), "duplicate_keys": keys})
 
     @classmethod
     def from_bytes(cls, data: bytes, place: str) -> CommitRecord:
@@ -70,8 +76,11 @@ class CommitRecord:
                 raise OutputError(f"{place}: a commit record of version {version}, this is {COMMIT_VERSION}")
             for kind in ("data", "trace", "rejects"):
                 value[kind] = FileRef(**value[kind]) if value[kind] is not None else None
+            value["duplicate_keys"] = b64decode(value["duplicate_keys"], validate=True)
+            if len(value["duplicate_keys"]) % KEY_BYTES:
+                raise damaged(place)
             return cls(**value)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise damaged(place) from error
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from engine.errors import OutputError
 from pipeline.chunk_merge import CommittedWindow, committed_windows, merged_rejects, merged_tables
 from pipeline.commits import CommitRecord, FileRef, checked_file, publish_file, retrying, sha256_file
-from pipeline.manifest import ShardRecord, check_balance, part_name, sum_counts
+from pipeline.manifest import ShardRecord, check_balance, part_name, shard_counts
 from pipeline.parquet_files import GroupedWriter
 from pipeline.plan import RunPlan
 from pipeline.run_state import RunState
@@ -60,7 +60,7 @@ class Finaliser:
                 f"{self._storage.url}: the order of shard {shard} ({planned.name}) is not on record; "
                 f"remove {self._state.path('commits', f'{shard:05d}')} there and start the same command again"
             )
-        counts = sum_counts(record.counts for record in records)
+        counts = shard_counts(records)
         check_balance(counts, planned.num_rows, f"shard {shard} ({planned.name})")
         build = {"data": self._data, "rejects": self._rejects, "trace": self._trace, "metrics": self._metrics}
         files = {}

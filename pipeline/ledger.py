@@ -176,7 +176,10 @@ class Ledger:
         return [chunk for chunk in range(self.plan.num_chunks(shard)) if chunk not in done]
 
     def counts(self) -> dict[str, int]:
-        """What is committed of the whole run: rows, ok, rejected, duplicates, samples, tokens."""
+        """What is committed of the whole run: rows, ok, rejected, duplicates, samples, tokens.
+
+        Of an unfinished shard the duplicates are those inside each chunk.
+        """
         finished = self._state.finished()
         parts = [
             [finished[shard.index].counts]
@@ -256,6 +259,7 @@ class Ledger:
             trace=refs["trace"],
             rejects=refs.get("rejects"),
             counts=dict(files.counts),
+            duplicate_keys=files.duplicate_keys,
             input_version=dict(input_version),
             metrics=dict(files.metrics),
         ).to_bytes()

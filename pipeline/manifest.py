@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.errors import OutputError
-from pipeline.commits import FileRef, damaged, parse_record
+from pipeline.commits import CommitRecord, FileRef, damaged, parse_record
+from pipeline.exact_duplicates import num_duplicates
 from pipeline.fingerprint import canonical_json
 
 MANIFEST_VERSION = 1
@@ -20,6 +21,8 @@ class ShardRecord:
     """A finished shard and its files by kind: data, rejects, trace, metrics.
 
     A shard without rejects has no rejects file, and one without results no data file where data/ is JSONL.
+    In `counts`, as in the manifest's totals, rows = ok + rejected + duplicates: a duplicate is a row with a
+    result that asks for the same generation as an earlier row of its shard (pipeline/exact_duplicates.py).
     """
 
     shard: int
@@ -57,8 +60,18 @@ def sum_counts(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
+def shard_counts(records: Iterable[CommitRecord]) -> dict[str, int]:
+    """The counts of a shard from its chunks': rows that repeat one of another chunk are duplicates too."""
+    records = list(records)
+    counts = sum_counts(record.counts for record in records)
+    duplicates = num_duplicates(record.duplicate_keys for record in records)
+    counts["ok"] += counts["duplicates"] - duplicates
+    counts["duplicates"] = duplicates
+    return counts
+
+
 def check_balance(counts: Mapping[str, int], num_rows: int, what: str) -> None:
-    """Raise OutputError unless rows in = ok + rejected + duplicates fanned out = `num_rows`."""
+    """Raise OutputError unless rows in = ok + rejected + duplicates = `num_rows`."""
     out = counts["ok"] + counts["rejected"] + counts["duplicates"]
     if not num_rows == counts["rows"] == out:
         raise OutputError(

@@ -215,7 +215,8 @@ def _conclude(
         ExitCode.BAD_CONFIG: f"{len(result.failed_shards)} shards could not be finished; {rows}.",
         ExitCode.RETRY_LATER: f"Another process holds the shards that are left; {rows}; {again} later.",
     }[code]
-    outcome = Outcome(overall, result.totals, rows_total, seconds, url, is_finished)
+    duplicates = ledger.counts()["duplicates"]
+    outcome = Outcome(overall, result.totals, duplicates, rows_total, seconds, url, is_finished)
     print(headline, *summary_lines(outcome), sep="\n", flush=True)
     for error in result.failed_shards.values():
         print("tidemill: error:", error, file=sys.stderr, flush=True)

@@ -11,10 +11,14 @@ from pipeline.progress import duration
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`overall` counts what is committed by all attempts together, `here` what this one committed."""
+    """`overall` counts what is committed by all attempts together, `here` what this one committed.
+
+    `duplicates` are exact duplicates among the rows that are ok (pipeline/exact_duplicates.py).
+    """
 
     overall: Metrics
     here: Metrics
+    duplicates: int
     rows_total: int
     seconds: float
     output: str
@@ -25,7 +29,8 @@ def summary_lines(outcome: Outcome) -> list[str]:
     """The summary, a line each."""
     overall, here = outcome.overall, outcome.here
     rejected = f", {overall.rows_rejected:,} rejected" if overall.rows_rejected else ""
-    rows = f"{overall.rows_ok:,} ok{rejected}, of {outcome.rows_total:,}"
+    duplicates = f" ({outcome.duplicates:,} exact duplicates)" if outcome.duplicates else ""
+    rows = f"{overall.rows_ok:,} ok{duplicates}{rejected}, of {outcome.rows_total:,}"
     lines = ["", f"  rows      {rows}"]
     if overall.rejected:
         lines.append(f"  rejected  {by_count(overall.rejected)}")

@@ -20,6 +20,7 @@ import pyarrow as pa
 from engine.errors import OutputError, RequestError
 from engine.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from pipeline.commits import sha256_file
+from pipeline.exact_duplicates import duplicate_key, num_duplicates
 from pipeline.parquet_files import write_table
 from pipeline.rows import Prompt, Reject, excerpt, place
 from pipeline.schema import CarriedColumn, carried_value, data_schema, trace_schema
@@ -43,8 +44,8 @@ class SpoolFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkFiles:
-    """A finished attempt: its spool files (`rejects` is None when there are none), counts, metrics
-    summary.
+    """A finished attempt: its spool files (`rejects` is None when there are none), counts, keys of rows that
+    could be duplicates (`pipeline/exact_duplicates.py`), metrics summary.
     """
 
     shard: int
@@ -57,6 +58,7 @@ class ChunkFiles:
     trace: SpoolFile
     rejects: SpoolFile | None
     counts: Mapping[str, int]
+    duplicate_keys: bytes
     metrics: Mapping[str, Any]
 
     @property
@@ -109,7 +111,7 @@ class ChunkWriter:
         self._started_utc = datetime.now(UTC)
         self._rows: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
         self._rejects: dict[int, Reject] = {}
-        self._duplicates: set[int] = set()
+        self._keys: dict[int, bytes] = {}
 
     @property
     def missing(self) -> list[int]:
@@ -121,14 +123,11 @@ class ChunkWriter:
         prompt: Prompt,
         output: RequestOutput | None,
         error: RequestError | None = None,
-        *,
-        is_duplicate: bool = False,
     ) -> Reject | None:
         """Take a row's completions, one data row per sample; the reject made instead, if one was.
 
         With `error` (and no output) the row is rejected for the error's reason. A carried value that does
-        not fit its column's type rejects the row too. `is_duplicate` marks a row whose output was fanned
-        out from an identical one.
+        not fit its column's type rejects the row too.
         """
         if error is not None or output is None:
             if error is None:
@@ -145,8 +144,7 @@ class ChunkWriter:
                 )
                 return self._reject(prompt, "wrong_type", message, value)
         self._claim_position(prompt.shard_index, prompt.position)
-        if is_duplicate:
-            self._duplicates.add(prompt.position)
+        self._keys[prompt.position] = duplicate_key(prompt)
         samples = sorted(output.outputs, key=lambda sample: sample.index)
         self._rows[prompt.position] = (
             [{**self._data_row(prompt, output, sample), **carried} for sample in samples],
@@ -235,6 +233,8 @@ class ChunkWriter:
                 f"rows {self.missing[:5]} of shard {self._shard} came out neither as results nor as rejects; "
                 "the chunk is not committed, start the same command again"
             )
+        keys = b"".join(self._keys[position] for position in sorted(self._keys))
+        duplicates = num_duplicates([keys])
         data = [row for position in sorted(self._rows) for row in self._rows[position][0]]
         trace = [row for position in sorted(self._rows) for row in self._rows[position][1]]
         paths = {kind: self._path(kind) for kind in CHUNK_SUFFIXES}
@@ -261,13 +261,14 @@ class ChunkWriter:
             rejects=files.get("rejects"),
             counts={
                 "rows": len(self._positions),
-                "ok": len(self._rows) - len(self._duplicates),
+                "ok": len(self._rows) - duplicates,
                 "rejected": len(self._rejects),
-                "duplicates": len(self._duplicates),
+                "duplicates": duplicates,
                 "samples": len(data),
                 "prompt_tokens": sum(rows[0]["num_prompt_tokens"] for rows, _ in self._rows.values() if rows),
                 "generated_tokens": sum(row["num_generated_tokens"] for row in data),
             },
+            duplicate_keys=keys,
             metrics=metrics,
         )
 

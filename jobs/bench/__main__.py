@@ -2,7 +2,7 @@
 
 Without a command it measures this engine on W1 and W2. `compare` sets it against its peers, `growth` shows
 what a row costs as there are more, and a token as its context grows, `host` measures the host's part of a
-step, `profile` where the device's part of it goes.
+step, `profile` where the device's part of it goes, `groups` when reading a shared prefix once pays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.errors import TidemillError
 from jobs.bench import compare, growth, own
 
 # These read their own arguments.
-PROGRAMS = {"host": "jobs.bench.host", "profile": "jobs.bench.step_profile"}
+PROGRAMS = {"host": "jobs.bench.host", "profile": "jobs.bench.step_profile", "groups": "jobs.bench.groups"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +28,11 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", metavar="COMMAND")
     compare.add_arguments(commands.add_parser("compare", help="beside peers", description=compare.__doc__))
     growth.add_arguments(commands.add_parser("growth", help="cost as it grows", description=growth.__doc__))
-    for name, what in (("host", "the host's part of a step"), ("profile", "where a step's time goes")):
+    for name, what in (
+        ("host", "the host's part of a step"),
+        ("profile", "where a step's time goes"),
+        ("groups", "when reading a shared prefix once pays"),
+    ):
         commands.add_parser(name, help=what, add_help=False)
     return made
 

@@ -7,11 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is not {least} or more")
+        return value
+
+    return number
+
+
+positive = at_least(1)
 
 
 def not_negative(text: str) -> float:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from engine.backends import Backends
 from engine.batch import BatchBuilder
 from engine.buckets import choose_bucket, declare_buckets
 from engine.checkpoints import DEFAULT_MODEL, LoadedModel, load_config, load_tokenizer
@@ -24,10 +25,10 @@ from engine.collector import spare_long_lived_objects
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import TidemillError
+from engine.group_costs import group_costs
 from engine.in_flight import InFlight, step_results
 from engine.models.config import ModelConfig
 from engine.plan import StepPlan, StepResults
-from engine.prefix_groups import GroupCosts
 from engine.sampler import StepOutputs
 from engine.sampling_params import SamplingParams
 from jobs.bench.workloads import real_text
@@ -71,14 +72,15 @@ class FreeDevice:
         self.buckets = declare_buckets(
             config.min_token_pad, config.max_num_batched_tokens, config.max_num_seqs
         )
+        device = jax.devices("cpu")[0]
         self.batch = BatchBuilder(
             buckets=self.buckets,
             vocab_size=model.vocab_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             page_size=config.page_size,
-            device=jax.devices("cpu")[0],
-            group_costs=GroupCosts(),
+            device=device,
+            group_costs=group_costs(Backends.choose(config, on_cpu=True).device_keys(device)),
         )
         step = jax.jit(lambda arrays: arrays.drawn, keep_unused=True)
         self._steps = {

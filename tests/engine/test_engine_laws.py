@@ -9,8 +9,8 @@ import pytest
 
 from engine import batch as batch_module
 from engine.compilation import counting_compiles
+from engine.group_costs import GroupCosts
 from engine.models.dense import dense_forward
-from engine.prefix_groups import GroupCosts
 from engine.sampling_params import SamplingParams
 from tests.engine.engines import tiny_engine, tokens_of, varied_model
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.results import open_run
 from tests.pipeline.input_helpers import lines, write_jsonl, write_parquet
 from tests.pipeline.job_helpers import commits, final_bytes
 
@@ -26,17 +27,21 @@ SEED = int(os.environ.get("TIDEMILL_KILL_SEED", "0"))
 
 @pytest.fixture(scope="module")
 def command(tiny_checkpoint: str, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A job of 3 shards and 15 chunks, with sampling and bad rows, small enough to be killed often."""
+    """A job of 3 shards and 15 chunks, small enough to be killed often: draws, bad rows, duplicates."""
     folder = tmp_path_factory.mktemp("input")
     for shard in range(2):
-        rows = [{"id": f"{shard}-{i}", "prompt": f"{shard} said {i} and then"} for i in range(9)]
+        rows = [{"id": f"{shard}-{i}", "prompt": f"{shard} said {i} and then", "own": None} for i in range(9)]
         write_jsonl(folder / f"{shard}.jsonl.gz", lines(rows) + b"not json\n")
-    write_parquet(folder / "2.parquet", [{"id": f"2-{i}", "prompt": f"in the end {i}"} for i in range(10)])
+    greedy = [
+        {"id": f"2-{i}", "prompt": f"in the end {i % 4}", "own": '{"temperature": 0}'} for i in range(10)
+    ]
+    write_parquet(folder / "2.parquet", greedy)
     return [
         *(sys.executable, "-m", "pipeline.run"),
         f"model.source={tiny_checkpoint}",
         f"input.path={folder}",
         "input.id_column=id",
+        "prompt.sampling_column=own",
         "output.chunk_rows=2",
         "sampling.max_tokens=40",
         "sampling.temperature=1.0",
@@ -98,6 +103,9 @@ def test_a_job_killed_at_random_moments_resumes_to_the_same_bytes(
     assert process.returncode == 0, errors
     assert kept.items() <= commits(output).items()
     assert final_bytes(output) == wanted
+    counts = [open_run(folder).counts() for folder in (output, tmp_path / "undisturbed")]
+    assert counts[0] == counts[1]
+    assert counts[0]["duplicates"] == 10 - 4
 
 
 def wait_for(process: subprocess.Popen[str], has_come: Callable[[], bool]) -> None:

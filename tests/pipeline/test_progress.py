@@ -87,9 +87,11 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 def test_a_summary_tells_this_attempt_from_the_ones_before() -> None:
     here = Metrics(rows_in=4, rows_ok=4, prompt_tokens=40, generated_tokens=80, wall_seconds=2.0)
     overall = Metrics(rows_in=10, rows_ok=8, rejected={"b": 1, "a": 1}, prompt_tokens=100, cached_tokens=75)
-    shown = "\n".join(summary_lines(Outcome(overall, here, 10, 3.0, "/out", is_finished=True)))
+    shown = "\n".join(summary_lines(Outcome(overall, here, 0, 10, 3.0, "/out", is_finished=True)))
     assert "8 ok, 2 rejected, of 10" in shown
     assert "rejected  a 1, b 1" in shown
     assert "75% from the prefix cache" in shown
     assert "40 tokens/s out, 20 in" in shown
     assert "6 rows were there before" in shown
+    shown = "\n".join(summary_lines(Outcome(overall, here, 3, 10, 3.0, "/out", is_finished=True)))
+    assert "8 ok (3 exact duplicates), 2 rejected, of 10" in shown

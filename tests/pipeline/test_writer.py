@@ -172,14 +172,21 @@ def test_every_row_must_come_out_once(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_duplicates_fanned_out_are_counted_apart(tmp_path: Path):
-    writer = writer_of(tmp_path, 3)
-    output = run(prompt_at(0))
-    writer.add_completion(prompt_at(0), output)
-    writer.add_completion(prompt_at(1), output, is_duplicate=True)
-    writer.add_reject(reject_at(2))
-    counts = writer.close({}).counts
-    assert (counts["rows"], counts["ok"], counts["duplicates"], counts["rejected"]) == (3, 1, 1, 1)
+def test_a_row_that_asks_for_what_another_does_is_counted_apart(tmp_path: Path):
+    writer = writer_of(tmp_path, 4)
+    greedy = SamplingParams(temperature=0, max_tokens=6)
+    alike = {"token_ids": (1, 2), "sampling": greedy}
+    for prompt in (
+        prompt_at(2, **alike),
+        prompt_at(1, token_ids=(1, 3), sampling=greedy),
+        prompt_at(0, **alike),
+    ):
+        writer.add_completion(prompt, run(prompt))
+    writer.add_reject(reject_at(3))
+    files = writer.close({})
+    assert [files.counts[name] for name in ("rows", "ok", "duplicates", "rejected")] == [4, 2, 1, 1]
+    keys = files.duplicate_keys
+    assert keys[:8] == keys[16:] != keys[8:16], "in input order"
 
 
 def test_a_full_spool_is_for_later_and_leaves_nothing(tmp_path: Path):
