@@ -94,6 +94,39 @@ def test_every_instruction_set_of_this_cpu_is_right(isa, tmp_path):
         pytest.skip(f"this CPU has no {isa}")
 
 
+# Attention over int8 pages of random numbers; prints a digest of what comes out.
+_INT8_ATTENTION = """
+import hashlib, jax.numpy as jnp, numpy as np
+from kernels.cpu import isa_name
+from kernels.paged_attention import AttentionOptions, Groups, Rows, attend, page_layout
+rng = np.random.default_rng(0)
+q, k, v = (jnp.asarray(rng.standard_normal((90, heads, 64)), jnp.float32) for heads in (6, 2, 2))
+layout = page_layout("cpu", 2, 64, 64, "int8")
+rows = Rows(jnp.array([0, 80, 90]), jnp.array([80, 10]), jnp.array([[0, 1], [2, 3]]))
+out, _ = attend(q, k, v, layout.empty(4), rows, Groups.none(), AttentionOptions(scale=0.125), layout)
+print(isa_name(), hashlib.sha256(np.asarray(out).tobytes()).hexdigest())
+"""
+
+
+def test_products_of_bytes_have_the_bits_of_products_of_floats():
+    """The one instruction set multiplies bytes, the other the same whole numbers in float32."""
+    names = ("avx512", "avx512vnni")
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", _INT8_ATTENTION],
+            cwd=REPOSITORY,
+            env=os.environ | {"TIDEMILL_CPU_ISA": name, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for name in names
+    ]
+    if [name for name, _ in printed] != list(names):
+        pytest.skip("this CPU has not both of them")
+    assert printed[0][1] == printed[1][1]
+
+
 def _fuzz_binary(compiler: str, folder: Path) -> Path:
     """Built once for all instruction sets; with the optimisation of the product, so its very code is
     tested."""

@@ -3,7 +3,7 @@
 // Its products are of whole numbers. A query is quantised over its head, as keys and values are over theirs. The weights
 // of a span are multiplied by the scales of its values and quantised to unsigned bytes, with a scale for the span; the
 // sum of weights that divides in the end is of the weights themselves. A product's sums stay below 2^24 and are exact in
-// float32 too, so a CPU with an instruction for bytes gives the same bits as one without.
+// float32 too, so CPUs with vectors of one width give the same bits, whether they have an instruction for bytes or not.
 //
 // That instruction takes four bytes of each side. So keys are put together as quads of four dimensions, with 128 added
 // because one side is unsigned, and values as quads of four tokens.
