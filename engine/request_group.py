@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from engine.detokenizer import IncrementalDetokenizer, whole_text
@@ -14,7 +15,7 @@ from engine.request import Request, TopLogprobs
 class RequestGroup:
     """What the engine keeps of a request besides the scheduler's state of its samples.
 
-    Text that nobody reads while it grows is made once, at its end.
+    Text that nobody needs while it grows is made once, by who reads it in the output.
     """
 
     def __init__(self, requests: list[Request], prompt: str | None, tokenizer: Any, stream: bool):
@@ -25,7 +26,6 @@ class RequestGroup:
         self.grows = stream or bool(requests[0].sampling.stop)
         """Its text is wanted token by token: `push` each one."""
         self._texts = [self._new_text() for _ in requests] if self.grows else []
-        self._whole_texts = [""] * len(requests)
         self._num_open = len(requests)
 
     def push(self, request: Request) -> str:
@@ -47,12 +47,6 @@ class RequestGroup:
         """The sample is finished: what its text held back."""
         self._num_open -= 1
         if not self.grows:
-            tokens = request.output_token_ids
-            self._whole_texts[request.sample_index] = whole_text(
-                self._tokenizer,
-                tokens[:-1] if _ends_with_hidden_token(request) else tokens,
-                request.sampling.skip_special_tokens,
-            )
             return ""
         delta = self._texts[request.sample_index].finish()
         stop = self.stopped_by(request)
@@ -89,12 +83,12 @@ class RequestGroup:
         )
 
     def _completion(self, request: Request) -> CompletionOutput:
-        logprobs = None
+        logprobs, token_ids = None, tuple(request.output_token_ids)
         if request.sampling.logprobs is not None:
             logprobs = tuple(
                 TokenLogprob(*entry)
                 for entry in zip(
-                    request.output_token_ids,
+                    token_ids,
                     request.output_logprobs,
                     request.output_top_logprobs,
                     strict=True,
@@ -102,16 +96,19 @@ class RequestGroup:
             )
         return CompletionOutput(
             index=request.sample_index,
-            text=self._text(request.sample_index),
-            token_ids=tuple(request.output_token_ids),
+            token_ids=token_ids,
             finish_reason=request.finish_reason,
+            text=self._text(request, token_ids),
             stop_reason=request.stop_reason,
             cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
             logprobs=logprobs,
         )
 
-    def _text(self, index: int) -> str:
-        return self._texts[index].text if self.grows else self._whole_texts[index]
+    def _text(self, request: Request, token_ids: tuple[int, ...]) -> str | Callable[[], str]:
+        if self.grows:
+            return self._texts[request.sample_index].text
+        shown = token_ids[:-1] if _ends_with_hidden_token(request) else token_ids
+        return partial(whole_text, self._tokenizer, shown, request.sampling.skip_special_tokens)
 
     def _new_text(self) -> IncrementalDetokenizer:
         sampling = self._requests[0].sampling

@@ -2,7 +2,8 @@
 
 Real requests, scheduler, prefix cache, batch builder, results and texts; the device's tokens are drawn with
 numpy before the clock starts. What is left is the time a fast device would be kept waiting, or, where
-the host works while the device does, the shortest step the host can keep up with.
+the host works while the device does, the shortest step the host can keep up with. Texts are made between
+steps, by who reads the outputs; they are counted in the whole too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from engine.engine import Engine
 from engine.errors import TidemillError
 from engine.in_flight import InFlight, step_results
 from engine.models.config import ModelConfig
+from engine.outputs import RequestOutput
 from engine.plan import StepPlan, StepResults
 from engine.prefix_groups import GroupCosts
 from engine.sampler import StepOutputs
@@ -34,7 +36,7 @@ from jobs.bench.workloads import real_text
 
 NUM_SEQS, STEP_TOKENS, MAX_MODEL_LEN = 256, 1024, 1024
 TEMPLATE_LEN, MIN_OWN, MAX_OWN, MIN_NEW, MAX_NEW = 250, 16, 64, 64, 128
-PARTS = ("add", "schedule", "batch", "results", "update", "text")
+PARTS = ("add", "schedule", "batch", "results", "update", "outputs", "text")
 
 
 class Stopwatch:
@@ -148,6 +150,11 @@ class Crowd:
             self._num_added += 1
 
 
+def read_texts(outputs: Sequence[RequestOutput]) -> int:
+    """Have the texts made, as whoever is given the outputs does; their characters."""
+    return sum(len(sample.text) for output in outputs for sample in output.outputs)
+
+
 def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bool = True) -> dict[str, Any]:
     """Measure full steps; returns milliseconds a step, by part in CPU time, and tokens a second."""
     config = EngineConfig(
@@ -172,13 +179,15 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
     scheduler.update = watch.watch("update", scheduler.update)
     device.dispatch = watch.watch("batch", device.dispatch)  # type: ignore[method-assign]
     device.collect = watch.watch("results", device.collect)  # type: ignore[method-assign]
-    step = watch.watch("text", engine.step)  # what is left of a step: texts and outputs
+    step = watch.watch("outputs", engine.step)  # what is left of a step
     add = watch.watch("add", crowd.add_to)
+    read = watch.watch("text", read_texts)
     before = engine.stats()
     started, cpu_started = time.perf_counter(), time.thread_time()
     for _ in range(num_steps):
-        step()
+        outputs = step()
         add(engine, 2 * NUM_SEQS - engine.num_unfinished)
+        read(outputs)
     seconds, cpu_seconds = time.perf_counter() - started, time.thread_time() - cpu_started
     after = engine.stats()
     num_tokens = after.num_generated_tokens - before.num_generated_tokens
