@@ -54,8 +54,8 @@ class GroupCosts:
 
 
 class PrefixGroup(NamedTuple):
-    """The rows in slots [slot_start, slot_stop) have the same pages in columns [page_start, page_stop) of their
-    page tables: full pages, all before each row's first query.
+    """The rows in slots [slot_start, slot_stop) have the same pages in columns [page_start, page_stop) of
+    their page tables: full pages, all before each row's first query.
 
     A group inside another has its slots among the outer one's; its pages begin where the outer one's stop.
     """

@@ -74,7 +74,7 @@ class RequestGroup:
             request_id=first.request_id,
             prompt=self._prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=tuple(self._completion(request) for request in self._requests),
+            outputs=tuple([self._completion(request) for request in self._requests]),
             finished=self.is_finished,
             metrics=self._metrics(),
             prompt_logprobs=_prompt_logprobs(first),
@@ -121,14 +121,14 @@ class RequestGroup:
         )
 
     def _metrics(self) -> RequestMetrics:
-        requests = self._requests
+        requests, first = self._requests, self._requests[0]
         ends = [request.finished_time for request in requests if request.finished_time is not None]
         return RequestMetrics(
-            arrival_time=requests[0].arrival_time or 0.0,
-            first_scheduled_time=requests[0].first_scheduled_time,
-            first_token_time=requests[0].first_token_time,
+            arrival_time=first.arrival_time or 0.0,
+            first_scheduled_time=first.first_scheduled_time,
+            first_token_time=first.first_token_time,
             finished_time=max(ends) if self.is_finished and ends else None,
-            num_preemptions=sum(request.num_preemptions for request in requests),
+            num_preemptions=sum([request.num_preemptions for request in requests]),
         )
 
 

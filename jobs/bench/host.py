@@ -87,11 +87,14 @@ class FreeDevice:
             bucket: step.lower(self.batch.idle_arrays(bucket)).compile() for bucket in self.buckets
         }
         pick = np.random.default_rng(0)
-        self._outputs = [
-            _outputs(pick.integers(300, min(40_000, model.vocab_size), config.max_num_seqs, dtype=np.int32))
+        drawn = [
+            pick.integers(300, min(40_000, model.vocab_size), config.max_num_seqs, dtype=np.int32)
             for _ in range(64)
         ]
-        self._num_steps = 0
+        # As the next step reads them, and as the host does.
+        self._on_device = [_outputs(jax.device_put(token_ids)) for token_ids in drawn]
+        self._on_host = [_outputs(token_ids) for token_ids in drawn]
+        self._num_steps = self._num_collected = 0
 
     def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
         plan, branches = self.batch.arrange(plan)
@@ -101,15 +104,17 @@ class FreeDevice:
         self._steps[bucket](arrays)
         self.num_computed_tokens += num_tokens
         self.num_padded_tokens += bucket.num_tokens - num_tokens
+        outputs = self._on_device[self._num_steps % len(self._on_device)]
         self._num_steps += 1
-        outputs = self._outputs[self._num_steps % len(self._outputs)]
         return InFlight(plan, outputs, draws, time.monotonic())
 
     def collect(self, step: InFlight) -> StepResults:
-        return step_results(step, step.outputs)
+        outputs = self._on_host[self._num_collected % len(self._on_host)]
+        self._num_collected += 1
+        return step_results(step, outputs)
 
 
-def _outputs(token_ids: np.ndarray) -> StepOutputs:
+def _outputs(token_ids: np.ndarray | jax.Array) -> StepOutputs:
     empty = np.zeros((len(token_ids), 1), np.float32)
     return StepOutputs(*cast("Any", (token_ids, empty[:, 0], empty.astype(np.int32), empty)))
 
@@ -169,7 +174,7 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
     crowd = Crowd(text_ids, 0, 2 * NUM_SEQS + (num_steps_before + num_steps) * NUM_SEQS // MIN_NEW)
     crowd.add_to(engine, 2 * NUM_SEQS)
     for _ in range(num_steps_before):
-        engine.step()
+        read_texts(engine.step())
         crowd.add_to(engine, 2 * NUM_SEQS - engine.num_unfinished)
     spare_long_lived_objects()
     watch = Stopwatch()
