@@ -42,7 +42,7 @@ def step_results(step: InFlight, outputs: StepOutputs) -> StepResults:
     plan = step.plan
     arrays, drawn = plan.arrays, outputs.token_ids
     if not step.draws.any_logprobs and plan.num_logits == plan.num_rows:  # each row has one, which is a draw
-        return StepResults(drawn[: plan.num_rows])
+        return StepResults(np.asarray(drawn)[: plan.num_rows])
     token_ids = np.zeros(plan.num_rows, np.int32)
     if not step.draws.any_logprobs:  # then a row of logits is a draw
         token_ids[arrays.samples] = drawn[: plan.num_logits]

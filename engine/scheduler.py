@@ -163,8 +163,7 @@ class Scheduler:
         leaves = samples & (stops >= table.max_computed_lens[seats])
         for index in (fills_page | ends_chunk | leaves).nonzero()[0].tolist():
             request = arrays.requests[index]
-            if self.cache is not None and fills_page[index]:
-                self.cache.insert(request)
+            if self.cache is not None and fills_page[index] and self.cache.insert(request):
                 table.write_pages(request)
             if self.cache is not None and ends_chunk[index]:
                 self.cache.insert_rest(request)
