@@ -55,7 +55,6 @@ class BatchBuilder:
         self._device = device
         self._seats = SeatSampling(max_num_seqs, vocab_size)
         self._range = np.arange(max(bucket.num_tokens for bucket in buckets), dtype=np.int32)
-        self._slots = list(range(max_num_seqs))
         self._idle_numbers_of: dict[Bucket, np.ndarray] = {}
         self._idle: dict[int, dict[str, jax.Array]] = {}
         self._nothing_drawn = jax.device_put(np.zeros(self._num_draws, np.int32), device)
@@ -70,9 +69,9 @@ class BatchBuilder:
         arrays = plan.arrays
         page_tables = plan.table.page_tables[arrays.seats]
         order, branches = arrange_rows(page_tables, arrays.starts, self._page_size)
-        if order == self._slots[: len(order)]:
+        if (order == self._range[: len(order)]).all():
             return plan, branches
-        return replace(plan, arrays=arrays.take(np.array(order))), branches
+        return replace(plan, arrays=arrays.take(order)), branches
 
     def build(
         self, plan: StepPlan, branches: Sequence[Branch], bucket: Bucket, before: InFlight | None
@@ -90,10 +89,9 @@ class BatchBuilder:
             rows = plan.arrays
             self._seats.see(rows)
             ends = rows.lens.cumsum(dtype=np.int32)
-            if branches:
-                groups = find_groups(branches, ends, self._page_size, self._group_costs, self._max_num_seqs)
-                for view, array in zip(views["groups"], groups, strict=True):
-                    view[:] = array
+            groups = find_groups(branches, ends, self._page_size, self._group_costs)
+            if groups:
+                views["groups"][:, : len(groups)] = np.transpose(groups)
             self._fill_tokens(plan, views, ends, before)
             draws, unusual = self._fill_logits(plan, views, ends)
         # The numbers themselves go to the device with the step's call: a put of their own costs the host
@@ -128,9 +126,11 @@ class BatchBuilder:
                 raise ValueError("a row continues a token that no step in flight draws")
             from_seats = rows.seats[rows.is_pending]
             views["sources"][begins[rows.is_pending]] = before.draws.logit_of_seat[from_seats]
-        is_last = rows.samples & (rows.lens == 1)  # the seat has the last token of its request
-        views["token_ids"][begins[is_last]] = table.tokens[rows.seats[is_last], rows.starts[is_last]]
-        for index in (~is_last).nonzero()[0].tolist():
+        is_known = ~rows.is_pending
+        is_last = is_known & rows.samples & (rows.lens == 1)  # the seat has the last token of its request
+        if is_last.any():
+            views["token_ids"][begins[is_last]] = table.tokens[rows.seats[is_last], rows.starts[is_last]]
+        for index in (is_known & ~is_last).nonzero()[0].tolist():
             start, begin, num_tokens = rows.starts.item(index), begins.item(index), rows.lens.item(index)
             tokens = rows.requests[index].packed_tokens(start, start + num_tokens)
             views["token_ids"][begin : begin + num_tokens] = unpack_tokens(tokens)
@@ -142,15 +142,21 @@ class BatchBuilder:
         rows = plan.arrays
         total = plan.num_logits
         views["num_logits"][0] = total
-        logit_ends = rows.num_logits.cumsum(dtype=np.int32)
-        views["logit_tokens"][:total] = np.repeat(ends - logit_ends, rows.num_logits) + self._range[:total]
         drawing = rows.where(rows.samples)
         requests, seats, stops = drawing.requests, drawing.seats, drawing.starts + drawing.lens
-        at = logit_ends[rows.samples] - 1
-        # Without log-probabilities of prompts a row of logits is a draw: nothing need be scattered.
-        columns = slice(0, total) if total == len(at) else at
-        views["sampled"][:, columns] = self._seats.sampled[:, seats]
-        views["sample_positions"][at] = stops
+        if total == len(seats):  # without log-probabilities of prompts a row of logits is a draw
+            at = self._range[:total]
+            views["logit_tokens"][:total] = ends[rows.samples] - 1
+            np.take(self._seats.sampled, seats, axis=1, out=views["sampled"][:, :total], mode="clip")
+            views["sample_positions"][:total] = stops
+        else:
+            logit_ends = rows.num_logits.cumsum(dtype=np.int32)
+            at = logit_ends[rows.samples] - 1
+            views["logit_tokens"][:total] = (
+                np.repeat(ends - logit_ends, rows.num_logits) + self._range[:total]
+            )
+            views["sampled"][:, at] = self._seats.sampled[:, seats]
+            views["sample_positions"][at] = stops
         needs = self._seats.needs[seats]
         masked = ((needs & MASK) > 0) | (stops < self._seats.min_total_len[seats])
         any_need = int(np.bitwise_or.reduce(needs, initial=0))

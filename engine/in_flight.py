@@ -41,6 +41,8 @@ def step_results(step: InFlight, outputs: StepOutputs) -> StepResults:
     """Spread the rows of logits over the rows of the plan. `outputs` holds numpy arrays."""
     plan = step.plan
     arrays, drawn = plan.arrays, outputs.token_ids
+    if not step.draws.any_logprobs and plan.num_logits == plan.num_rows:  # each row has one, which is a draw
+        return StepResults(np.asarray(drawn)[: plan.num_rows])
     token_ids = np.zeros(plan.num_rows, np.int32)
     if not step.draws.any_logprobs:  # then a row of logits is a draw
         token_ids[arrays.samples] = drawn[: plan.num_logits]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from engine.request import TopLogprobs
 
@@ -17,19 +19,43 @@ class TokenLogprob:
     """The likeliest alternatives there, as many as were asked for."""
 
 
-@dataclass(frozen=True, slots=True)
+class _MadeWhenRead:
+    """A field of a dataclass that is given as a string, or as what makes it when it is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        if instance is None:
+            raise AttributeError(f"{owner.__name__}.{self._name} has no default")
+        text = vars(instance)[self._name]
+        if not isinstance(text, str):
+            text = vars(instance)[self._name] = text()
+        return text
+
+    def __set__(self, instance: Any, text: str | Callable[[], str]) -> None:
+        vars(instance)[self._name] = text
+
+
+@dataclass(frozen=True)
 class CompletionOutput:
     """One sample of a prompt."""
 
     index: int
-    text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
     """"stop", "length" or "abort"; None while it runs."""
+    text: _MadeWhenRead = _MadeWhenRead()
+    """Where no step needed it (no stream, no stop strings) it is made of the tokens when it is first read, in
+    the reader's time."""
     stop_reason: int | str | None = None
     """The stop token id or stop string; None for end-of-sequence, length or abort."""
     cumulative_logprob: float | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: with the text, without what makes it."""
+        return vars(self) | {"text": self.text}
 
 
 @dataclass(frozen=True, slots=True)

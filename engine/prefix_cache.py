@@ -136,11 +136,13 @@ class PrefixCache:
         """
         return self._continuations.closest(pages[-1] if pages else (salt,), tokens) or (0, 0)
 
-    def insert(self, request: Request) -> None:
-        """Make the request's full computed pages known, and swap those known already for the known ones.
+    def insert(self, request: Request) -> bool:
+        """Make the request's full computed pages known, and swap those known already for the known ones; true
+        when its pages are not the same ones any more.
 
         The swap frees the double, and keeps every chain in one piece (see the module's docstring).
         """
+        has_swapped = False
         pages = request.page_ids
         num_full = request.num_computed // self.page_size
         hashes = self.hashes(request, num_full)
@@ -154,9 +156,11 @@ class PrefixCache:
                 self._pool.share([known.page])
                 self._pool.release([page])
                 pages[index] = known.page
+                has_swapped = True
             else:
-                return  # a collision: this page and what follows stay the request's own
+                break  # a collision: this page and what follows stay the request's own
             request.num_shared_pages = index + 1
+        return has_swapped
 
     def insert_rest(self, request: Request) -> None:
         """Make what is computed behind the request's last full page known, so that others may copy it."""

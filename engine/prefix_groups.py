@@ -15,6 +15,7 @@ Plain Python and numpy, no JAX: this runs on the host while the device computes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,18 +28,17 @@ MAX_DEPTH = 8
 MAX_BRANCHES = 128
 
 
-class GroupArrays(NamedTuple):
-    """Prefix groups of one step, each i32[max_groups]; unused entries have slot_start == slot_stop == 0.
+class PrefixGroup(NamedTuple):
+    """The rows in slots [slot_start, slot_stop) have the same pages in columns [page_start, page_stop) of
+    their page tables: full pages, all before each row's first query.
 
-    The rows in slots [slot_start, slot_stop) have the same pages in columns [page_start, page_stop) of their
-    page tables: full pages, all before each row's first query. A group inside another has its slots among
-    the outer one's, and its pages begin where the outer one's stop; outer groups come first.
+    A group inside another has its slots among the outer one's; its pages begin where the outer one's stop.
     """
 
-    slot_start: np.ndarray
-    slot_stop: np.ndarray
-    page_start: np.ndarray
-    page_stop: np.ndarray
+    slot_start: int
+    slot_stop: int
+    page_start: int
+    page_stop: int
 
 
 class Branch(NamedTuple):
@@ -53,7 +53,7 @@ class Branch(NamedTuple):
 
 def arrange_rows(
     page_tables: np.ndarray, starts: np.ndarray, page_size: int
-) -> tuple[list[int], list[Branch]]:
+) -> tuple[np.ndarray, list[Branch]]:
     """Put rows that share leading pages next to each other.
 
     Only full pages before a row's first query count. What rows share more than MAX_DEPTH branches deep is not
@@ -64,168 +64,164 @@ def arrange_rows(
         starts: each row's first query, i32[num_rows].
 
     Returns:
-        order: a permutation of the rows' indices, the row of each slot. Those that share pages come where the
-            first of them was; rows that share nothing keep the order they came in.
+        order: a permutation of the rows' indices, the row of each slot, i64[num_rows]. Those that share pages
+            come where the first of them was; rows that share nothing keep the order they came in.
         branches: the tree over the slots, outer branches before those inside.
     """
     num_full = starts // page_size
-    order: list[int] = []
+    order = np.arange(len(starts))
     branches: list[Branch] = []
 
-    def place(rows: _Rows, column: int, outer: int | None, depth: int) -> None:
-        """Give slots to rows that share all columns before `column`."""
-        heads = rows.column(column)
-        num_heads = len(set(heads))
-        if depth == MAX_DEPTH or num_heads == len(heads):
-            order.extend(rows.members)
-            return
-        below: dict[int, list[int]] = {}
-        if num_heads > 1:
-            for head, member in zip(heads, rows.members, strict=True):
-                below.setdefault(head, []).append(member)
-        for members in below.values() if below else (rows.members,):
-            if len(members) == 1:
-                order.append(members[0])
-                continue
-            together = _Rows(page_tables, num_full, members) if below else rows
-            most = together.least_full()
-            if most <= column:
-                order.extend(members)
-                continue
-            stop = together.num_shared(column + 1, most)
-            start = len(order)
-            branches.append(Branch(start, start + len(members), stop, outer))
-            place(together, stop, len(branches) - 1, depth + 1)
+    def place(first: int, last: int, column: int, outer: int | None, depth: int) -> None:
+        """Order the slots [first, last), whose rows share all columns before `column`."""
+        for start, stop in _bring_together(page_tables, order, first, last, column):
+            most = _least_full(num_full, order[start:stop])
+            if most > column:
+                shared = _num_shared(page_tables, order[start:stop], column + 1, most)
+                branches.append(Branch(start, stop, shared, outer))
+                if depth + 1 < MAX_DEPTH:
+                    place(start, stop, shared, len(branches) - 1, depth + 1)
 
     if len(starts):
-        place(_Rows(page_tables, num_full, [*range(len(starts))]), 0, None, 0)
+        place(0, len(starts), 0, None, 0)
     return order, branches
 
 
-class _Rows:
-    """Some rows of the page tables. Many are looked at with numpy, few one by one: of four rows numpy would
-    spend most of its time on being called."""
+# From so many rows on numpy looks at all at once. Of four it would spend most of its time on being called.
+_MANY = 24
 
-    MANY = 24
 
-    def __init__(self, page_tables: np.ndarray, num_full: np.ndarray, members: list[int]):
-        self._page_tables, self._num_full = page_tables, num_full
-        self.members = members
-        self._index = np.array(members) if len(members) >= self.MANY else None
+def _bring_together(
+    page_tables: np.ndarray, order: np.ndarray, first: int, last: int, column: int
+) -> list[tuple[int, int]]:
+    """Reorder `order[first:last]` so that rows with the same page in this column are neighbours, where the
+    first of them was; the ranges of slots of two rows or more that have."""
+    rows = order[first:last]
+    if len(rows) < _MANY:
+        below: dict[int, list[int]] = {}
+        for row in rows.tolist():
+            below.setdefault(page_tables.item(row, column), []).append(row)
+        if len(below) == len(rows):
+            return []
+        rows[:] = [row for together in below.values() for row in together]
+        stops = accumulate(map(len, below.values()), initial=first)
+        return [(start, stop) for start, stop in pairwise(stops) if stop - start > 1]
+    heads = page_tables[rows, column]
+    if (heads == heads[0]).all():
+        return [(first, last)]
+    by_head = heads.argsort(kind="stable")
+    sorted_heads = heads[by_head]
+    is_again = (sorted_heads[1:] == sorted_heads[:-1]).nonzero()[0]
+    if not len(is_again):
+        return []
+    # Each row's place is that of the first one with its page.
+    places = np.arange(len(rows))
+    for at in is_again.tolist():  # in order, so the one before has its place
+        places[by_head[at + 1]] = places[by_head[at]]
+    by_place = places.argsort(kind="stable")
+    rows[:] = rows[by_place]
+    starts = np.unique(places[by_head[is_again]])
+    sorted_places = places[by_place]
+    begins = (first + sorted_places.searchsorted(starts)).tolist()
+    ends = (first + sorted_places.searchsorted(starts, "right")).tolist()
+    return list(zip(begins, ends, strict=True))
 
-    def column(self, column: int) -> list[int]:
-        """Each row's page in this column."""
-        if self._index is None:
-            item = self._page_tables.item
-            return [item(member, column) for member in self.members]
-        return self._page_tables[self._index, column].tolist()
 
-    def least_full(self) -> int:
-        """Pages that are full and before the first query in every row."""
-        if self._index is None:
-            return min([self._num_full.item(member) for member in self.members])
-        return self._num_full[self._index].min().item()
+def _least_full(num_full: np.ndarray, rows: np.ndarray) -> int:
+    """Pages that are full and before the first query in every row."""
+    if len(rows) < _MANY:
+        return min([num_full.item(row) for row in rows.tolist()])
+    return num_full[rows].min().item()
 
-    def num_shared(self, known: int, most: int) -> int:
-        """How many leading pages all share: at least `known`, at most `most`."""
-        low, high, middle = known, most, most  # mostly all that may be
-        while low < high:
-            if self._are_alike(middle - 1):
-                low = middle
-            else:
-                high = middle - 1
-            middle = (low + high + 1) // 2
-        return low
 
-    def _are_alike(self, column: int) -> bool:
-        if self._index is None:
-            return len(set(self.column(column))) == 1
-        pages = self._page_tables[self._index, column]
-        return bool((pages == pages[0]).all())
+def _num_shared(page_tables: np.ndarray, rows: np.ndarray, known: int, most: int) -> int:
+    """How many leading pages all rows share: at least `known`, at most `most`."""
+    if known == most:
+        return most
+    pages = page_tables[rows, known:most]
+    return known + int((pages == pages[0]).all(axis=0).sum())
 
 
 def find_groups(
-    branches: Sequence[Branch],
-    query_ends: np.ndarray,
-    page_size: int,
-    costs: GroupCosts | None,
-    max_groups: int,
-) -> GroupArrays:
-    """The branches over which attention should read shared pages once, so that together they save most.
+    branches: Sequence[Branch], query_ends: np.ndarray, page_size: int, costs: GroupCosts | None
+) -> list[PrefixGroup]:
+    """The branches over which attention should read shared pages once, so that together they save most; outer
+    groups before those inside, at most MAX_BRANCHES.
 
     Args:
         branches: as `arrange_rows` gives them.
         query_ends: for each slot, how many queries it and those before it have, i32[num_slots].
         costs: the device's; None where attention is never grouped: then there are no groups.
-        max_groups: the arrays' size, at least the number of slots.
     """
-    groups = GroupArrays(*np.zeros((4, max_groups), np.int32))
-    if costs is not None and branches:
-        num_before = [0, *query_ends.tolist()]
-        worthy = _worthy(branches, num_before, page_size, costs)
-        chosen = _choose(worthy, num_before, page_size, costs)
-        for array, values in zip(groups, zip(*chosen, strict=True), strict=False):
-            array[: len(values)] = values
-    return groups
+    if costs is None or not branches:
+        return []
+    tries = []
+    for branch in branches:
+        before = query_ends.item(branch.slot_start - 1) if branch.slot_start else 0
+        tries.append(_Try(branch, query_ends.item(branch.slot_stop - 1) - before))
+    return _choose(_worthy(tries, page_size, costs), page_size, costs)
 
 
-def _worthy(
-    branches: Sequence[Branch], num_before: Sequence[int], page_size: int, costs: GroupCosts
-) -> list[Branch]:
-    """The branches that may be worth a pass: those that save something if none around them is taken."""
-    savings = [
-        costs.saving(stop - start, num_before[stop] - num_before[start], page_stop * page_size)
-        for start, stop, page_stop, _ in branches
-    ]
-    least = 0.0 if len(branches) <= MAX_BRANCHES else max(0.0, sorted(savings)[-MAX_BRANCHES - 1])
-    worthy: list[Branch] = []
+class _Try(NamedTuple):
+    """A branch that may become a group."""
+
+    branch: Branch
+    num_queries: int
+
+    def saving(self, page_start: int, page_size: int, costs: GroupCosts) -> float:
+        """What reading its pages from this column on once saves."""
+        slot_start, slot_stop, page_stop, _ = self.branch
+        return costs.saving(slot_stop - slot_start, self.num_queries, (page_stop - page_start) * page_size)
+
+
+def _worthy(tries: Sequence[_Try], page_size: int, costs: GroupCosts) -> list[_Try]:
+    """Those that may be worth a pass: that save something if none around them is taken."""
+    savings = [each.saving(0, page_size, costs) for each in tries]
+    least = 0.0 if len(tries) <= MAX_BRANCHES else max(0.0, sorted(savings)[-MAX_BRANCHES - 1])
+    worthy: list[_Try] = []
     index_of: list[int | None] = []
-    for branch, saving in zip(branches, savings, strict=True):
+    for (branch, num_queries), saving in zip(tries, savings, strict=True):
         outer = None if branch.outer is None else index_of[branch.outer]
         if saving > least:
-            worthy.append(branch._replace(outer=outer))
+            worthy.append(_Try(branch._replace(outer=outer), num_queries))
             outer = len(worthy) - 1
         index_of.append(outer)
     return worthy
 
 
-def _choose(
-    branches: Sequence[Branch], num_before: Sequence[int], page_size: int, costs: GroupCosts
-) -> list[tuple[int, int, int, int]]:
-    """The best set of branches to read once, as (slot_start, slot_stop, page_start, page_stop).
+def _choose(tries: Sequence[_Try], page_size: int, costs: GroupCosts) -> list[PrefixGroup]:
+    """The best set of branches to read once.
 
     A branch that is not taken leaves its pages to those inside it. So what a branch can save depends on the
     column up to which the taken branches around it read, and for each such column the best is found, from
     the innermost branches outwards.
     """
     starts: list[tuple[int, ...]] = []
-    for branch in branches:
+    for branch, _ in tries:
         outer = branch.outer
-        starts.append((0,) if outer is None else (*starts[outer], branches[outer].page_stop))
+        starts.append((0,) if outer is None else (*starts[outer], tries[outer].branch.page_stop))
     # By branch and then by that column: what those inside it save, and whether it is taken itself.
     inside: list[dict[int, float]] = [
         dict.fromkeys((*columns, branch.page_stop), 0.0)
-        for branch, columns in zip(branches, starts, strict=True)
+        for (branch, _), columns in zip(tries, starts, strict=True)
     ]
-    taken: list[set[int]] = [set() for _ in branches]
-    for index in range(len(branches) - 1, -1, -1):
-        slot_start, slot_stop, page_stop, outer = branches[index]
-        num_queries = num_before[slot_stop] - num_before[slot_start]
+    taken: list[set[int]] = [set() for _ in tries]
+    for index in range(len(tries) - 1, -1, -1):
+        branch = tries[index].branch
         for start in starts[index]:
             best = inside[index][start]
-            num_tokens = (page_stop - start) * page_size
-            once = costs.saving(slot_stop - slot_start, num_queries, num_tokens) + inside[index][page_stop]
+            once = tries[index].saving(start, page_size, costs) + inside[index][branch.page_stop]
             if once > best:
                 best = once
                 taken[index].add(start)
-            if outer is not None:
-                inside[outer][start] += best
-    chosen: list[tuple[int, int, int, int]] = []
+            if branch.outer is not None:
+                inside[branch.outer][start] += best
+    chosen: list[PrefixGroup] = []
     read: list[int] = []  # the column up to which taken branches read each branch's rows
-    for index, (slot_start, slot_stop, page_stop, outer) in enumerate(branches):
-        start = 0 if outer is None else read[outer]
+    for index, (branch, _) in enumerate(tries):
+        start = 0 if branch.outer is None else read[branch.outer]
         if start in taken[index]:
-            chosen.append((slot_start, slot_stop, start, page_stop))
-            start = page_stop
+            chosen.append(PrefixGroup(branch.slot_start, branch.slot_stop, start, branch.page_stop))
+            start = branch.page_stop
         read.append(start)
     return chosen

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from engine.detokenizer import IncrementalDetokenizer, whole_text
@@ -14,7 +15,7 @@ from engine.request import Request, TopLogprobs
 class RequestGroup:
     """What the engine keeps of a request besides the scheduler's state of its samples.
 
-    Text that nobody reads while it grows is made once, at its end.
+    Text that nobody needs while it grows is made once, by who reads it in the output.
     """
 
     def __init__(self, requests: list[Request], prompt: str | None, tokenizer: Any, stream: bool):
@@ -25,7 +26,6 @@ class RequestGroup:
         self.grows = stream or bool(requests[0].sampling.stop)
         """Its text is wanted token by token: `push` each one."""
         self._texts = [self._new_text() for _ in requests] if self.grows else []
-        self._whole_texts = [""] * len(requests)
         self._num_open = len(requests)
 
     def push(self, request: Request) -> str:
@@ -47,12 +47,6 @@ class RequestGroup:
         """The sample is finished: what its text held back."""
         self._num_open -= 1
         if not self.grows:
-            tokens = request.output_token_ids
-            self._whole_texts[request.sample_index] = whole_text(
-                self._tokenizer,
-                tokens[:-1] if _ends_with_hidden_token(request) else tokens,
-                request.sampling.skip_special_tokens,
-            )
             return ""
         delta = self._texts[request.sample_index].finish()
         stop = self.stopped_by(request)
@@ -80,7 +74,7 @@ class RequestGroup:
             request_id=first.request_id,
             prompt=self._prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=tuple(self._completion(request) for request in self._requests),
+            outputs=tuple([self._completion(request) for request in self._requests]),
             finished=self.is_finished,
             metrics=self._metrics(),
             prompt_logprobs=_prompt_logprobs(first),
@@ -89,12 +83,12 @@ class RequestGroup:
         )
 
     def _completion(self, request: Request) -> CompletionOutput:
-        logprobs = None
+        logprobs, token_ids = None, tuple(request.output_token_ids)
         if request.sampling.logprobs is not None:
             logprobs = tuple(
                 TokenLogprob(*entry)
                 for entry in zip(
-                    request.output_token_ids,
+                    token_ids,
                     request.output_logprobs,
                     request.output_top_logprobs,
                     strict=True,
@@ -102,16 +96,19 @@ class RequestGroup:
             )
         return CompletionOutput(
             index=request.sample_index,
-            text=self._text(request.sample_index),
-            token_ids=tuple(request.output_token_ids),
+            token_ids=token_ids,
             finish_reason=request.finish_reason,
+            text=self._text(request, token_ids),
             stop_reason=request.stop_reason,
             cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
             logprobs=logprobs,
         )
 
-    def _text(self, index: int) -> str:
-        return self._texts[index].text if self.grows else self._whole_texts[index]
+    def _text(self, request: Request, token_ids: tuple[int, ...]) -> str | Callable[[], str]:
+        if self.grows:
+            return self._texts[request.sample_index].text
+        shown = token_ids[:-1] if _ends_with_hidden_token(request) else token_ids
+        return partial(whole_text, self._tokenizer, shown, request.sampling.skip_special_tokens)
 
     def _new_text(self) -> IncrementalDetokenizer:
         sampling = self._requests[0].sampling
@@ -124,14 +121,14 @@ class RequestGroup:
         )
 
     def _metrics(self) -> RequestMetrics:
-        requests = self._requests
+        requests, first = self._requests, self._requests[0]
         ends = [request.finished_time for request in requests if request.finished_time is not None]
         return RequestMetrics(
-            arrival_time=requests[0].arrival_time or 0.0,
-            first_scheduled_time=requests[0].first_scheduled_time,
-            first_token_time=requests[0].first_token_time,
+            arrival_time=first.arrival_time or 0.0,
+            first_scheduled_time=first.first_scheduled_time,
+            first_token_time=first.first_token_time,
             finished_time=max(ends) if self.is_finished and ends else None,
-            num_preemptions=sum(request.num_preemptions for request in requests),
+            num_preemptions=sum([request.num_preemptions for request in requests]),
         )
 
 

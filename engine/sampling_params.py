@@ -200,15 +200,14 @@ class SamplingParams:
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises RequestError when a token id named here does not exist in a vocabulary of `vocab_size`."""
-        named = {
-            "stop_token_ids": self.stop_token_ids,
-            "logit_bias": tuple(token for token, _ in self.logit_bias),
-            "allowed_token_ids": self.allowed_token_ids or (),
-        }
-        for name, token_ids in named.items():
-            # The tuples are sorted, so the last id is the largest.
-            if token_ids and token_ids[-1] >= vocab_size:
-                _refuse(name, token_ids[-1], f"a token id below the vocabulary's size, {vocab_size}")
+        # The tuples are sorted, so the last id is the largest.
+        for name, last in (
+            ("stop_token_ids", self.stop_token_ids[-1:]),
+            ("logit_bias", self.logit_bias[-1][:1] if self.logit_bias else ()),
+            ("allowed_token_ids", (self.allowed_token_ids or ())[-1:]),
+        ):
+            if last and last[0] >= vocab_size:
+                _refuse(name, last[0], f"a token id below the vocabulary's size, {vocab_size}")
 
 
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))

@@ -141,10 +141,11 @@ class Scheduler:
         """
         table, arrays = self._table, plan.arrays
         is_live = table.tickets[arrays.seats] == arrays.tickets
-        for request in arrays.requests[~is_live].tolist():
-            if request.status is not RequestStatus.FINISHED:
-                raise _not_the_last(request)
-        arrays = arrays.where(is_live)
+        if not is_live.all():
+            for request in arrays.requests[~is_live].tolist():
+                if request.status is not RequestStatus.FINISHED:
+                    raise _not_the_last(request)
+            arrays = arrays.take(is_live)
         seats, samples = arrays.seats, arrays.samples
         has_moved = table.num_computed[seats] != arrays.starts
         if has_moved.any():
@@ -162,8 +163,7 @@ class Scheduler:
         leaves = samples & (stops >= table.max_computed_lens[seats])
         for index in (fills_page | ends_chunk | leaves).nonzero()[0].tolist():
             request = arrays.requests[index]
-            if self.cache is not None and fills_page[index]:
-                self.cache.insert(request)
+            if self.cache is not None and fills_page[index] and self.cache.insert(request):
                 table.write_pages(request)
             if self.cache is not None and ends_chunk[index]:
                 self.cache.insert_rest(request)

@@ -57,7 +57,10 @@ class SchedulerSettings:
 
     def check(self, request: Request) -> None:
         """Raises RequestError, with the numbers, when the request could never run whatever else does."""
-        name, prompt_len = f"request {request.request_id!r}", request.prompt_len
+        prompt_len, num_pages = request.prompt_len, self.num_pages_for(request.max_total_len)
+        if 0 < prompt_len < request.max_total_len <= self.max_model_len and num_pages <= self.num_pages:
+            return
+        name = f"request {request.request_id!r}"
         if prompt_len == 0:
             raise RequestError("empty_prompt", f"{name} has a prompt of 0 tokens: it needs at least 1")
         if prompt_len + 1 > self.max_model_len:
@@ -71,13 +74,11 @@ class SchedulerSettings:
                 f"{name} has max_total_len {request.max_total_len}: it must be above its prompt's length, "
                 f"{prompt_len}, and at most max_model_len, {self.max_model_len}"
             )
-        num_pages = self.num_pages_for(request.max_total_len)
-        if num_pages > self.num_pages:
-            raise RequestError(
-                "request_too_large",
-                f"{name} may grow to {request.max_total_len} tokens, {num_pages} pages of {self.page_size}, "
-                f"and there are {self.num_pages}: lower max_tokens or give the KV cache more memory",
-            )
+        raise RequestError(
+            "request_too_large",
+            f"{name} may grow to {request.max_total_len} tokens, {num_pages} pages of {self.page_size}, "
+            f"and there are {self.num_pages}: lower max_tokens or give the KV cache more memory",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class SeatTable:
         self._free = list(range(num_seats - 1, -1, -1))
         self._order = np.zeros(0, np.int64)
         self._has_gaps = False  # seats in _order were released
+        self._newest: list[int] = []  # seats taken since, that come after all in _order
         # How many seated requests each set of end tokens has, and the tokens of all these sets.
         self._ends: Counter[frozenset[int]] = Counter()
         self._end_token_ids = np.zeros(0, np.int64)
@@ -58,6 +59,9 @@ class SeatTable:
     @property
     def order(self) -> np.ndarray:
         """The taken seats, in order."""
+        if self._newest:
+            self._order = np.concatenate((self._order, self._newest))
+            self._newest = []
         if self._has_gaps:
             self._order = self._order[self.tickets[self._order] > 0]
             self._has_gaps = False
@@ -77,12 +81,15 @@ class SeatTable:
 
     def take(self, request: Request) -> None:
         """Give a request a seat and put it in its place in the order."""
-        order = self.order
-        place = len(order)
-        if place and self._rank(request) < self._rank(self.requests[order[-1]]):
-            place = bisect(order, self._rank(request), key=lambda seat: self._rank(self.requests[seat]))
+        # A seat that was released is taken out of the order before it is given away.
+        before = self._newest if self._newest and not self._has_gaps else self.order
         seat = self._free.pop()
-        self._order = np.concatenate((order[:place], [seat], order[place:]))
+        if len(before) and self._rank(request) < self._rank(self.requests[before[-1]]):
+            order = self.order
+            place = bisect(order, self._rank(request), key=lambda seat: self._rank(self.requests[seat]))
+            self._order = np.concatenate((order[:place], [seat], order[place:]))
+        else:
+            self._newest.append(seat)
         self._num_tickets += 1
         self.tickets[seat] = self._num_tickets
         self.requests[seat] = request

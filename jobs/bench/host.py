@@ -2,7 +2,8 @@
 
 Real requests, scheduler, prefix cache, batch builder, results and texts; the device's tokens are drawn with
 numpy before the clock starts. What is left is the time a fast device would be kept waiting, or, where
-the host works while the device does, the shortest step the host can keep up with.
+the host works while the device does, the shortest step the host can keep up with. Texts are made between
+steps, by who reads the outputs; they are counted in the whole too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from engine.errors import TidemillError
 from engine.group_costs import group_costs
 from engine.in_flight import InFlight, step_results
 from engine.models.config import ModelConfig
+from engine.outputs import RequestOutput
 from engine.plan import StepPlan, StepResults
 from engine.sampler import StepOutputs
 from engine.sampling_params import SamplingParams
@@ -35,7 +37,7 @@ from jobs.bench.workloads import real_text
 
 NUM_SEQS, STEP_TOKENS, MAX_MODEL_LEN = 256, 1024, 1024
 TEMPLATE_LEN, MIN_OWN, MAX_OWN, MIN_NEW, MAX_NEW = 250, 16, 64, 64, 128
-PARTS = ("add", "schedule", "batch", "results", "update", "text")
+PARTS = ("add", "schedule", "batch", "results", "update", "outputs", "text")
 
 
 class Stopwatch:
@@ -87,11 +89,14 @@ class FreeDevice:
             bucket: step.lower(self.batch.idle_arrays(bucket)).compile() for bucket in self.buckets
         }
         pick = np.random.default_rng(0)
-        self._outputs = [
-            _outputs(pick.integers(300, min(40_000, model.vocab_size), config.max_num_seqs, dtype=np.int32))
+        drawn = [
+            pick.integers(300, min(40_000, model.vocab_size), config.max_num_seqs, dtype=np.int32)
             for _ in range(64)
         ]
-        self._num_steps = 0
+        # As the next step reads them, and as the host does.
+        self._on_device = [_outputs(jax.device_put(token_ids)) for token_ids in drawn]
+        self._on_host = [_outputs(token_ids) for token_ids in drawn]
+        self._num_steps = self._num_collected = 0
 
     def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
         plan, branches = self.batch.arrange(plan)
@@ -101,15 +106,17 @@ class FreeDevice:
         self._steps[bucket](arrays)
         self.num_computed_tokens += num_tokens
         self.num_padded_tokens += bucket.num_tokens - num_tokens
+        outputs = self._on_device[self._num_steps % len(self._on_device)]
         self._num_steps += 1
-        outputs = self._outputs[self._num_steps % len(self._outputs)]
         return InFlight(plan, outputs, draws, time.monotonic())
 
     def collect(self, step: InFlight) -> StepResults:
-        return step_results(step, step.outputs)
+        outputs = self._on_host[self._num_collected % len(self._on_host)]
+        self._num_collected += 1
+        return step_results(step, outputs)
 
 
-def _outputs(token_ids: np.ndarray) -> StepOutputs:
+def _outputs(token_ids: np.ndarray | jax.Array) -> StepOutputs:
     empty = np.zeros((len(token_ids), 1), np.float32)
     return StepOutputs(*cast("Any", (token_ids, empty[:, 0], empty.astype(np.int32), empty)))
 
@@ -150,6 +157,11 @@ class Crowd:
             self._num_added += 1
 
 
+def read_texts(outputs: Sequence[RequestOutput]) -> int:
+    """Have the texts made, as whoever is given the outputs does; their characters."""
+    return sum(len(sample.text) for output in outputs for sample in output.outputs)
+
+
 def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bool = True) -> dict[str, Any]:
     """Measure full steps; returns milliseconds a step, by part in CPU time, and tokens a second."""
     config = EngineConfig(
@@ -161,12 +173,19 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
     engine, device = make_engine(source, config, num_pages=4096)
     text_ids = engine.tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
     num_steps_before = 2 * MAX_NEW  # past the first waves, requests begin and end at any step
-    crowd = Crowd(text_ids, 0, 2 * NUM_SEQS + (num_steps_before + num_steps) * NUM_SEQS // MIN_NEW)
+    crowd = Crowd(text_ids, 0, 2 * NUM_SEQS + (num_steps_before + 2 * num_steps) * NUM_SEQS // MIN_NEW)
     crowd.add_to(engine, 2 * NUM_SEQS)
     for _ in range(num_steps_before):
-        engine.step()
+        read_texts(engine.step())
         crowd.add_to(engine, 2 * NUM_SEQS - engine.num_unfinished)
     spare_long_lived_objects()
+    before, started = engine.stats(), time.perf_counter()
+    for _ in range(num_steps):
+        outputs = engine.step()
+        crowd.add_to(engine, 2 * NUM_SEQS - engine.num_unfinished)
+        read_texts(outputs)
+    seconds, after = time.perf_counter() - started, engine.stats()
+    # The parts are measured in steps of their own: the watch takes a fiftieth of a step itself.
     watch = Stopwatch()
     scheduler: Any = engine._scheduler
     scheduler.schedule = watch.watch("schedule", scheduler.schedule)
@@ -174,15 +193,15 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
     scheduler.update = watch.watch("update", scheduler.update)
     device.dispatch = watch.watch("batch", device.dispatch)  # type: ignore[method-assign]
     device.collect = watch.watch("results", device.collect)  # type: ignore[method-assign]
-    step = watch.watch("text", engine.step)  # what is left of a step: texts and outputs
+    step = watch.watch("outputs", engine.step)  # what is left of a step
     add = watch.watch("add", crowd.add_to)
-    before = engine.stats()
-    started, cpu_started = time.perf_counter(), time.thread_time()
+    read = watch.watch("text", read_texts)
+    cpu_started = time.thread_time()
     for _ in range(num_steps):
-        step()
+        outputs = step()
         add(engine, 2 * NUM_SEQS - engine.num_unfinished)
-    seconds, cpu_seconds = time.perf_counter() - started, time.thread_time() - cpu_started
-    after = engine.stats()
+        read(outputs)
+    cpu_seconds = time.thread_time() - cpu_started
     num_tokens = after.num_generated_tokens - before.num_generated_tokens
     return {
         "num_steps": num_steps,

@@ -14,9 +14,9 @@ import numpy as np
 class Pages(NamedTuple):
     """One layer's keys and values; only the backend that made them knows their layout.
 
-    int8 pages have a scale for each token and KV head: what is stored times its scale is the value. Over them the
-    native backend multiplies whole numbers: it quantises queries likewise, and the weights of each 64 keys, times
-    the scales of their values, to bytes of 0 to 255 (`kernels/cpu/src/attention_int8.h`).
+    int8 pages have a scale for each token and KV head: what is stored times its scale is the value. Over
+    them the native backend multiplies whole numbers: it quantises queries likewise, and the weights of each
+    64 keys, times the scales of their values, to bytes (`kernels/cpu/src/attention_int8.h`).
     """
 
     keys: jax.Array

@@ -25,8 +25,7 @@ PAGE_SIZE = 64
 def is_grouped(costs: GroupCosts | None, num_rows: int, num_pages: int) -> bool:
     """Whether rows of one query each, behind one prefix, become a group."""
     ends = np.arange(1, num_rows + 1, dtype=np.int32)
-    groups = find_groups([Branch(0, num_rows, num_pages, None)], ends, PAGE_SIZE, costs, num_rows)
-    return bool(groups.slot_stop[0])
+    return bool(find_groups([Branch(0, num_rows, num_pages, None)], ends, PAGE_SIZE, costs))
 
 
 @pytest.mark.parametrize("name", ["default", *KEPT])

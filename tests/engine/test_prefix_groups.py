@@ -6,16 +6,18 @@ import itertools
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import prefix_groups
 from engine.group_costs import GroupCosts
 from engine.plan import PlannedRow
 from engine.prefix_groups import (
     MAX_BRANCHES,
     MAX_DEPTH,
     Branch,
-    GroupArrays,
+    PrefixGroup,
     find_groups,
 )
 from engine.prefix_groups import arrange_rows as arrange_pages
@@ -45,35 +47,25 @@ def make_rows(paths: list[tuple[int, ...]], num_tokens: list[int] | None = None)
     return rows
 
 
-def groups_of(arrays: GroupArrays) -> list[tuple[int, int, int, int]]:
-    used = int((arrays.slot_stop > 0).sum())
-    for array in arrays:
-        assert array.dtype == np.int32
-        assert not array[used:].any()
-    return list(zip(*(array[:used].tolist() for array in arrays), strict=True))
-
-
 def arrange_rows(rows: list[PlannedRow], page_size: int) -> tuple[list[int], list[Branch]]:
     page_tables = np.zeros((len(rows), max((len(row.page_ids) for row in rows), default=0)), np.int32)
     for table, row in zip(page_tables, rows, strict=True):
         table[: len(row.page_ids)] = row.page_ids
-    return arrange_pages(page_tables, np.array([row.start for row in rows], np.int32), page_size)
+    order, branches = arrange_pages(page_tables, np.array([row.start for row in rows], np.int32), page_size)
+    return order.tolist(), branches
 
 
 def grouped(
-    rows: list[PlannedRow], costs: GroupCosts | None, max_groups: int = 64
-) -> tuple[list[PlannedRow], list[Branch], list[tuple[int, int, int, int]]]:
+    rows: list[PlannedRow], costs: GroupCosts | None
+) -> tuple[list[PlannedRow], list[Branch], list[PrefixGroup]]:
     order, branches = arrange_rows(rows, PAGE_SIZE)
     assert sorted(order) == list(range(len(rows)))
     slots = [rows[index] for index in order]
     query_ends = np.cumsum([row.num_tokens for row in slots], dtype=np.int32)
-    arrays = find_groups(branches, query_ends, PAGE_SIZE, costs, max_groups)
-    return slots, branches, groups_of(arrays)
+    return slots, branches, find_groups(branches, query_ends, PAGE_SIZE, costs)
 
 
-def total_saving(
-    groups: list[tuple[int, int, int, int]], slots: list[PlannedRow], costs: GroupCosts
-) -> float:
+def total_saving(groups: list[PrefixGroup], slots: list[PlannedRow], costs: GroupCosts) -> float:
     return sum(
         costs.saving(
             stop - start, sum(row.num_tokens for row in slots[start:stop]), (last - first) * PAGE_SIZE
@@ -132,6 +124,16 @@ def test_rows_that_share_any_page_are_neighbours_and_all_they_share_is_found(pat
             )
 
 
+@given(st.lists(st.lists(st.integers(0, 2), max_size=5).map(tuple), min_size=2, max_size=60))
+def test_few_rows_one_by_one_and_many_at_once_are_arranged_alike(paths: list[tuple[int, ...]]):
+    rows = make_rows(paths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_groups, "_MANY", 100)
+        one_by_one = arrange_rows(rows, PAGE_SIZE)
+        patch.setattr(prefix_groups, "_MANY", 2)
+        assert arrange_rows(rows, PAGE_SIZE) == one_by_one
+
+
 @given(paths, all_costs, st.data())
 def test_no_other_choice_of_branches_saves_more(
     paths: list[tuple[int, ...]], costs: GroupCosts, data: st.DataObject
@@ -150,9 +152,8 @@ def test_no_other_choice_of_branches_saves_more(
                 while outer is not None and outer not in chosen:
                     outer = branches[outer].outer
                 begin = 0 if outer is None else branches[outer].page_stop
-                others.append(
-                    (branches[index].slot_start, branches[index].slot_stop, begin, branches[index].page_stop)
-                )
+                branch = branches[index]
+                others.append(PrefixGroup(branch.slot_start, branch.slot_stop, begin, branch.page_stop))
             assert saved >= total_saving(others, slots, costs) - 1e-9
 
 
@@ -207,7 +208,7 @@ def test_the_work_is_bounded_for_any_tree():
     for paths in (comb, binary):
         rows = make_rows(paths)
         started = time.perf_counter()
-        slots, branches, groups = grouped(rows, FREE, num_rows)
+        slots, branches, groups = grouped(rows, FREE)
         assert time.perf_counter() - started < 0.5  # 5 ms when nothing else runs
         depths = []
         for branch in branches:
