@@ -281,8 +281,9 @@ class Ledger:
         """
         committed = self._state.committed(shard)
         record = self._finaliser.finalise(shard, committed)
-        publish_record(self.storage, self._state.shard_path(shard), record.to_bytes())
-        stored = self._state.finished()[shard]
+        path = self._state.shard_path(shard)
+        data = publish_record(self.storage, path, record.to_bytes())
+        stored = ShardRecord.from_bytes(data, f"{self.storage.url}/{path}")
         if _content(stored) != _content(record):
             raise OutputError(
                 f"{self.storage.url}: shard {shard} was finished with other content than its chunks make "

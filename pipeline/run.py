@@ -31,11 +31,11 @@ from pipeline.planned_reading import PlannedReader
 from pipeline.progress import Progress
 from pipeline.prompts import PromptBuilder
 from pipeline.read_ahead import ReadAhead
-from pipeline.settings import KNOWN_KEYS, Settings, as_config, from_config
+from pipeline.settings import KNOWN_KEYS, OutputSettings, Settings, as_config, from_config
 from pipeline.shards import Shard, list_shards
 from pipeline.signals import HandleSignals, StopRequest
 from pipeline.spool import open_spool
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
 from pipeline.summary import Outcome, summary_lines
 from pipeline.worker import Worker, WorkResult
 
@@ -95,8 +95,7 @@ def run_job(
     with ExitStack() as stack:
         stop = stack.enter_context(HandleSignals(stop or StopRequest(settings.drain_seconds)))
         platform = select_platform(settings.engine.platform)
-        assert settings.output.path is not None, "Settings of a run always name an output"
-        storage = open_storage(settings.output.path)
+        storage = open_output(settings.output)
         storage.check()
         shards = list_shards(settings.input)
         spool = stack.enter_context(open_spool(settings.output.spool_dir))
@@ -127,6 +126,16 @@ def run_job(
             result = _work(settings, ledger, shards, builder, engine(), stop, spool)
         manifest = ledger.finish()
         return _conclude(settings, ledger, result, manifest is not None, stop, time.monotonic() - started)
+
+
+def open_output(settings: OutputSettings) -> Storage:
+    """The storage that results go to."""
+    assert settings.path is not None, "only mode=plan does without an output"
+    return open_storage(
+        settings.path,
+        unsafe_single_writer=settings.unsafe_single_writer,
+        max_requests_per_second=settings.max_requests_per_second,
+    )
 
 
 def _prompt_builder(

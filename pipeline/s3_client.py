@@ -8,6 +8,7 @@ few times, with growing, jittered pauses; `pipeline.commits.retrying` repeats th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import aiobotocore.session
 import aiohttp
 import s3fs
 from botocore import exceptions as boto
+from botocore.loaders import create_loader
 from botocore.parsers import ResponseParserError
 
 from pipeline.object_storage import Fault, ObjectClient
@@ -51,6 +53,7 @@ _CREDENTIAL_ERRORS = (
     boto.TokenRetrievalError,
 )
 _PASSING_ERRORS = (
+    boto.ConnectionError,
     boto.HTTPClientError,
     boto.IncompleteReadError,
     ResponseParserError,  # an answer cut short, or a proxy's page in its place
@@ -58,6 +61,12 @@ _PASSING_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
+
+
+@cache
+def _loader(data_path: str | None) -> Any:
+    """Reads the descriptions of AWS's services, of half a second's parsing, once a process."""
+    return create_loader(data_path)
 
 
 class S3Client(ObjectClient):
@@ -72,6 +81,7 @@ class S3Client(ObjectClient):
 
     def connect(self) -> None:
         session = aiobotocore.session.AioSession()
+        session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
         session.register("before-send.s3", self._count)
         self._fs = s3fs.S3FileSystem(
             session=session,

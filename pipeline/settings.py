@@ -43,9 +43,12 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings:
-    """path: where the results go; only mode=plan can do without. format: of data/ alone.
-    chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
+    """path: a local folder, or one of a bucket (s3://, gs://); only mode=plan can do without. format: of data/
+    alone. chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
     spool_dir: a local folder for what is not published yet; None is the system's temporary folder.
+    max_requests_per_second: to the store, by each worker; None does not limit them.
+    unsafe_single_writer: use a store that overwrites what should be created once; never start a second process
+    on such an output.
     """
 
     path: str | None = None
@@ -53,9 +56,13 @@ class OutputSettings:
     chunk_rows: int = 64
     include_token_ids: bool = False
     spool_dir: str | None = None
+    max_requests_per_second: float | None = None
+    unsafe_single_writer: bool = False
 
     def __post_init__(self) -> None:
         _in_range("output.chunk_rows", self.chunk_rows, 1, 1_000_000)
+        if self.max_requests_per_second is not None:
+            _in_range("output.max_requests_per_second", self.max_requests_per_second, 0.1, 100_000.0)
         if self.path == "":
             raise ConfigError("output.path is empty: name the folder for the results")
 
@@ -126,6 +133,8 @@ HARMLESS = frozenset(
         "model.revision",
         "output.path",
         "output.spool_dir",
+        "output.max_requests_per_second",
+        "output.unsafe_single_writer",
         "prompt.template",
         "prompt.template_file",
         "prompt.system_template",

@@ -36,7 +36,12 @@ class PassingFault(RetryLater):
 
 
 class Storage(ABC):
-    """One output folder. Methods raise OutputError (cannot ever work), or RetryLater (may work later)."""
+    """One output folder. Methods raise OutputError (cannot ever work), or RetryLater (may work later).
+
+    heartbeats_are_dear: each is a request to a store, so they are not to be written before every step.
+    """
+
+    heartbeats_are_dear = False
 
     @property
     @abstractmethod

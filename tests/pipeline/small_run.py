@@ -192,11 +192,13 @@ def work(
 
 def results(output: Path) -> dict[str, bytes]:
     """The bytes of data/ and rejects/, which no crash may change."""
-    return {
-        str(path.relative_to(output)): path.read_bytes()
-        for kind in ("data", "rejects")
-        for path in sorted((output / kind).glob("*"))
-    }
+    return stored_results(LocalStorage(output))
+
+
+def stored_results(storage: Storage) -> dict[str, bytes]:
+    """The same of any storage."""
+    paths = [f"{kind}/{name}" for kind in ("data", "rejects") for name in storage.list(kind)]
+    return {path: storage.read(path) or b"" for path in paths}
 
 
 class FaultyStorage(Storage):
@@ -207,6 +209,7 @@ class FaultyStorage(Storage):
 
     def __init__(self, inner: Storage, fail_at: int | None = None, mode: str = "crash before"):
         self.inner = inner
+        self.heartbeats_are_dear = inner.heartbeats_are_dear
         self.fail_at = fail_at
         self.mode = mode
         self.num_operations = 0
