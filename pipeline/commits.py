@@ -20,8 +20,8 @@ from pipeline.fingerprint import canonical_json
 from pipeline.storage import Outcome, PassingFault, Storage
 
 COMMIT_VERSION = 2
-# Pauses of 0.1, 0.2, 0.4, … seconds, never more than the cap, half a minute together: a store that restarts, or sheds
-# load, is waited for; one that is down for longer ends the run, which is resumed.
+# Pauses of 0.1, 0.2, 0.4, … seconds, never more than the cap, half a minute together: a store that restarts,
+# or sheds load, is waited for; one that is down for longer ends the run, which is resumed.
 MAX_TRIES = 10
 _FIRST_PAUSE_S = 0.1
 _MAX_PAUSE_S = 8.0

@@ -1,8 +1,8 @@
 """Google Cloud Storage through gcsfs: conditional puts (`ifGenerationMatch=0`), and what its errors mean.
 
-Credentials are the application default ones, or what fsspec's configuration says. gcsfs repeats a request that was
-throttled, cut off or met a fault of the store, with growing, jittered pauses; `pipeline.commits.retrying` repeats the
-operation after that.
+Credentials are the application default ones, or what fsspec's configuration says. gcsfs repeats a request
+that was throttled, cut off or met a fault of the store, with growing, jittered pauses;
+`pipeline.commits.retrying` repeats the operation after that.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import aiohttp
 import google.auth.exceptions
 import requests
 
-# Not gcsfs.GCSFileSystem: that one asks every bucket for its kind first, through another protocol, and then may
-# give folders a life of their own.
+# Not gcsfs.GCSFileSystem: that one asks every bucket for its kind first, through another protocol, and then
+# may give folders a life of their own.
 from gcsfs.core import GCSFileSystem
 from gcsfs.retry import HttpError, NonRetryableError
 
@@ -48,7 +48,7 @@ class GcsClient(ObjectClient):
     def connect(self) -> None:
         trace = aiohttp.TraceConfig()
         trace.on_request_start.append(self._count)
-        self._fs = GCSFileSystem(
+        self._fs: Any = GCSFileSystem(
             session_kwargs={"trace_configs": [trace]},
             requests_timeout=_TIMEOUT,
             use_listings_cache=False,
@@ -111,7 +111,9 @@ class GcsClient(ObjectClient):
             return Fault.PASSING
         if isinstance(error, google.auth.exceptions.GoogleAuthError):
             return Fault.REFUSED
-        if isinstance(error, OSError) and error.errno is None:  # gcsfs raises them without one, a disk with one
+        if (
+            isinstance(error, OSError) and error.errno is None
+        ):  # gcsfs raises them without one, a disk with one
             if isinstance(error, FileNotFoundError):
                 return Fault.MISSING
             return Fault.EXISTS if isinstance(error, FileExistsError) else Fault.REFUSED

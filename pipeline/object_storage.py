@@ -3,9 +3,9 @@
 What differs between stores is in an `ObjectClient` (pipeline/s3_client.py, pipeline/gcs_client.py): how a
 request is made and what its errors mean. What an error means for a run is decided here.
 
-A client repeats a request whose answer did not come, so a create may be told "exists already" of the object that
-it made itself a moment before. LOST therefore says no more than that the name is taken: whose it is is read back,
-as for UNKNOWN.
+A client repeats a request whose answer did not come, so a create may be told "exists already" of the object
+that it made itself a moment before. LOST therefore says no more than that the name is taken: whose it is is
+read back, as for UNKNOWN.
 """
 
 from __future__ import annotations
@@ -128,19 +128,23 @@ class ObjectStorage(Storage):
             kind = "in parts " if in_one else ""
             if not self._is_single_writer:
                 raise OutputError(
-                    f"{self.url}: this store overwrites an object that is created {kind}twice instead of refusing "
-                    "the second (it ignores conditional requests), so workers could overwrite each other's "
-                    "results; use another store, or set output.unsafe_single_writer=true and never start a "
-                    "second process on this output"
+                    f"{self.url}: this store overwrites an object that is created {kind}twice instead of "
+                    "refusing the second (it ignores conditional requests), so workers could overwrite each "
+                    "other's results; use another store, or set output.unsafe_single_writer=true and never "
+                    "start a second process on this output"
                 )
-            logger.warning("%s ignores conditional requests: nothing protects it from a second writer", self.url)
+            logger.warning(
+                "%s ignores conditional requests: nothing protects it from a second writer", self.url
+            )
             self._looks_first = True
         self._is_checked = True
 
     def _is_exclusive(self, create: Callable[[str, bytes], None]) -> bool:
         key = self._key(f"{_PROBE}{uuid.uuid4().hex}")
         try:
-            outcomes = [self._create(key, lambda data=data: create(key, data)) for data in (b"first", b"second")]
+            outcomes = [
+                self._create(key, lambda data=data: create(key, data)) for data in (b"first", b"second")
+            ]
             if Outcome.UNKNOWN in outcomes:
                 raise PassingFault(f"{self.url} did not answer; start the same command again")
             return outcomes[1] is Outcome.LOST and self._read(key) == b"first"
@@ -223,7 +227,7 @@ class ObjectStorage(Storage):
         return "/".join(filter(None, (self._folder, path)))
 
     def _ask(self, key: str, action: Callable[[], T], answers: Mapping[Fault, T]) -> T:
-        """The action's result, or what its fault stands for; the credentials are read anew once if need be."""
+        """The action's result, or what its fault stands for; credentials are read anew once if need be."""
         for may_reconnect in (True, False):
             try:
                 return action()
@@ -232,7 +236,7 @@ class ObjectStorage(Storage):
                 if fault is Fault.EXPIRED and may_reconnect:
                     logger.info("%s: the credentials were refused; they are read again", self.url)
                     self._client.connect()
-                elif fault in answers:
+                elif fault is not None and fault in answers:
                     return answers[fault]
                 else:
                     self._raise(fault, key, error)
@@ -247,12 +251,13 @@ class ObjectStorage(Storage):
             raise error
         if fault is Fault.EXPIRED:
             raise RetryLater(
-                f"{place}: the credentials have expired or are not valid ({text}); nothing was lost: renew them and "
-                "start the same command again"
+                f"{place}: the credentials have expired or are not valid ({text}); nothing was lost: renew "
+                "them and start the same command again"
             ) from error
         if fault is Fault.PASSING:
             raise PassingFault(f"{place}: {text}; start the same command again to go on") from error
         if fault is Fault.MISSING:
-            raise OutputError(f"{place}: there is no bucket {self._client.bucket!r}; create it first") from error
+            raise OutputError(
+                f"{place}: there is no bucket {self._client.bucket!r}; create it first"
+            ) from error
         raise OutputError(f"{place}: {text}; check the credentials and what they permit") from error
-

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 
 class RequestMeter:
-    """`max_per_second` None does not limit. Counting is safe from any thread, `admit` is for one event loop."""
+    """`max_per_second` None does not limit. Counting is safe from any thread, `admit` is for event loops."""
 
     def __init__(self, max_per_second: float | None = None, clock: Callable[[], float] = time.monotonic):
         self._interval = 1.0 / max_per_second if max_per_second else 0.0

@@ -263,7 +263,8 @@ class Run:
 
     def _missing(self, ref: FileRef) -> OutputError:
         return OutputError(
-            f"{self.path}/{ref.path} is missing; start the job's command again to have it rebuilt from its chunks"
+            f"{self.path}/{ref.path} is missing; start the job's command again to have it rebuilt from its "
+            "chunks"
         )
 
     def _schema(self, kind: Kind, columns: Sequence[str] | None) -> pa.Schema:

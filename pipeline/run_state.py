@@ -28,6 +28,7 @@ class RunState:
         self.folder = f"_state/{fingerprint}"
         self._commits: dict[tuple[int, int], CommitRecord] = {}
         self._shards: dict[int, ShardRecord] = {}
+        self._last_window: WindowOrder | None = None  # the orders of a large shard are not all held
 
     def path(self, *parts: str) -> str:
         return "/".join([self.folder, *parts])
@@ -61,6 +62,9 @@ class RunState:
 
         Raises OutputError when the record is not the one that the committed chunks were made by.
         """
+        last = self._last_window
+        if last is not None and (last.shard, last.start) == (shard, start):
+            return last
         path = order_path(self.folder, shard, start)
         data = self.read(path)
         if data is None:
@@ -75,6 +79,7 @@ class RunState:
                     f"{self.storage.url}/{path} is not the order that committed chunks were made in; "
                     f"put the old record back, or remove {commit} and start the same command again"
                 )
+        self._last_window = window
         return window
 
     def windows(self, shard: int, num_rows: int) -> Iterator[WindowOrder]:

@@ -1,8 +1,9 @@
 """S3 through s3fs: conditional puts (`If-None-Match: *`), and what its errors mean.
 
-Address and credentials come from where AWS's tools look (`AWS_ENDPOINT_URL_S3`, `AWS_PROFILE`, roles, …) and from
-fsspec's own configuration. botocore repeats a request that was throttled, cut off or met a fault of the store a
-few times, with growing, jittered pauses; `pipeline.commits.retrying` repeats the operation after that.
+Address and credentials come from where AWS's tools look (`AWS_ENDPOINT_URL_S3`, `AWS_PROFILE`, roles, …) and
+from fsspec's own configuration. botocore repeats a request that was throttled, cut off or met a fault of the
+store a few times, with growing, jittered pauses; `pipeline.commits.retrying` repeats the operation after
+that.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class S3Client(ObjectClient):
         session = aiobotocore.session.AioSession()
         session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
         session.register("before-send.s3", self._count)
-        self._fs = s3fs.S3FileSystem(
+        self._fs: Any = s3fs.S3FileSystem(
             session=session,
             config_kwargs={
                 "connect_timeout": _CONNECT_SECONDS,

@@ -43,12 +43,12 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings:
-    """path: a local folder, or one of a bucket (s3://, gs://); only mode=plan can do without. format: of data/
-    alone. chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
+    """path: a local folder, or one of a bucket (s3://, gs://); only mode=plan can do without. format: of
+    data/ alone. chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
     spool_dir: a local folder for what is not published yet; None is the system's temporary folder.
     max_requests_per_second: to the store, by each worker; None does not limit them.
-    unsafe_single_writer: use a store that overwrites what should be created once; never start a second process
-    on such an output.
+    unsafe_single_writer: use a store that overwrites what should be created once; never start a second
+    process on such an output.
     """
 
     path: str | None = None

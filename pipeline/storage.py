@@ -50,7 +50,7 @@ class Storage(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise OutputError unless objects can be created there, and each only once; leaves nothing behind."""
+        """Raise OutputError unless objects can be created there, each only once; leaves nothing behind."""
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> Outcome:
@@ -102,8 +102,8 @@ def open_storage(
     """The storage of an output path: a local path, or a URL of the scheme file, s3 or gs.
 
     Args:
-        unsafe_single_writer: use a store that knows no conditional requests too; the user's word that no second
-            process writes there.
+        unsafe_single_writer: use a store that knows no conditional requests too; the user's word that no
+            second process writes there.
         max_requests_per_second: to a store; None does not limit them.
 
     Sends nothing and creates nothing. Raises ConfigError, MissingExtraError where a store's package is not
@@ -119,7 +119,9 @@ def open_storage(
 
         bucket, _, folder = url.partition("://")[2].partition("/")
         if not bucket or "::" in url or "//" in folder:
-            raise ConfigError(f"output.path {url!r} names no folder of a bucket; write it as {scheme}://bucket/folder")
+            raise ConfigError(
+                f"output.path {url!r} names no folder of a bucket; write it as {scheme}://bucket/folder"
+            )
         client = _BUCKETS[scheme](url, bucket, max_requests_per_second)
         return ObjectStorage(client, folder, is_single_writer=unsafe_single_writer)
     if not scheme:
@@ -130,8 +132,8 @@ def open_storage(
     if scheme == "file":
         raise ConfigError(f"output.path {url!r} is not a local file URL; write it as file:///folder")
     raise ConfigError(
-        f"output.path {url!r}: results go to a local disk, s3:// or gs://, not to {scheme}://; give a local path and "
-        "copy the finished folder"
+        f"output.path {url!r}: results go to a local disk, s3:// or gs://, not to {scheme}://; give a local "
+        "path and copy the finished folder"
     )
 
 

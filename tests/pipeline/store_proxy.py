@@ -1,5 +1,5 @@
-"""A proxy before a store that does to a request what networks and stores do: answer with an error, cut the connection
-before the store has seen it, or after (the answer is lost).
+"""A proxy before a store that does to a request what networks and stores do: answer with an error, cut the
+connection before the store has seen it, or after (the answer is lost).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Real stores on the loopback, each a process of its own: SeaweedFS for S3, fake-gcs-server for GCS, and rclone as an
-S3 that ignores conditional requests. Started by a test, ended by their process id.
+"""Real stores on the loopback, each a process of its own: SeaweedFS for S3, fake-gcs-server for GCS, and
+rclone as an S3 that ignores conditional requests. Started by a test, ended by their process id.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class StoreServer:
         deadline = time.monotonic() + _READY_SECONDS
         while not _answers(self.url):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self._command[0]} did not start:\n{self._log.read_text(errors='replace')}")
+                raise RuntimeError(
+                    f"{self._command[0]} did not start:\n{self._log.read_text(errors='replace')}"
+                )
             time.sleep(0.02)
 
     def kill(self) -> None:
@@ -67,7 +69,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def binary(name: str, package: str) -> str:
-    """The path of a server that a package of the `test` extra brings; the test is skipped where it has none."""
+    """The path of a server that the `test` extra brings; the test is skipped on platforms without one."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         pytest.skip(f"{package} is not installed (it is made for some platforms only)")
@@ -104,7 +106,12 @@ def fake_gcs(folder: Path) -> StoreServer:
     (port,) = free_ports(1)
     data, url = folder / "data", f"http://127.0.0.1:{port}"
     (data / "bucket").mkdir(parents=True)
-    command = [str(_server._get_binary_path()), "-scheme=http", "-backend=filesystem", f"-filesystem-root={data}"]
+    command = [
+        str(_server._get_binary_path()),
+        "-scheme=http",
+        "-backend=filesystem",
+        f"-filesystem-root={data}",
+    ]
     command += ["-host=127.0.0.1", f"-port={port}", f"-external-url={url}"]
     return StoreServer(command, url, folder / "log")
 
@@ -115,5 +122,16 @@ def rclone_s3(folder: Path) -> StoreServer:
     (port,) = free_ports(1)
     data = folder / "data"
     (data / "bucket").mkdir(parents=True)
-    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", str(data)]
-    return StoreServer([*command, "--config", str(folder / "none")], f"http://127.0.0.1:{port}", folder / "log")
+    command = [
+        rclone,
+        "serve",
+        "s3",
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{KEY},{SECRET}",
+        str(data),
+    ]
+    return StoreServer(
+        [*command, "--config", str(folder / "none")], f"http://127.0.0.1:{port}", folder / "log"
+    )

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,8 @@ def uploads(bucket: str) -> list[str]:
     """Keys of the bucket's uploads in parts that nobody completed or aborted."""
     import s3fs
 
-    found = s3fs.S3FileSystem(skip_instance_cache=True).call_s3("list_multipart_uploads", Bucket=bucket)
+    fs: Any = s3fs.S3FileSystem(skip_instance_cache=True)
+    found = fs.call_s3("list_multipart_uploads", Bucket=bucket)
     return [each["Key"] for each in found.get("Uploads", ())]
 
 
@@ -102,7 +104,15 @@ def test_a_large_file_is_created_once_and_a_lost_one_leaves_no_parts(
 
 @pytest.mark.parametrize(
     ("fault", "num_tries"),
-    [(THROTTLED, 1), (Fault(429, "TooManyRequests"), 1), (DOWN, 1), (CUT, 1), (LOST, 1), (LOST_IN_ERROR, 1), (LOST, 2)],
+    [
+        (THROTTLED, 1),
+        (Fault(429, "TooManyRequests"), 1),
+        (DOWN, 1),
+        (CUT, 1),
+        (LOST, 1),
+        (LOST_IN_ERROR, 1),
+        (LOST, 2),
+    ],
 )
 def test_faults_worth_it_are_tried_again(
     proxy: StoreProxy,
@@ -236,7 +246,9 @@ def read_five(storage: Storage) -> None:
         storage.read(str(number))
 
 
-def test_a_store_that_is_killed_and_started_again_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_store_that_is_killed_and_started_again_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name, value in (("MAX_TRIES", 200), ("_MAX_PAUSE_S", 0.2)):  # as patient, but sooner back
         monkeypatch.setattr(f"pipeline.commits.{name}", value)
     monkeypatch.setattr("pipeline.s3_client._TRIES_A_REQUEST", 1)
@@ -258,7 +270,9 @@ def test_a_store_that_is_killed_and_started_again_is_waited_for(tmp_path: Path, 
         server.kill()
 
 
-@pytest.mark.parametrize(("url", "package", "extra"), [("s3://b/x", "s3fs", "s3"), ("gs://b/x", "gcsfs", "gcs")])
+@pytest.mark.parametrize(
+    ("url", "package", "extra"), [("s3://b/x", "s3fs", "s3"), ("gs://b/x", "gcsfs", "gcs")]
+)
 def test_an_absent_package_names_its_extra(url, package, extra, monkeypatch: pytest.MonkeyPatch):
     for name in ("pipeline.s3_client", "pipeline.gcs_client"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -1,5 +1,5 @@
-"""The local disk as storage, beyond what every storage holds (test_storage_laws.py): synced, exclusive between
-processes, and plain about what it cannot do.
+"""The local disk as storage, beyond what every storage holds (test_storage_laws.py): synced, exclusive
+between processes, and plain about what it cannot do.
 """
 
 from __future__ import annotations
