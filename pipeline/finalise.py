@@ -49,10 +49,20 @@ class Finaliser:
         """
         self._spool_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="final-", dir=self._spool_dir) as folder:
-            return self._finalise(shard, committed, Path(folder))
+            files = {
+                kind: self._publish(kind, path, spool)
+                for kind, path, spool in self.rebuilt(shard, committed, Path(folder))
+            }
+        counts = sum_counts(record.counts for record in committed.values())
+        return ShardRecord(shard=shard, name=self._plan.shards[shard].name, files=files, counts=counts)
 
-    def _finalise(self, shard: int, committed: Mapping[int, CommitRecord], folder: Path) -> ShardRecord:
-        """`folder` holds what is built, and the chunks' files where they must be fetched."""
+    def rebuilt(
+        self, shard: int, committed: Mapping[int, CommitRecord], folder: Path
+    ) -> Iterator[tuple[str, str, Path]]:
+        """Each of the shard's files: its kind, its path in the output and, in `folder`, its content.
+
+        The folder also holds the chunks' files where they must be fetched. Raises as `finalise`.
+        """
         records = [committed[chunk] for chunk in sorted(committed)]
         planned = self._plan.shards[shard]
         bounds = [self._plan.chunk_bounds(shard, chunk) for chunk in range(self._plan.num_chunks(shard))]
@@ -71,7 +81,6 @@ class Finaliser:
         counts = sum_counts(record.counts for record in records)
         check_balance(counts, planned.num_rows, f"shard {shard} ({planned.name})")
         build = {"data": self._data, "rejects": self._rejects, "trace": self._trace, "metrics": self._metrics}
-        files = {}
         for kind, write in build.items():
             path = part_name(kind, shard, self._plan.num_shards, self._plan.output_format)
             spool = folder / path.replace("/", "-")
@@ -83,11 +92,11 @@ class Finaliser:
                         f"{self._storage.url}/{path} would hold {num_items} rows and {counts[expected]} were "
                         "committed; this is a fault of the program, please report it"
                     )
-                if spool.stat().st_size:
-                    files[kind] = self._publish(kind, path, spool)
+                is_empty = not spool.stat().st_size
             except OSError as error:
                 raise explain(error, spool, sum(record.data.num_bytes for record in records)) from error
-        return ShardRecord(shard=shard, name=planned.name, files=files, counts=counts)
+            if not is_empty:
+                yield kind, path, spool
 
     def _publish(self, kind: str, path: str, spool: Path) -> FileRef:
         ref = FileRef(path, sha256_file(spool), spool.stat().st_size)

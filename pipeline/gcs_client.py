@@ -8,6 +8,7 @@ that was throttled, cut off or met a fault of the store, with growing, jittered 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,17 @@ class GcsClient(ObjectClient):
         # Not `info`, which lists the folder of what is not there.
         return int(self._fs.call("GET", "b/{}/o/{}", self.bucket, key, json_out=True)["size"])
 
-    def list(self, prefix: str) -> list[str]:
-        names: list[str] = []
+    def list(self, prefix: str) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
         token: str | None = None
         while True:
             where = {"prefix": prefix, "delimiter": "/", "pageToken": token}
             page = self._fs.call("GET", "b/{}/o", self.bucket, json_out=True, **where)
-            names += [each["name"] for each in page.get("items", ())]
-            names += [each.rstrip("/") for each in page.get("prefixes", ())]
+            found |= {each["name"]: _seconds(each["updated"]) for each in page.get("items", ())}
+            found |= {each.rstrip("/"): None for each in page.get("prefixes", ())}
             token = page.get("nextPageToken")
             if not token:
-                return [name.removeprefix(prefix) for name in names if name != prefix]
+                return {key.removeprefix(prefix): at for key, at in found.items() if key != prefix}
 
     def delete(self, key: str) -> None:
         self._fs.call("DELETE", "b/{}/o/{}", self.bucket, key)
@@ -120,6 +121,10 @@ class GcsClient(ObjectClient):
         if isinstance(error, ValueError) and str(error).startswith("Bad Request"):
             return Fault.REFUSED
         return None
+
+
+def _seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp).timestamp()
 
 
 def _fault_of_status(code: Any) -> Fault:

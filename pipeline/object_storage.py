@@ -10,8 +10,10 @@ read back, as for UNKNOWN.
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ from pipeline.storage import Outcome, PassingFault, Storage, explain
 logger = logging.getLogger(__name__)
 
 _PROBE = ".tidemill-probe-"
+_UPLOAD = "?uploadId="
 
 T = TypeVar("T")
 
@@ -78,8 +81,20 @@ class ObjectClient(ABC):
         """In bytes."""
 
     @abstractmethod
-    def list(self, prefix: str) -> list[str]:
-        """What follows `prefix` (which is empty or ends with a slash) up to the next slash, each once."""
+    def list(self, prefix: str) -> dict[str, float | None]:
+        """What follows `prefix` (which is empty or ends with a slash) up to the next slash, each once, with
+        the time it was written, in seconds since 1970, or None for a folder.
+        """
+
+    def uploads(self, prefix: str) -> dict[tuple[str, str], float]:
+        """Uploads in parts below `prefix` that are not completed, by key and id, with the time each began.
+        There are none where the store forgets them by itself.
+        """
+        return {}
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        """Abort an upload in parts; MISSING when it is gone already."""
+        raise NotImplementedError(f"{self.scheme} lists no uploads")
 
     @abstractmethod
     def delete(self, key: str) -> None: ...
@@ -206,9 +221,30 @@ class ObjectStorage(Storage):
         return target
 
     def list(self, folder: str) -> list[str]:
-        prefix = self._key(folder)
-        prefix = f"{prefix}/" if prefix else ""
-        return sorted(self._ask(prefix, lambda: self._client.list(prefix), {Fault.MISSING: []}))
+        return sorted(self._listed(folder))
+
+    def ages(self, folder: str) -> dict[str, float]:
+        now = time.time()
+        return {name: now - at for name, at in self._listed(folder).items() if at is not None}
+
+    def _listed(self, folder: str) -> dict[str, float | None]:
+        prefix = self._prefix(folder)
+        return self._ask(prefix, lambda: self._client.list(prefix), {Fault.MISSING: {}})
+
+    def leftovers(self, min_age_s: float) -> builtins.list[str]:
+        prefix, now = self._prefix(""), time.time()
+        uploads = self._ask(prefix, lambda: self._client.uploads(prefix), {Fault.MISSING: {}})
+        probes = [name for name, age in self.ages("").items() if name.startswith(_PROBE) and age >= min_age_s]
+        old = [each for each, began in uploads.items() if now - began >= min_age_s]
+        return [*probes, *(f"{key.removeprefix(prefix)}{_UPLOAD}{upload}" for key, upload in sorted(old))]
+
+    def remove_leftover(self, name: str) -> None:
+        path, is_upload, upload = name.partition(_UPLOAD)
+        key = self._key(path)
+        if is_upload:
+            self._ask(key, lambda: self._client.abort_upload(key, upload), {Fault.MISSING: None})
+        else:
+            self._delete(key)
 
     def overwrite_heartbeat(self, path: str, data: bytes) -> None:
         key = self._key(path)
@@ -222,6 +258,10 @@ class ObjectStorage(Storage):
 
     def take_requests(self) -> Mapping[str, int]:
         return self._client.take_requests()
+
+    def _prefix(self, folder: str) -> str:
+        key = self._key(folder)
+        return f"{key}/" if key else ""
 
     def _key(self, path: str) -> str:
         return "/".join(filter(None, (self._folder, path)))

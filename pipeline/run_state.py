@@ -93,30 +93,39 @@ class RunState:
             start = window.stop
 
     def num_committed(self, shard: int) -> int:
-        return len(self._indices("commits", f"{shard:05d}"))
+        return len(self.committed_chunks(shard))
 
     def committed(self, shard: int) -> dict[int, CommitRecord]:
         """The commit records of a shard by chunk, in order."""
-        records = {}
-        for chunk in self._indices("commits", f"{shard:05d}"):
-            record = self._commits.get((shard, chunk))
-            if record is None:
-                path = self.commit_path(shard, chunk)
-                record = CommitRecord.from_bytes(self.read(path) or b"", f"{self.storage.url}/{path}")
-                self._commits[shard, chunk] = record
-            records[chunk] = record
-        return records
+        return {chunk: self.commit(shard, chunk) for chunk in self.committed_chunks(shard)}
+
+    def committed_chunks(self, shard: int) -> list[int]:
+        """The numbers of the shard's chunks that have a commit record."""
+        return self._indices("commits", f"{shard:05d}")
+
+    def commit(self, shard: int, chunk: int) -> CommitRecord:
+        """A chunk's commit record, which is there."""
+        record = self._commits.get((shard, chunk))
+        if record is None:
+            path = self.commit_path(shard, chunk)
+            record = CommitRecord.from_bytes(self.read(path) or b"", f"{self.storage.url}/{path}")
+            self._commits[shard, chunk] = record
+        return record
 
     def finished(self) -> dict[int, ShardRecord]:
         """The records of finished shards, in order."""
-        records = {}
-        for shard in self._indices("shards"):
-            if shard not in self._shards:
-                path = self.shard_path(shard)
-                data = self.read(path) or b""
-                self._shards[shard] = ShardRecord.from_bytes(data, f"{self.storage.url}/{path}")
-            records[shard] = self._shards[shard]
-        return records
+        return {shard: self.finished_shard(shard) for shard in self.finished_shards()}
+
+    def finished_shards(self) -> list[int]:
+        """The numbers of the shards that have a record."""
+        return self._indices("shards")
+
+    def finished_shard(self, shard: int) -> ShardRecord:
+        """A finished shard's record, which is there."""
+        if shard not in self._shards:
+            path = self.shard_path(shard)
+            self._shards[shard] = ShardRecord.from_bytes(self.read(path) or b"", f"{self.storage.url}/{path}")
+        return self._shards[shard]
 
     def _indices(self, *folder: str) -> list[int]:
         names = (name.removesuffix(".json") for name in self.list(*folder) if name.endswith(".json"))

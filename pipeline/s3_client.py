@@ -134,18 +134,34 @@ class S3Client(ObjectClient):
     def size(self, key: str) -> int:
         return self._fs.call_s3("head_object", Bucket=self.bucket, Key=key)["ContentLength"]
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> dict[str, float | None]:
         # Not `ls`, which for a folder without objects lists the folder above it too.
-        names: list[str] = []
+        found: dict[str, float | None] = {}
         more: dict[str, str] = {}
         while True:
             where = {"Bucket": self.bucket, "Prefix": prefix, "Delimiter": "/"}
             page = self._fs.call_s3("list_objects_v2", **where, **more)
-            names += [each["Key"] for each in page.get("Contents", ())]
-            names += [each["Prefix"].rstrip("/") for each in page.get("CommonPrefixes", ())]
+            found |= {each["Key"]: each["LastModified"].timestamp() for each in page.get("Contents", ())}
+            found |= {each["Prefix"].rstrip("/"): None for each in page.get("CommonPrefixes", ())}
             if not page.get("IsTruncated"):
-                return [name.removeprefix(prefix) for name in names if name != prefix]
+                return {key.removeprefix(prefix): at for key, at in found.items() if key != prefix}
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def uploads(self, prefix: str) -> dict[tuple[str, str], float]:
+        found: dict[tuple[str, str], float] = {}
+        more: dict[str, str] = {}
+        while True:
+            page = self._fs.call_s3("list_multipart_uploads", Bucket=self.bucket, Prefix=prefix, **more)
+            found |= {
+                (each["Key"], each["UploadId"]): each["Initiated"].timestamp()
+                for each in page.get("Uploads", ())
+            }
+            if not page.get("IsTruncated"):
+                return found
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        self._fs.call_s3("abort_multipart_upload", Bucket=self.bucket, Key=key, UploadId=upload_id)
 
     def delete(self, key: str) -> None:
         self._fs.call_s3("delete_object", Bucket=self.bucket, Key=key)

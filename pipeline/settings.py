@@ -25,10 +25,10 @@ from pipeline.prompts import PromptSettings
 from pipeline.shards import InputSettings
 from pipeline.typed_config import build, known_keys, unknown_key
 
-Mode = Literal["run", "plan"]
+Mode = Literal["run", "plan", "verify", "repair", "explain", "gc"]
 
 # Named by the design and not built yet: said so, rather than "did you mean".
-FUTURE_MODES = ("verify", "repair", "explain", "report")
+FUTURE_MODES = ("report",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,25 @@ class PlanSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GcSettings:
+    """remove: what was found, instead of only listing it. min_age_hours: what is younger may be in use."""
+
+    remove: bool = False
+    min_age_hours: float = 24.0
+
+    def __post_init__(self) -> None:
+        _in_range("gc.min_age_hours", self.min_age_hours, 0.0, 1_000_000.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSettings:
+    """What mode=verify and mode=gc need to be told: which output, and nothing of how it was made."""
+
+    output: OutputSettings
+    gc: GcSettings = field(default_factory=GcSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything a job is told. Lengths are in tokens, times in seconds."""
 
@@ -101,6 +120,7 @@ class Settings:
     progress_line_seconds: float = 30.0
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
+    gc: GcSettings = field(default_factory=GcSettings)
 
     def __post_init__(self) -> None:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
@@ -127,6 +147,8 @@ HARMLESS = frozenset(
         "resume.on_change",
         "plan.json",
         "plan.measure",
+        "gc.remove",
+        "gc.min_age_hours",
         "input.path",
         "input.order",
         "model.source",
@@ -154,11 +176,20 @@ def from_config(values: Mapping[str, Any]) -> Settings:
     values = _without_missing(values)
     mode = values.get("mode")
     if mode in FUTURE_MODES:
-        raise ConfigError(f"mode={mode} is not built yet: choose run or plan")
+        raise ConfigError(f"mode={mode} is not built yet: choose run, plan, verify, repair, explain or gc")
     sampling = values.get("sampling", {})
     if isinstance(sampling, Mapping):
         values["sampling"] = _sampling(sampling)
     return build(Settings, values)
+
+
+def audit_settings(values: Mapping[str, Any]) -> AuditSettings:
+    """The part of a composed configuration that is about an output as it stands. Raises ConfigError."""
+    values = _without_missing(values)
+    audit = build(AuditSettings, {key: values[key] for key in ("output", "gc") if key in values})
+    if audit.output.path is None:
+        raise ConfigError("output.path is missing: name the folder to look at, output.path=…")
+    return audit
 
 
 def _sampling(values: Mapping[str, Any]) -> SamplingParams:

@@ -91,6 +91,18 @@ class Storage(ABC):
     def subfolder(self, name: str) -> Storage:
         """The storage of a folder inside this one."""
 
+    @abstractmethod
+    def ages(self, folder: str) -> dict[str, float]:
+        """Seconds since each object directly inside a folder was written, by name."""
+
+    @abstractmethod
+    def leftovers(self, min_age_s: float) -> list[str]:
+        """What dead processes left half made anywhere inside, at least so many seconds ago; no object is."""
+
+    @abstractmethod
+    def remove_leftover(self, name: str) -> None:
+        """Remove one of `leftovers`; no error when it is gone already."""
+
     def take_requests(self) -> Mapping[str, int]:
         """Requests sent to a store since the last call, by kind; none where the output is on a disk."""
         return {}

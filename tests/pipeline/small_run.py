@@ -27,6 +27,7 @@ from tests.pipeline.fake_engine import FakeEngine
 
 PARTS = {"config": {"max_tokens": 6}, "model": "m-1", "inputs": [{"url": "a", "version": {"size": 1}}]}
 Propose = Callable[[RunPlan, int, int], WindowOrder]
+NO_SUSPECTS = Suspects(frozenset(), frozenset())
 _pids = itertools.count(10_000_000)
 
 
@@ -261,6 +262,15 @@ class FaultyStorage(Storage):
 
     def discard(self, path: str) -> None:
         self._do(lambda: self.inner.discard(path))
+
+    def ages(self, folder: str) -> dict[str, float]:
+        return self._do(lambda: self.inner.ages(folder))
+
+    def leftovers(self, min_age_s: float) -> list[str]:
+        return self._do(lambda: self.inner.leftovers(min_age_s))
+
+    def remove_leftover(self, name: str) -> None:
+        self._do(lambda: self.inner.remove_leftover(name))
 
     def subfolder(self, name: str) -> Storage:
         return self.inner.subfolder(name)
