@@ -7,6 +7,7 @@ that was throttled, cut off or met a fault of the store, with growing, jittered 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,9 @@ from gcsfs.retry import HttpError, NonRetryableError
 
 from pipeline.object_storage import Fault, ObjectClient
 from pipeline.request_meter import RequestMeter
+
+# gcsfs writes its errors out with a traceback, and raises them: they are told once, in one line.
+logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
 _PART_BYTES = 2**18  # the least that an upload in parts goes in

@@ -38,6 +38,7 @@ _KINDS = {
     "DeleteObject": "delete",
 }
 _EXPIRED = {
+    "400",  # to a HEAD, whose answer has no body to say why: no other reason is known for what is asked here
     "ExpiredToken",
     "ExpiredTokenException",
     "InvalidAccessKeyId",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipeline.store_proxy import StoreProxy, proxied
 from tests.pipeline.store_servers import KEY, SECRET, StoreServer, fake_gcs, rclone_s3, seaweedfs
 
 
@@ -40,6 +41,15 @@ def s3_bucket(s3_server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_environment(s3_server.url).items():
         monkeypatch.setenv(name, value)
     return "s3://bucket"
+
+
+@pytest.fixture
+def proxy(s3_bucket: str, s3_server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreProxy]:
+    """Between the test and the store."""
+    with proxied(s3_server.url) as made:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", made.url)
+        monkeypatch.setattr("pipeline.commits._FIRST_PAUSE_S", 0.001)
+        yield made
 
 
 def make_bucket(url: str) -> None:

@@ -27,6 +27,13 @@ class Fault:
     is_applied: bool = False
 
 
+THROTTLED, TOO_MANY = Fault(503, "SlowDown"), Fault(429, "TooManyRequests")
+DOWN, BAD_GATEWAY, CONFLICT = Fault(500), Fault(502), Fault(409, "ConditionalRequestConflict")
+CUT, LOST = Fault(), Fault(is_applied=True)
+LOST_IN_ERROR = Fault(500, is_applied=True)
+EVERY_FAULT = (THROTTLED, TOO_MANY, DOWN, BAD_GATEWAY, CONFLICT, CUT, LOST, LOST_IN_ERROR)
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     method: str
@@ -55,10 +62,10 @@ class StoreProxy:
             self.num_faults += fault is not None
             return fault
 
-    def sometimes(self, share: float, fault: Fault, seed: int = 0) -> None:
-        """Fault a share of the requests, always the same ones for a seed."""
+    def sometimes(self, share: float, *faults: Fault, seed: int = 0) -> None:
+        """Fault a share of the requests, always the same ones for a seed, in one of these ways."""
         chance = random.Random(seed)
-        self.decide = lambda asked: fault if chance.random() < share else None
+        self.decide = lambda asked: chance.choice(faults) if chance.random() < share else None
 
 
 @contextmanager
@@ -67,6 +74,7 @@ def proxied(target: str) -> Iterator[StoreProxy]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or each answer waits for its header to be acknowledged
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -116,7 +124,7 @@ def proxied(target: str) -> Iterator[StoreProxy]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     proxy = StoreProxy(f"http://127.0.0.1:{server.server_address[1]}", target)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield proxy

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,23 @@ from engine.errors import ConfigError, MissingExtraError, OutputError, RetryLate
 from pipeline.commits import publish_file, publish_record, retrying, sha256_file
 from pipeline.storage import Outcome, Storage, open_storage
 from tests.pipeline.conftest import make_bucket, s3_environment
-from tests.pipeline.store_proxy import Asked, Fault, StoreProxy, proxied
-from tests.pipeline.store_servers import KEY, SECRET, StoreServer, seaweedfs
-
-THROTTLED, DOWN = Fault(503, "SlowDown"), Fault(500)
-CUT, LOST = Fault(), Fault(is_applied=True)
-LOST_IN_ERROR = Fault(500, is_applied=True)
+from tests.pipeline.store_proxy import (
+    CUT,
+    DOWN,
+    LOST,
+    LOST_IN_ERROR,
+    THROTTLED,
+    TOO_MANY,
+    Asked,
+    Fault,
+    StoreProxy,
+)
+from tests.pipeline.store_servers import KEY, SECRET, seaweedfs
 
 
 @pytest.fixture
 def folder() -> str:
     return uuid.uuid4().hex
-
-
-@pytest.fixture
-def proxy(s3_bucket: str, s3_server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreProxy]:
-    """Between the test and the store."""
-    with proxied(s3_server.url) as made:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", made.url)
-        monkeypatch.setattr("pipeline.commits._FIRST_PAUSE_S", 0.001)
-        yield made
 
 
 def uploads(bucket: str) -> list[str]:
@@ -106,7 +102,7 @@ def test_a_large_file_is_created_once_and_a_lost_one_leaves_no_parts(
     ("fault", "num_tries"),
     [
         (THROTTLED, 1),
-        (Fault(429, "TooManyRequests"), 1),
+        (TOO_MANY, 1),
         (DOWN, 1),
         (CUT, 1),
         (LOST, 1),
@@ -146,7 +142,7 @@ def test_the_probe_is_not_misled_by_faults(
 ):
     monkeypatch.setattr("pipeline.s3_client._TRIES_A_REQUEST", 1)
     for seed, fault in enumerate((DOWN, LOST, LOST_IN_ERROR)):
-        proxy.sometimes(0.2, fault, seed)
+        proxy.sometimes(0.2, fault, seed=seed)
         open_storage(f"{s3_bucket}/{folder}").check()
     assert proxy.num_faults >= 3
 
@@ -201,6 +197,9 @@ def test_expired_credentials_are_read_again_once_and_then_the_run_stops(
     assert storage.create("a", b"x") is Outcome.WON
     assert storage.read("a") == b"x"
     assert proxy.num_faults == 3
+    write("old")
+    with pytest.raises(RetryLater, match="credentials have expired"):
+        open_storage(f"{s3_bucket}/{folder}").size("a")  # a HEAD, whose answer says nothing but 400
 
 
 def test_no_credentials_at_all_are_told(s3_bucket: str, folder: str, monkeypatch: pytest.MonkeyPatch):

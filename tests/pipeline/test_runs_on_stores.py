@@ -19,8 +19,10 @@ from pipeline.exit_codes import ExitCode
 from pipeline.process_identity import ProcessIdentity
 from pipeline.results import open_run
 from pipeline.storage import open_storage
+from pipeline.verify import Verifier
 from tests.pipeline.job_helpers import final_bytes, job_settings, run_fake, write_shards
 from tests.pipeline.small_run import Crash, FaultyStorage, small_plan, stored_results, undisturbed, work
+from tests.pipeline.store_proxy import EVERY_FAULT, Fault, StoreProxy
 
 IS_CHAOS = bool(os.environ.get("TIDEMILL_CHAOS"))
 TINY = small_plan(num_shards=1, num_rows=5, chunk_rows=3, carried=(), with_token_ids=False)
@@ -91,6 +93,38 @@ def test_any_number_of_workers_make_the_same_bytes(
     if is_polite:
         made = Counter(row["attempt"] for row in run.trace())
         assert len({attempt.partition("-")[2] for attempt in made}) == 3, "a lease a shard, and no other"
+
+
+@pytest.mark.parametrize(
+    ("share", "faults"),
+    [(0.1, EVERY_FAULT)]
+    + ([(share, (fault,)) for share in (0.01, 0.1) for fault in EVERY_FAULT] if IS_CHAOS else []),
+)
+def test_a_run_behind_faults_makes_the_same_bytes(
+    proxy: StoreProxy, output: str, tmp_path: Path, share: float, faults: tuple[Fault, ...], monkeypatch
+):
+    """Two workers at once, on a store that fails in every way; the pipeline tries again, not botocore."""
+    monkeypatch.setattr("pipeline.s3_client._TRIES_A_REQUEST", 1)
+    monkeypatch.setattr("pipeline.worker.HELD_POLL_SECONDS", 0.1)
+    shards = write_shards(tmp_path / "in")
+    assert run_fake(job_settings(shards, tmp_path / "disk")) is ExitCode.DONE
+    proxy.sometimes(share, *faults)
+    owner = ProcessIdentity.of_this_process()
+    codes: list[ExitCode] = []
+    threads = [
+        threading.Thread(target=lambda: codes.append(run_fake(job_settings(shards, output), owner=owner)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [ExitCode.DONE] * 2
+    assert proxy.num_faults > share * 100
+    proxy.decide = lambda asked: None
+    assert final_bytes(output) == final_bytes(tmp_path / "disk")
+    assert chunk_files(output) == referred_files(output)
+    assert Verifier(open_storage(output), tmp_path).run().findings == []
 
 
 def chunk_files(output: str) -> set[str]:
