@@ -135,7 +135,7 @@ class Finaliser:
             yield from merged_tables(window, kind, partial(self._chunk_file, folder), folder)
 
     def _write(self, spool: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
-        with GroupedWriter(spool, schema) as writer:
+        with GroupedWriter(spool, schema, self._plan.row_group_rows) as writer:
             for table in tables:
                 writer.write(table.cast(schema))
             return writer.num_rows

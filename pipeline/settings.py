@@ -20,6 +20,7 @@ from typing import Any, Literal
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.sampling_params import SamplingParams
+from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.progress import ProgressStyle
 from pipeline.prompts import PromptSettings
 from pipeline.shards import InputSettings
@@ -45,6 +46,7 @@ class ModelSettings:
 class OutputSettings:
     """path: a local folder, or one of a bucket (s3://, gs://); only mode=plan can do without. format: of
     data/ alone. chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
+    row_group_rows: the most rows of a row group of the final Parquet files; one also ends at 32 MiB.
     spool_dir: a local folder for what is not published yet; None is the system's temporary folder.
     max_requests_per_second: to the store, by each worker; None does not limit them.
     unsafe_single_writer: use a store that overwrites what should be created once; never start a second
@@ -55,12 +57,14 @@ class OutputSettings:
     format: Literal["parquet", "jsonl"] = "parquet"
     chunk_rows: int = 64
     include_token_ids: bool = False
+    row_group_rows: int = MAX_GROUP_ROWS
     spool_dir: str | None = None
     max_requests_per_second: float | None = None
     unsafe_single_writer: bool = False
 
     def __post_init__(self) -> None:
         _in_range("output.chunk_rows", self.chunk_rows, 1, 1_000_000)
+        _in_range("output.row_group_rows", self.row_group_rows, 1, 1_000_000)
         if self.max_requests_per_second is not None:
             _in_range("output.max_requests_per_second", self.max_requests_per_second, 0.1, 100_000.0)
         if self.path == "":

@@ -153,6 +153,7 @@ def composed() -> dict[str, Any]:
         ("mode", "plann", "mode='plann': did you mean 'plan'?"),
         ("mode", "report", "mode=report is not built yet: choose run, plan, verify,"),
         ("output.max_requests_per_second", 0, "output.max_requests_per_second=0: must be from 0.1"),
+        ("output.row_group_rows", 0, "output.row_group_rows=0: must be from 1"),
         ("gc.min_age_hours", -1, "gc.min_age_hours=-1: must be from 0"),
     ],
 )
