@@ -259,9 +259,10 @@ class Ledger:
             input_version=dict(input_version),
             metrics=dict(files.metrics),
         ).to_bytes()
-        won = (
-            publish_record(self.storage, self._state.commit_path(lease.shard, files.chunk), record) == record
-        )
+        path = self._state.commit_path(lease.shard, files.chunk)
+        stored = publish_record(self.storage, path, record)
+        self._state.remember_commit(lease.shard, files.chunk, stored)
+        won = stored == record
         if not won:
             for ref in refs.values():
                 retrying(lambda ref=ref: self.storage.discard(ref.path))

@@ -105,12 +105,15 @@ class RunState:
 
     def commit(self, shard: int, chunk: int) -> CommitRecord:
         """A chunk's commit record, which is there."""
-        record = self._commits.get((shard, chunk))
-        if record is None:
-            path = self.commit_path(shard, chunk)
-            record = CommitRecord.from_bytes(self.read(path) or b"", f"{self.storage.url}/{path}")
-            self._commits[shard, chunk] = record
-        return record
+        if (shard, chunk) not in self._commits:
+            data = self.read(self.commit_path(shard, chunk)) or b""
+            self.remember_commit(shard, chunk, data)
+        return self._commits[shard, chunk]
+
+    def remember_commit(self, shard: int, chunk: int, data: bytes) -> None:
+        """Take note of a commit record that is known to be stored, so that it need not be read."""
+        place = f"{self.storage.url}/{self.commit_path(shard, chunk)}"
+        self._commits[shard, chunk] = CommitRecord.from_bytes(data, place)
 
     def finished(self) -> dict[int, ShardRecord]:
         """The records of finished shards, in order."""
