@@ -22,8 +22,11 @@ from pipeline.fingerprint import canonical_json
 from pipeline.storage import Outcome, PassingFault, Storage
 
 COMMIT_VERSION = 3
-MAX_TRIES = 5
+# Pauses of 0.1, 0.2, 0.4, … seconds, never more than the cap, half a minute together: a store that restarts,
+# or sheds load, is waited for; one that is down for longer ends the run, which is resumed.
+MAX_TRIES = 10
 _FIRST_PAUSE_S = 0.1
+_MAX_PAUSE_S = 8.0
 
 T = TypeVar("T")
 Sleep = Callable[[float], None]
@@ -179,4 +182,4 @@ def _unsure(storage: Storage, path: str) -> RetryLater:
 
 def _pause(attempt: int, sleep: Sleep) -> None:
     # Jitter, so that workers that met the same fault do not come back together. No row's draw uses this.
-    sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
+    sleep(min(_FIRST_PAUSE_S * 2**attempt, _MAX_PAUSE_S) * random.uniform(0.5, 1.5))

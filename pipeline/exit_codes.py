@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     DONE = 0, "all done"
     BAD_CONFIG = 2, "bad configuration or environment; nothing was started"
     TOO_MANY_REJECTS = 3, "finished with rejects over max_reject_fraction; everything generated is kept"
+    DAMAGED = 4, "mode=verify found something missing or damaged; mode=repair makes it again"
     RETRY_LATER = 75, "a passing fault, or work left that another process holds: start the same command again"
     STOPPED_AT_ONCE = 130, "a second Ctrl-C; committed chunks are kept, the same command resumes"
     DRAINED = 143, "stopped by SIGTERM or Ctrl-C after committing what was complete; the same command resumes"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,22 @@ class Finaliser:
         Raises OutputError when chunks are missing or do not add up, a chunk's file is damaged, or another
         file has the final one's name; RetryLater for a full disk.
         """
+        self._spool_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="final-", dir=self._spool_dir) as folder:
+            files = {
+                kind: self._publish(kind, path, spool)
+                for kind, path, spool in self.rebuilt(shard, committed, Path(folder))
+            }
+        counts = shard_counts(committed.values())
+        return ShardRecord(shard=shard, name=self._plan.shards[shard].name, files=files, counts=counts)
+
+    def rebuilt(
+        self, shard: int, committed: Mapping[int, CommitRecord], folder: Path
+    ) -> Iterator[tuple[str, str, Path]]:
+        """Each of the shard's files: its kind, its path in the output and, in `folder`, its content.
+
+        The folder also holds the chunks' files where they must be fetched. Raises as `finalise`.
+        """
         records = [committed[chunk] for chunk in sorted(committed)]
         planned = self._plan.shards[shard]
         bounds = [self._plan.chunk_bounds(shard, chunk) for chunk in range(self._plan.num_chunks(shard))]
@@ -63,12 +81,10 @@ class Finaliser:
         counts = shard_counts(records)
         check_balance(counts, planned.num_rows, f"shard {shard} ({planned.name})")
         build = {"data": self._data, "rejects": self._rejects, "trace": self._trace, "metrics": self._metrics}
-        files = {}
         for kind, write in build.items():
             path = part_name(kind, shard, self._plan.num_shards, self._plan.output_format)
-            spool = self._spool_dir / f"final-{path.replace('/', '-')}"
+            spool = folder / path.replace("/", "-")
             try:
-                self._spool_dir.mkdir(parents=True, exist_ok=True)
                 num_items = write(spool, windows())
                 expected = {"data": "samples", "trace": "samples", "rejects": "rejected"}.get(kind)
                 if expected and num_items != counts[expected]:
@@ -76,19 +92,17 @@ class Finaliser:
                         f"{self._storage.url}/{path} would hold {num_items} rows and {counts[expected]} were "
                         "committed; this is a fault of the program, please report it"
                     )
-                if spool.stat().st_size:
-                    files[kind] = self._publish(kind, path, spool)
+                is_empty = not spool.stat().st_size
             except OSError as error:
                 raise explain(error, spool, sum(record.data.num_bytes for record in records)) from error
-            finally:
-                spool.unlink(missing_ok=True)
-        return ShardRecord(shard=shard, name=planned.name, files=files, counts=counts)
+            if not is_empty:
+                yield kind, path, spool
 
     def _publish(self, kind: str, path: str, spool: Path) -> FileRef:
         ref = FileRef(path, sha256_file(spool), spool.stat().st_size)
-        if publish_file(self._storage, path, spool, ref.sha256, self._spool_dir):
+        if publish_file(self._storage, path, spool, ref.sha256, spool.parent):
             return ref
-        existing = retrying(lambda: self._storage.local_file(path, self._spool_dir))
+        existing = retrying(lambda: self._storage.local_file(path, spool.parent))
         if kind == "metrics" and existing is not None:
             # It names the attempt that wrote it: whoever was first is as right as we are.
             return FileRef(path, sha256_file(existing), existing.stat().st_size)
@@ -97,31 +111,31 @@ class Finaliser:
             "move that file away and start the same command again to have it rebuilt"
         )
 
-    def _chunk_file(self, record: CommitRecord, ref: FileRef) -> Path:
+    def _chunk_file(self, folder: Path, record: CommitRecord, ref: FileRef) -> Path:
         commit = self._state.commit_path(record.shard, record.chunk)
         remedy = f"remove {self._storage.url}/{commit} and start the same command again to redo that chunk"
-        return checked_file(self._storage, ref, self._spool_dir, remedy)
+        return checked_file(self._storage, ref, folder, remedy)
 
     def _data(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
         schema = data_schema(self._plan.carried)
         if self._plan.output_format == "jsonl":
             num_rows = 0
             with open(spool, "w", encoding="utf-8", newline="\n") as file:
-                for table in self._tables(windows, "data"):
+                for table in self._tables(windows, "data", spool.parent):
                     num_rows += table.num_rows
                     file.writelines(json_line(row) for row in table.to_pylist())
             return num_rows
-        return self._write(spool, schema, self._tables(windows, "data"))
+        return self._write(spool, schema, self._tables(windows, "data", spool.parent))
 
     def _trace(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
-        return self._write(spool, trace_schema(), self._tables(windows, "trace"))
+        return self._write(spool, trace_schema(), self._tables(windows, "trace", spool.parent))
 
-    def _tables(self, windows: Iterator[CommittedWindow], kind: str) -> Iterator[pa.Table]:
+    def _tables(self, windows: Iterator[CommittedWindow], kind: str, folder: Path) -> Iterator[pa.Table]:
         for window in windows:
-            yield from merged_tables(window, kind, self._chunk_file, self._spool_dir)
+            yield from merged_tables(window, kind, partial(self._chunk_file, folder), folder)
 
     def _write(self, spool: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
-        with GroupedWriter(spool, schema) as writer:
+        with GroupedWriter(spool, schema, self._plan.row_group_rows) as writer:
             for table in tables:
                 writer.write(table.cast(schema))
             return writer.num_rows
@@ -130,7 +144,7 @@ class Finaliser:
         num_rows = 0
         with open(spool, "wb") as file:
             for window in windows:
-                for line in merged_rejects(window, self._chunk_file):
+                for line in merged_rejects(window, partial(self._chunk_file, spool.parent)):
                     file.write(line)
                     num_rows += 1
         return num_rows

@@ -83,7 +83,8 @@ def _job_bytes(fingerprint: Fingerprint, config: Mapping[str, Any]) -> bytes:
 def _refuse_foreign(storage: Storage) -> None:
     """A folder with our names in it and no job.json is not ours to write to."""
     found = [name for name in _OURS if retrying(lambda name=name: storage.list(name))]
-    if found:
+    # Looked at again: another worker may have begun the run meanwhile, and job.json comes before all else.
+    if found and read_job(storage) is None:
         raise OutputError(
             f"{storage.url} holds {found[0]}/ but no job.json, so it is not an output of this program; "
             "choose an empty folder as output.path"

@@ -45,6 +45,7 @@ def make_plan(settings: Settings, shards: Sequence[Shard]) -> RunPlan:
         carried=_carried_columns(settings, shards),
         output_format=settings.output.format,
         with_token_ids=settings.output.include_token_ids,
+        row_group_rows=settings.output.row_group_rows,
     )
 
 

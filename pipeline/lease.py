@@ -113,6 +113,7 @@ class Lease:
         self._state = state
         self._lock = threading.Lock()
         self._in_flight: frozenset[str] = frozenset()
+        self._told: frozenset[str] = frozenset()  # as the last heartbeat said
         self._alone_progress: int | None = None
         self._is_lost = False
         self._is_released = False
@@ -128,9 +129,13 @@ class Lease:
 
     def set_in_flight(self, row_ids: Iterable[str]) -> None:
         """Say which of the shard's rows the engine is about to run, before it runs them; written out at
-        once.
+        once, but where heartbeats are dear those that ended may stay on record until the next one.
         """
-        self._tell(frozenset(row_ids), None)
+        rows = frozenset(row_ids)
+        if self._storage.heartbeats_are_dear and self._alone_progress is None and rows <= self._told:
+            self._in_flight = rows
+            return
+        self._tell(rows, None)
 
     def set_alone(self, row_id: str, progress: int) -> None:
         """Say that the engine runs this row and nothing else, and for how many steps it has; written at
@@ -146,14 +151,16 @@ class Lease:
     def beat(self) -> None:
         """Write a heartbeat with a new nonce."""
         with self._lock:
+            told = self._in_flight
             content: dict[str, Any] = {
                 "nonce": uuid.uuid4().hex,
-                "in_flight": sorted(self._in_flight),
+                "in_flight": sorted(told),
                 "alone_progress": self._alone_progress,
                 "time": time.time(),  # for people; nothing compares it
             }
             path = _heartbeat_path(self._state, self.shard, self.epoch)
             retrying(lambda: self._storage.overwrite_heartbeat(path, json.dumps(content).encode()))
+            self._told = told
 
     def look(self) -> None:
         """Find out whether a later epoch exists."""

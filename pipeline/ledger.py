@@ -263,9 +263,10 @@ class Ledger:
             input_version=dict(input_version),
             metrics=dict(files.metrics),
         ).to_bytes()
-        won = (
-            publish_record(self.storage, self._state.commit_path(lease.shard, files.chunk), record) == record
-        )
+        path = self._state.commit_path(lease.shard, files.chunk)
+        stored = publish_record(self.storage, path, record)
+        self._state.remember_commit(lease.shard, files.chunk, stored)
+        won = stored == record
         if not won:
             for ref in refs.values():
                 retrying(lambda ref=ref: self.storage.discard(ref.path))
@@ -285,8 +286,9 @@ class Ledger:
         """
         committed = self._state.committed(shard)
         record = self._finaliser.finalise(shard, committed)
-        publish_record(self.storage, self._state.shard_path(shard), record.to_bytes())
-        stored = self._state.finished()[shard]
+        path = self._state.shard_path(shard)
+        data = publish_record(self.storage, path, record.to_bytes())
+        stored = ShardRecord.from_bytes(data, f"{self.storage.url}/{path}")
         if _content(stored) != _content(record):
             raise OutputError(
                 f"{self.storage.url}: shard {shard} was finished with other content than its chunks make "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
 from contextlib import suppress
@@ -174,6 +175,26 @@ class LocalStorage(Storage):
             return
         except OSError as error:
             raise explain(error, self._root / path) from error
+
+    def ages(self, folder: str) -> dict[str, float]:
+        found = {}
+        for name in self.list(folder):
+            with suppress(FileNotFoundError):  # removed since
+                status = os.stat(self._root / folder / name)
+                if stat.S_ISREG(status.st_mode):
+                    found[name] = time.time() - status.st_mtime
+        return found
+
+    def leftovers(self, min_age_s: float) -> list[str]:
+        found = []
+        for path in self._root.rglob(f"{TEMPORARY_PREFIX}*"):
+            with suppress(FileNotFoundError):
+                if time.time() - os.stat(path).st_mtime >= min_age_s:
+                    found.append(str(path.relative_to(self._root)))
+        return sorted(found)
+
+    def remove_leftover(self, name: str) -> None:
+        self.discard(name)
 
     def _temporary(self, target: Path) -> Path:
         self._ensure_folder(target.parent)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.outputs import RequestMetrics, RequestOutput
     from pipeline.hints import Template
 
-METRICS_VERSION = 2
+METRICS_VERSION = 3
 
 # Templates that a sum keeps and that a shard's metrics show, those first that save most.
 MAX_TEMPLATES = 64
@@ -81,11 +81,17 @@ class Metrics:
     padded_tokens: int = 0  # fed through with them, to fill a step's declared size
     # Of steps with fewer than half of the sequences and nothing waiting: what the end of a run costs.
     tail_seconds: float = 0.0
+    store_requests: dict[str, int] = field(default_factory=dict)  # kind -> sent while this chunk was made
 
     def reject(self, reason: str) -> None:
         """Count one rejected row."""
         self.rows_in += 1
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def count_requests(self, counts: Mapping[str, int]) -> None:
+        """Count requests to the store of the output, by kind."""
+        for kind, count in counts.items():
+            self.store_requests[kind] = self.store_requests.get(kind, 0) + count
 
     def complete(
         self, output: RequestOutput, achievable_tokens: int = 0, template: Template | None = None
@@ -247,6 +253,7 @@ def summarise(metrics: Metrics) -> dict[str, Any]:
         "preemptions": metrics.preemptions,
         "preempted_rows": metrics.preempted_rows,
         "finish_reasons": dict(sorted(metrics.finish_reasons.items())),
+        "store_requests": dict(sorted(metrics.store_requests.items())),
     }
 
 

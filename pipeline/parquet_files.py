@@ -25,10 +25,11 @@ _NESTED_VALUE_BYTES = 160  # of a list's value that has no fixed size: the top c
 class GroupedWriter:
     """Writes tables of one schema, in order, as a zstd Parquet file of canonical row groups.
 
-    Holds one row group (at most MAX_GROUP_ROWS rows, MAX_GROUP_BYTES and one row) and the table given last.
+    Holds one row group (at most `group_rows` rows, MAX_GROUP_BYTES and one row) and the table given last.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema):
+    def __init__(self, path: Path, schema: pa.Schema, group_rows: int = MAX_GROUP_ROWS):
+        self._group_rows = group_rows
         # Through Python's own file, so that a full disk is an OSError with its number.
         self._file = open(path, "wb")  # noqa: SIM115 - closed in close()
         self._schema = schema
@@ -46,7 +47,7 @@ class GroupedWriter:
         for row, size in enumerate(sizes.tolist()):
             self._num_rows += 1
             self._num_bytes += size
-            if self._num_rows == MAX_GROUP_ROWS or self._num_bytes >= MAX_GROUP_BYTES:
+            if self._num_rows == self._group_rows or self._num_bytes >= MAX_GROUP_BYTES:
                 self._pending.append(table.slice(start, row + 1 - start))
                 start = row + 1
                 self._flush()

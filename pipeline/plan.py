@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.schema import CarriedColumn
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class RunPlan:
     (pipeline/row_order.py), rejected ones included.
 
     `output_format` is "parquet" or "jsonl" and applies to data/ alone; `with_token_ids` fills that column.
+    `row_group_rows` is the most rows of a row group in the final Parquet files.
     """
 
     shards: tuple[PlannedShard, ...]
@@ -42,8 +44,11 @@ class RunPlan:
     carried: tuple[CarriedColumn, ...] = ()
     output_format: str = "parquet"
     with_token_ids: bool = False
+    row_group_rows: int = MAX_GROUP_ROWS
 
     def __post_init__(self) -> None:
+        if self.row_group_rows < 1:
+            raise ValueError(f"row_group_rows must be at least 1, not {self.row_group_rows}")
         if self.chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1, not {self.chunk_rows}")
         if self.output_format not in ("parquet", "jsonl"):
@@ -75,6 +80,7 @@ class RunPlan:
             "chunk_rows": self.chunk_rows,
             "output_format": self.output_format,
             "with_token_ids": self.with_token_ids,
+            "row_group_rows": self.row_group_rows,
             "carried": [column.to_json() for column in self.carried],
             "shards": [
                 {
@@ -94,6 +100,7 @@ class RunPlan:
             chunk_rows=value["chunk_rows"],
             output_format=value["output_format"],
             with_token_ids=value["with_token_ids"],
+            row_group_rows=value["row_group_rows"],
             carried=tuple(CarriedColumn.from_json(column) for column in value["carried"]),
             shards=tuple(PlannedShard(**shard) for shard in value["shards"]),
         )

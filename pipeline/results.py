@@ -13,6 +13,7 @@ same with `data_dir="<output>"` (split "part"), or `pyarrow.dataset.dataset("<ou
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ import pyarrow as pa
 
 from engine.errors import OutputError
 from pipeline.chunk_merge import committed_windows, merged_rejects, merged_tables
-from pipeline.commits import CommitRecord, FileRef, parse_record
+from pipeline.commits import CommitRecord, FileRef, parse_record, retrying
 from pipeline.lease import epochs, read_claim
 from pipeline.manifest import ShardRecord, sum_counts
 from pipeline.metrics import merge_chunks
@@ -81,7 +82,7 @@ class Run:
 
     def manifest(self) -> dict[str, Any] | None:
         """The content of manifest.json; None while the run is not finished."""
-        data = self._storage.read(MANIFEST)
+        data = retrying(lambda: self._storage.read(MANIFEST))
         return None if data is None else parse_record(data, f"{self.path}/{MANIFEST}")
 
     @property
@@ -133,7 +134,10 @@ class Run:
         for shard, finished in self._shards():
             if finished is not None and "metrics" in finished.files:
                 ref = finished.files["metrics"]
-                content = parse_record(self._file(ref).read_bytes(), f"{self.path}/{ref.path}")
+                data = retrying(lambda path=ref.path: self._storage.read(path))
+                if data is None:
+                    raise self._missing(ref)
+                content = parse_record(data, f"{self.path}/{ref.path}")
                 name = finished.name
             else:
                 records = self._state.committed(shard)
@@ -205,13 +209,19 @@ class Run:
         self._schema(kind, columns)  # an unknown column is an error also when there are no rows
         names = None if columns is None else list(columns)
         for shard, finished in self._shards():
-            final = finished.files.get("data" if kind == "rows" else kind) if finished else None
-            committed = tuple(self._state.committed(shard).values())
-            # Chunks are Parquet whatever data/ is, and so keep the types that JSON lines lose.
-            if final is not None and (not committed or kind == "rejects" or final.path.endswith(".parquet")):
-                yield from self._final_tables(self._file(final), names)
-            elif finished is None or kind == "rows":
-                yield from self._chunk_tables(kind, shard, committed, names)
+            with tempfile.TemporaryDirectory(prefix="tidemill-read-") as folder:  # for what must be fetched
+                yield from self._shard_tables(kind, shard, finished, names, Path(folder))
+
+    def _shard_tables(
+        self, kind: Kind, shard: int, finished: ShardRecord | None, names: list[str] | None, folder: Path
+    ) -> Iterator[pa.Table]:
+        final = finished.files.get("data" if kind == "rows" else kind) if finished else None
+        committed = tuple(self._state.committed(shard).values())
+        # Chunks are Parquet whatever data/ is, and so keep the types that JSON lines lose.
+        if final is not None and (not committed or kind == "rejects" or final.path.endswith(".parquet")):
+            yield from self._final_tables(self._file(final, folder), names)
+        elif finished is None or kind == "rows":
+            yield from self._chunk_tables(kind, shard, committed, names, folder)
 
     def _final_tables(self, path: Path, names: list[str] | None) -> Iterator[pa.Table]:
         if path.suffix == ".parquet":
@@ -222,30 +232,40 @@ class Run:
                 yield table if names is None else table.select(names)
 
     def _chunk_tables(
-        self, kind: Kind, shard: int, committed: Sequence[CommitRecord], names: list[str] | None
+        self,
+        kind: Kind,
+        shard: int,
+        committed: Sequence[CommitRecord],
+        names: list[str] | None,
+        folder: Path,
     ) -> Iterator[pa.Table]:
         """What is committed of a shard, in input order."""
         if not committed:
             return
+
+        def open_file(record: CommitRecord, ref: FileRef) -> Path:
+            return self._file(ref, folder)
+
         num_rows = self._planned().shards[shard].num_rows
         for window in committed_windows(self._state.windows(shard, num_rows), committed):
             if kind == "rejects":
-                lines = merged_rejects(window, self._chunk_file)
+                lines = merged_rejects(window, open_file)
                 yield from _json_tables(line.decode() for line in lines)
             else:
                 source = "data" if kind == "rows" else "trace"
-                yield from merged_tables(window, source, self._chunk_file, None, names)
+                yield from merged_tables(window, source, open_file, None, names)
 
-    def _chunk_file(self, record: CommitRecord, ref: FileRef) -> Path:
-        return self._file(ref)
-
-    def _file(self, ref: FileRef) -> Path:
-        path = Path(self.path) / ref.path
-        if not path.exists():
-            raise OutputError(
-                f"{path} is missing; start the job's command again to have it rebuilt from its chunks"
-            )
+    def _file(self, ref: FileRef, folder: Path) -> Path:
+        path = retrying(lambda: self._storage.local_file(ref.path, folder))
+        if path is None:
+            raise self._missing(ref)
         return path
+
+    def _missing(self, ref: FileRef) -> OutputError:
+        return OutputError(
+            f"{self.path}/{ref.path} is missing; start the job's command again to have it rebuilt from its "
+            "chunks"
+        )
 
     def _schema(self, kind: Kind, columns: Sequence[str] | None) -> pa.Schema:
         if kind not in ("rows", "rejects", "trace"):

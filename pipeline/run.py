@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 
 from engine.errors import RetryLater, TidemillError
 from engine.platforms import select_platform
+from pipeline.audit_mode import gc_job, repair_output, verify_job
 from pipeline.compose import compose
 from pipeline.exit_codes import ExitCode
+from pipeline.explain_mode import explain_job
 from pipeline.id_index import IdIndex
 from pipeline.job_plan import fingerprint_parts, make_plan
 from pipeline.ledger import Ledger
@@ -31,11 +33,11 @@ from pipeline.planned_reading import PlannedReader
 from pipeline.progress import Progress
 from pipeline.prompts import PromptBuilder
 from pipeline.read_ahead import ReadAhead
-from pipeline.settings import KNOWN_KEYS, Settings, as_config, from_config
+from pipeline.settings import KNOWN_KEYS, OutputSettings, Settings, as_config, audit_settings, from_config
 from pipeline.shards import Shard, list_shards
 from pipeline.signals import HandleSignals, StopRequest
 from pipeline.spool import open_spool
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
 from pipeline.summary import Outcome, summary_lines
 from pipeline.worker import Worker, WorkResult
 
@@ -51,6 +53,7 @@ class TextSide:
 
     tokenizer: Any
     config: Any
+    fingerprint: str | None = None  # of the weights, where they were hashed
 
 
 def load_model(settings: Settings) -> Any:
@@ -60,12 +63,20 @@ def load_model(settings: Settings) -> Any:
     return load(settings.model.source, revision=settings.model.revision, dtype=settings.engine.dtype)
 
 
-def load_text_side(settings: Settings) -> Any:
+def load_text_side(settings: Settings) -> TextSide:
     """The model's tokenizer and configuration, without its weights."""
     from engine.checkpoints import load_config, load_tokenizer
 
     source, revision = settings.model.source, settings.model.revision
     return TextSide(load_tokenizer(source, revision=revision), load_config(source, revision=revision))
+
+
+def describe_model(settings: Settings) -> TextSide:
+    """The same with the fingerprint of the weights, which are read but not loaded."""
+    from engine.checkpoints import model_fingerprint
+
+    source, revision = settings.model.source, settings.model.revision
+    return replace(load_text_side(settings), fingerprint=model_fingerprint(source, revision=revision))
 
 
 def make_engine(loaded: Any, settings: Settings) -> Any:
@@ -95,8 +106,7 @@ def run_job(
     with ExitStack() as stack:
         stop = stack.enter_context(HandleSignals(stop or StopRequest(settings.drain_seconds)))
         platform = select_platform(settings.engine.platform)
-        assert settings.output.path is not None, "Settings of a run always name an output"
-        storage = open_storage(settings.output.path)
+        storage = open_output(settings.output)
         storage.check()
         shards = list_shards(settings.input)
         spool = stack.enter_context(open_spool(settings.output.spool_dir))
@@ -127,6 +137,16 @@ def run_job(
             result = _work(settings, ledger, shards, builder, engine(), stop, spool)
         manifest = ledger.finish()
         return _conclude(settings, ledger, result, manifest is not None, stop, time.monotonic() - started)
+
+
+def open_output(settings: OutputSettings) -> Storage:
+    """The storage that results go to."""
+    assert settings.path is not None, "only mode=plan does without an output"
+    return open_storage(
+        settings.path,
+        unsafe_single_writer=settings.unsafe_single_writer,
+        max_requests_per_second=settings.max_requests_per_second,
+    )
 
 
 def _prompt_builder(
@@ -255,23 +275,36 @@ def package_versions() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compose, run, and turn every expected error into one line and an exit code."""
     try:
-        config = compose(sys.argv[1:] if arguments is None else arguments, KNOWN_KEYS)
-        if config is None:
-            return ExitCode.DONE
-        settings = from_config(config)
-        if settings.mode == "plan":
-            from pipeline.plan_mode import plan_job
-
-            return plan_job(
-                settings, load_model=load_model, load_text_side=load_text_side, make_engine=make_engine
-            )
-        return run_job(settings)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        config = compose(["gc.remove=true" if each == "--yes" else each for each in arguments], KNOWN_KEYS)
+        return ExitCode.DONE if config is None else _start(config)
     except RetryLater as error:
         return _fail(error, ExitCode.RETRY_LATER)
     except TidemillError as error:
         return _fail(error, ExitCode.BAD_CONFIG)
     except KeyboardInterrupt:  # before the job's own handling began: nothing is there to drain
         return ExitCode.STOPPED_AT_ONCE
+
+
+def _start(config: Mapping[str, Any]) -> ExitCode:
+    """Do what the mode says."""
+    mode = config.get("mode")
+    if mode in ("verify", "gc"):
+        audit = audit_settings(config)
+        storage = open_output(audit.output)
+        return verify_job(storage, audit.output.spool_dir) if mode == "verify" else gc_job(storage, audit.gc)
+    settings = from_config(config)
+    if mode == "plan":
+        from pipeline.plan_mode import plan_job
+
+        return plan_job(
+            settings, load_model=load_model, load_text_side=load_text_side, make_engine=make_engine
+        )
+    if mode == "explain":
+        return explain_job(settings, open_output(settings.output), describe_model(settings))
+    if mode == "repair":
+        repair_output(open_output(settings.output), settings.output.spool_dir)
+    return run_job(settings)
 
 
 def _fail(error: TidemillError, code: ExitCode) -> ExitCode:

@@ -28,6 +28,7 @@ class RunState:
         self.folder = f"_state/{fingerprint}"
         self._commits: dict[tuple[int, int], CommitRecord] = {}
         self._shards: dict[int, ShardRecord] = {}
+        self._last_window: WindowOrder | None = None  # the orders of a large shard are not all held
 
     def path(self, *parts: str) -> str:
         return "/".join([self.folder, *parts])
@@ -61,6 +62,9 @@ class RunState:
 
         Raises OutputError when the record is not the one that the committed chunks were made by.
         """
+        last = self._last_window
+        if last is not None and (last.shard, last.start) == (shard, start):
+            return last
         path = order_path(self.folder, shard, start)
         data = self.read(path)
         if data is None:
@@ -75,6 +79,7 @@ class RunState:
                     f"{self.storage.url}/{path} is not the order that committed chunks were made in; "
                     f"put the old record back, or remove {commit} and start the same command again"
                 )
+        self._last_window = window
         return window
 
     def windows(self, shard: int, num_rows: int) -> Iterator[WindowOrder]:
@@ -88,30 +93,42 @@ class RunState:
             start = window.stop
 
     def num_committed(self, shard: int) -> int:
-        return len(self._indices("commits", f"{shard:05d}"))
+        return len(self.committed_chunks(shard))
 
     def committed(self, shard: int) -> dict[int, CommitRecord]:
         """The commit records of a shard by chunk, in order."""
-        records = {}
-        for chunk in self._indices("commits", f"{shard:05d}"):
-            record = self._commits.get((shard, chunk))
-            if record is None:
-                path = self.commit_path(shard, chunk)
-                record = CommitRecord.from_bytes(self.read(path) or b"", f"{self.storage.url}/{path}")
-                self._commits[shard, chunk] = record
-            records[chunk] = record
-        return records
+        return {chunk: self.commit(shard, chunk) for chunk in self.committed_chunks(shard)}
+
+    def committed_chunks(self, shard: int) -> list[int]:
+        """The numbers of the shard's chunks that have a commit record."""
+        return self._indices("commits", f"{shard:05d}")
+
+    def commit(self, shard: int, chunk: int) -> CommitRecord:
+        """A chunk's commit record, which is there."""
+        if (shard, chunk) not in self._commits:
+            data = self.read(self.commit_path(shard, chunk)) or b""
+            self.remember_commit(shard, chunk, data)
+        return self._commits[shard, chunk]
+
+    def remember_commit(self, shard: int, chunk: int, data: bytes) -> None:
+        """Take note of a commit record that is known to be stored, so that it need not be read."""
+        place = f"{self.storage.url}/{self.commit_path(shard, chunk)}"
+        self._commits[shard, chunk] = CommitRecord.from_bytes(data, place)
 
     def finished(self) -> dict[int, ShardRecord]:
         """The records of finished shards, in order."""
-        records = {}
-        for shard in self._indices("shards"):
-            if shard not in self._shards:
-                path = self.shard_path(shard)
-                data = self.read(path) or b""
-                self._shards[shard] = ShardRecord.from_bytes(data, f"{self.storage.url}/{path}")
-            records[shard] = self._shards[shard]
-        return records
+        return {shard: self.finished_shard(shard) for shard in self.finished_shards()}
+
+    def finished_shards(self) -> list[int]:
+        """The numbers of the shards that have a record."""
+        return self._indices("shards")
+
+    def finished_shard(self, shard: int) -> ShardRecord:
+        """A finished shard's record, which is there."""
+        if shard not in self._shards:
+            path = self.shard_path(shard)
+            self._shards[shard] = ShardRecord.from_bytes(self.read(path) or b"", f"{self.storage.url}/{path}")
+        return self._shards[shard]
 
     def _indices(self, *folder: str) -> list[int]:
         names = (name.removesuffix(".json") for name in self.list(*folder) if name.endswith(".json"))

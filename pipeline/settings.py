@@ -20,15 +20,16 @@ from typing import Any, Literal
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.sampling_params import SamplingParams
+from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.progress import ProgressStyle
 from pipeline.prompts import PromptSettings
 from pipeline.shards import InputSettings
 from pipeline.typed_config import build, known_keys, unknown_key
 
-Mode = Literal["run", "plan"]
+Mode = Literal["run", "plan", "verify", "repair", "explain", "gc"]
 
 # Named by the design and not built yet: said so, rather than "did you mean".
-FUTURE_MODES = ("verify", "repair", "explain", "report")
+FUTURE_MODES = ("report",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,19 +44,29 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings:
-    """path: where the results go; only mode=plan can do without. format: of data/ alone.
-    chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
+    """path: a local folder, or one of a bucket (s3://, gs://); only mode=plan can do without. format: of
+    data/ alone. chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
+    row_group_rows: the most rows of a row group of the final Parquet files; one also ends at 32 MiB.
     spool_dir: a local folder for what is not published yet; None is the system's temporary folder.
+    max_requests_per_second: to the store, by each worker; None does not limit them.
+    unsafe_single_writer: use a store that overwrites what should be created once; never start a second
+    process on such an output.
     """
 
     path: str | None = None
     format: Literal["parquet", "jsonl"] = "parquet"
     chunk_rows: int = 64
     include_token_ids: bool = False
+    row_group_rows: int = MAX_GROUP_ROWS
     spool_dir: str | None = None
+    max_requests_per_second: float | None = None
+    unsafe_single_writer: bool = False
 
     def __post_init__(self) -> None:
         _in_range("output.chunk_rows", self.chunk_rows, 1, 1_000_000)
+        _in_range("output.row_group_rows", self.row_group_rows, 1, 1_000_000)
+        if self.max_requests_per_second is not None:
+            _in_range("output.max_requests_per_second", self.max_requests_per_second, 0.1, 100_000.0)
         if self.path == "":
             raise ConfigError("output.path is empty: name the folder for the results")
 
@@ -78,6 +89,25 @@ class PlanSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GcSettings:
+    """remove: what was found, instead of only listing it. min_age_hours: what is younger may be in use."""
+
+    remove: bool = False
+    min_age_hours: float = 24.0
+
+    def __post_init__(self) -> None:
+        _in_range("gc.min_age_hours", self.min_age_hours, 0.0, 1_000_000.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSettings:
+    """What mode=verify and mode=gc need to be told: which output, and nothing of how it was made."""
+
+    output: OutputSettings
+    gc: GcSettings = field(default_factory=GcSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything a job is told. Lengths are in tokens, times in seconds."""
 
@@ -94,6 +124,7 @@ class Settings:
     progress_line_seconds: float = 30.0
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
+    gc: GcSettings = field(default_factory=GcSettings)
 
     def __post_init__(self) -> None:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
@@ -120,12 +151,16 @@ HARMLESS = frozenset(
         "resume.on_change",
         "plan.json",
         "plan.measure",
+        "gc.remove",
+        "gc.min_age_hours",
         "input.path",
         "input.order",
         "model.source",
         "model.revision",
         "output.path",
         "output.spool_dir",
+        "output.max_requests_per_second",
+        "output.unsafe_single_writer",
         "prompt.template",
         "prompt.template_file",
         "prompt.system_template",
@@ -145,11 +180,20 @@ def from_config(values: Mapping[str, Any]) -> Settings:
     values = _without_missing(values)
     mode = values.get("mode")
     if mode in FUTURE_MODES:
-        raise ConfigError(f"mode={mode} is not built yet: choose run or plan")
+        raise ConfigError(f"mode={mode} is not built yet: choose run, plan, verify, repair, explain or gc")
     sampling = values.get("sampling", {})
     if isinstance(sampling, Mapping):
         values["sampling"] = _sampling(sampling)
     return build(Settings, values)
+
+
+def audit_settings(values: Mapping[str, Any]) -> AuditSettings:
+    """The part of a composed configuration that is about an output as it stands. Raises ConfigError."""
+    values = _without_missing(values)
+    audit = build(AuditSettings, {key: values[key] for key in ("output", "gc") if key in values})
+    if audit.output.path is None:
+        raise ConfigError("output.path is missing: name the folder to look at, output.path=…")
+    return audit
 
 
 def _sampling(values: Mapping[str, Any]) -> SamplingParams:

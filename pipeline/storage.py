@@ -1,4 +1,4 @@
-"""Where a run's output lives, behind an interface small enough for a local disk and an object store alike.
+"""Where a run's output lives, behind an interface small enough for a local disk and a bucket alike.
 
 The only writing primitive is *exclusive create of a whole object*. Nothing is renamed, appended to or
 overwritten; heartbeats are the one exception, and nothing's correctness rests on them. A create has three
@@ -13,16 +13,21 @@ import errno
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from engine.errors import ConfigError, OutputError, RetryLater, TidemillError
+from engine.errors import ConfigError, MissingExtraError, OutputError, RetryLater, TidemillError
+
+if TYPE_CHECKING:
+    from pipeline.object_storage import ObjectClient
 
 
 class Outcome(Enum):
     WON = "won"  # the object is ours and durable
-    LOST = "lost"  # an object of that name was there already
+    LOST = "lost"  # an object of that name was there already (ours, if a repeated request found its own)
     UNKNOWN = "unknown"  # it may or may not have been applied: read it back
 
 
@@ -31,7 +36,12 @@ class PassingFault(RetryLater):
 
 
 class Storage(ABC):
-    """One output folder. Methods raise OutputError (cannot ever work), or RetryLater (may work later)."""
+    """One output folder. Methods raise OutputError (cannot ever work), or RetryLater (may work later).
+
+    heartbeats_are_dear: each is a request to a store, so they are not to be written before every step.
+    """
+
+    heartbeats_are_dear = False
 
     @property
     @abstractmethod
@@ -40,7 +50,7 @@ class Storage(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise OutputError unless objects can be created there; leaves nothing behind."""
+        """Raise OutputError unless objects can be created there, each only once; leaves nothing behind."""
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> Outcome:
@@ -81,14 +91,51 @@ class Storage(ABC):
     def subfolder(self, name: str) -> Storage:
         """The storage of a folder inside this one."""
 
+    @abstractmethod
+    def ages(self, folder: str) -> dict[str, float]:
+        """Seconds since each object directly inside a folder was written, by name."""
 
-def open_storage(url: str) -> Storage:
-    """The storage of an output path: a local path or a file:// URL. Touches nothing. Raises ConfigError."""
+    @abstractmethod
+    def leftovers(self, min_age_s: float) -> list[str]:
+        """What dead processes left half made anywhere inside, at least so many seconds ago; no object is."""
+
+    @abstractmethod
+    def remove_leftover(self, name: str) -> None:
+        """Remove one of `leftovers`; no error when it is gone already."""
+
+    def take_requests(self) -> Mapping[str, int]:
+        """Requests sent to a store since the last call, by kind; none where the output is on a disk."""
+        return {}
+
+
+def open_storage(
+    url: str, *, unsafe_single_writer: bool = False, max_requests_per_second: float | None = None
+) -> Storage:
+    """The storage of an output path: a local path, or a URL of the scheme file, s3 or gs.
+
+    Args:
+        unsafe_single_writer: use a store that knows no conditional requests too; the user's word that no
+            second process writes there.
+        max_requests_per_second: to a store; None does not limit them.
+
+    Sends nothing and creates nothing. Raises ConfigError, MissingExtraError where a store's package is not
+    installed.
+    """
     from pipeline.local_storage import LocalStorage
 
     if not url.strip():
         raise ConfigError("output.path is empty; give the folder that results go to")
-    scheme = url.partition("://")[0] if "://" in url else ""
+    scheme = url.partition("://")[0].lower() if "://" in url else ""
+    if scheme in _BUCKETS:
+        from pipeline.object_storage import ObjectStorage
+
+        bucket, _, folder = url.partition("://")[2].partition("/")
+        if not bucket or "::" in url or "//" in folder:
+            raise ConfigError(
+                f"output.path {url!r} names no folder of a bucket; write it as {scheme}://bucket/folder"
+            )
+        client = _BUCKETS[scheme](url, bucket, max_requests_per_second)
+        return ObjectStorage(client, folder, is_single_writer=unsafe_single_writer)
     if not scheme:
         return LocalStorage(Path(url).expanduser())
     parts = urlsplit(url)
@@ -97,9 +144,28 @@ def open_storage(url: str) -> Storage:
     if scheme == "file":
         raise ConfigError(f"output.path {url!r} is not a local file URL; write it as file:///folder")
     raise ConfigError(
-        f"output.path {url!r}: results go to a local disk only, {scheme}:// is not supported as an output; "
-        "give a local path and copy the finished folder"
+        f"output.path {url!r}: results go to a local disk, s3:// or gs://, not to {scheme}://; give a local "
+        "path and copy the finished folder"
     )
+
+
+def _s3(url: str, bucket: str, max_requests_per_second: float | None) -> ObjectClient:
+    try:
+        from pipeline.s3_client import S3Client
+    except ImportError as error:
+        raise MissingExtraError("s3fs", "s3", f"output.path {url!r}") from error
+    return S3Client(bucket, max_requests_per_second)
+
+
+def _gcs(url: str, bucket: str, max_requests_per_second: float | None) -> ObjectClient:
+    try:
+        from pipeline.gcs_client import GcsClient
+    except ImportError as error:
+        raise MissingExtraError("gcsfs", "gcs", f"output.path {url!r}") from error
+    return GcsClient(bucket, max_requests_per_second)
+
+
+_BUCKETS = {"s3": _s3, "s3a": _s3, "gs": _gcs, "gcs": _gcs}
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -39,6 +39,8 @@ def summary_lines(outcome: Outcome) -> list[str]:
     cached = "" if overall.hit_rate is None else f" ({overall.hit_rate:.0%} from the prefix cache)"
     lines.append(f"  tokens    {overall.prompt_tokens:,} in{cached}, {overall.generated_tokens:,} out")
     lines.append(f"  time      {_time(outcome, here)}")
+    if here.store_requests:
+        lines.append(f"  requests  {by_count(here.store_requests)}")
     lines.append(f"  output    {outcome.output}")
     if outcome.is_finished:
         lines.append(f'  open it   from pipeline.results import open_run; run = open_run("{outcome.output}")')

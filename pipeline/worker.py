@@ -71,6 +71,9 @@ class Worker:
         self._meter = EngineMeter(engine, max_num_seqs, clock)
         # As many waiting as running: the scheduler always has a next row, and others if that one must wait.
         self._max_unfinished = 2 * max_num_seqs
+        # Rows are told to the lease before they run: many at a time, where each time is a request to a store.
+        is_dear = ledger.storage.heartbeats_are_dear
+        self._refill_below = self._max_unfinished - (max_num_seqs // 2 if is_dear else 0)
 
         self._wanted = WantedPrefixes(
             engine, self._max_unfinished, max_kept_tokens=int(KEPT_SHARE * engine.num_pages * page_size)
@@ -167,6 +170,8 @@ class Worker:
         if self._alone and (wait_for_idle or self._reader.is_exhausted):
             if not self._engine.has_unfinished:
                 self._start_alone()
+            return
+        if self._engine.num_unfinished >= self._refill_below:
             return
         while self._engine.num_unfinished < self._max_unfinished:
             item = self._reader.take()
@@ -302,6 +307,7 @@ class Worker:
         opened = self._open_shards[chunk.shard]
         if next(iter(self._open_chunks)) == key:
             self._meter.settle(chunk.metrics)
+        chunk.metrics.count_requests(self._ledger.storage.take_requests())
         try:
             files = chunk.writer.close(metrics=chunk.metrics.to_json() | self._facts.to_json())
             version = current_version(opened.shard)

@@ -70,7 +70,11 @@ def test_every_job_in_the_readme_composes():
 
 
 def test_the_demo_in_the_readme_is_the_one_that_make_runs():
-    jobs = [arguments for arguments in commands("python -m pipeline.run") if "input=demo" in arguments]
+    jobs = [
+        arguments
+        for arguments in commands("python -m pipeline.run")
+        if "output.path=demo-output" in arguments
+    ]
     assert len(jobs) == 2
     assert jobs[0] == jobs[1]
 

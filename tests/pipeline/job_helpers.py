@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +11,14 @@ from typing import Any
 
 from pipeline.exit_codes import ExitCode
 from pipeline.ledger import Ledger
+from pipeline.process_identity import ProcessIdentity
 from pipeline.run import run_job
 from pipeline.settings import Settings, from_config
 from pipeline.signals import StopRequest
+from pipeline.storage import open_storage
 from tests.pipeline.fake_engine import FakeEngine
 from tests.pipeline.input_helpers import lines, make_chat_tokenizer, write_jsonl
-from tests.pipeline.small_run import gone_process
+from tests.pipeline.small_run import gone_process, stored_results
 
 
 def write_shards(folder: Path, num_shards: int = 3, rows_per_shard: int = 8) -> Path:
@@ -27,7 +29,7 @@ def write_shards(folder: Path, num_shards: int = 3, rows_per_shard: int = 8) -> 
     return folder
 
 
-def job_settings(input_path: Path, output_path: Path, **overrides: Any) -> Settings:
+def job_settings(input_path: Path, output_path: Path | str, **overrides: Any) -> Settings:
     """Settings of a small job; `overrides` are dotted keys with `__` for the dot."""
     values: dict[str, Any] = {
         "model": {"source": "fake"},
@@ -57,26 +59,28 @@ def run_fake(
     settings: Settings,
     make_engine: Callable[[Any, Settings], Any] = fake_engine,
     stop: StopRequest | None = None,
+    owner: ProcessIdentity | None = None,
 ) -> ExitCode:
-    """Leases are held in the name of a process that is gone: a run that crashes here leaves what a dead one
-    would."""
-    open_ledger = partial(Ledger.open, owner=gone_process())
+    """Leases are held in the name of `owner`, or of a process that is gone: a run that crashes here leaves
+    what a dead one would.
+    """
+    open_ledger = partial(Ledger.open, owner=owner or gone_process())
     return run_job(
         settings, load_model=fake_model, make_engine=make_engine, open_ledger=open_ledger, stop=stop
     )
 
 
-def final_bytes(output: Path) -> dict[str, bytes]:
+def final_bytes(output: Path | str) -> dict[str, bytes]:
     """What two runs must agree on to the byte: data/ and rejects/, by name."""
-    folders = (output / "data", output / "rejects")
-    return {
-        str(file.relative_to(output)): file.read_bytes()
-        for folder in folders
-        for file in sorted(folder.glob("*"))
-    }
+    return stored_results(open_storage(str(output)))
 
 
-def commits(output: Path) -> dict[str, dict[str, Any]]:
+def commits(output: Path | str) -> dict[str, dict[str, Any]]:
     """Commit records by `<shard>/<chunk>`."""
-    files: Iterable[Path] = output.glob("_state/*/commits/*/*.json")
-    return {f"{file.parent.name}/{file.stem}": json.loads(file.read_bytes()) for file in files}
+    storage = open_storage(str(output))
+    return {
+        f"{shard}/{name.removesuffix('.json')}": json.loads(storage.read(f"{folder}/{shard}/{name}") or b"")
+        for folder in (f"_state/{fingerprint}/commits" for fingerprint in storage.list("_state"))
+        for shard in storage.list(folder)
+        for name in storage.list(f"{folder}/{shard}")
+    }

@@ -27,6 +27,7 @@ from tests.pipeline.fake_engine import FakeEngine
 
 PARTS = {"config": {"max_tokens": 6}, "model": "m-1", "inputs": [{"url": "a", "version": {"size": 1}}]}
 Propose = Callable[[RunPlan, int, int], WindowOrder]
+NO_SUSPECTS = Suspects(frozenset(), frozenset())
 _pids = itertools.count(10_000_000)
 
 
@@ -192,11 +193,13 @@ def work(
 
 def results(output: Path) -> dict[str, bytes]:
     """The bytes of data/ and rejects/, which no crash may change."""
-    return {
-        str(path.relative_to(output)): path.read_bytes()
-        for kind in ("data", "rejects")
-        for path in sorted((output / kind).glob("*"))
-    }
+    return stored_results(LocalStorage(output))
+
+
+def stored_results(storage: Storage) -> dict[str, bytes]:
+    """The same of any storage."""
+    paths = [f"{kind}/{name}" for kind in ("data", "rejects") for name in storage.list(kind)]
+    return {path: storage.read(path) or b"" for path in paths}
 
 
 class FaultyStorage(Storage):
@@ -207,6 +210,7 @@ class FaultyStorage(Storage):
 
     def __init__(self, inner: Storage, fail_at: int | None = None, mode: str = "crash before"):
         self.inner = inner
+        self.heartbeats_are_dear = inner.heartbeats_are_dear
         self.fail_at = fail_at
         self.mode = mode
         self.num_operations = 0
@@ -258,6 +262,15 @@ class FaultyStorage(Storage):
 
     def discard(self, path: str) -> None:
         self._do(lambda: self.inner.discard(path))
+
+    def ages(self, folder: str) -> dict[str, float]:
+        return self._do(lambda: self.inner.ages(folder))
+
+    def leftovers(self, min_age_s: float) -> list[str]:
+        return self._do(lambda: self.inner.leftovers(min_age_s))
+
+    def remove_leftover(self, name: str) -> None:
+        self._do(lambda: self.inner.remove_leftover(name))
 
     def subfolder(self, name: str) -> Storage:
         return self.inner.subfolder(name)

@@ -21,6 +21,7 @@ from pipeline.finalise import Finaliser, json_line
 from pipeline.local_storage import LocalStorage
 from pipeline.manifest import check_balance
 from pipeline.parquet_files import GroupedWriter, row_sizes, write_table
+from pipeline.plan import RunPlan
 from pipeline.run_state import RunState
 from pipeline.schema import data_schema
 from tests.pipeline.small_run import merge_counts, open_ledger, results, small_plan, undisturbed, work
@@ -62,6 +63,23 @@ def test_the_bytes_do_not_depend_on_the_chunks(tmp_path: Path, output_format: st
         made.append(undisturbed(tmp_path / str(chunk_rows), plan))
     assert all(each == made[0] for each in made)
     assert f"data/part-00000-of-00002.{output_format}" in made[0]
+
+
+def test_row_groups_are_as_long_as_the_setting_says_whatever_the_chunks(tmp_path: Path):
+    made = []
+    for chunk_rows in (1, 3, 100):
+        plan = dataclasses.replace(small_plan(chunk_rows=chunk_rows), row_group_rows=4)
+        assert RunPlan.from_json(plan.to_json()) == plan
+        made.append(undisturbed(tmp_path / str(chunk_rows), plan))
+    assert all(each == made[0] for each in made)
+    files = [tmp_path / "3/undisturbed" / f"{kind}/part-00000-of-00002.parquet" for kind in ("data", "trace")]
+    for path in files:
+        file = pq.ParquetFile(path).metadata
+        sizes = [file.row_group(number).num_rows for number in range(file.num_row_groups)]
+        assert sizes == [4, 4, 1]
+    undisturbed(tmp_path / "long")
+    whole = pq.read_table(tmp_path / "long/undisturbed/data/part-00000-of-00002.parquet")
+    assert pq.read_table(files[0]).equals(whole)
 
 
 def test_json_lines_hold_the_same_rows(tmp_path: Path):
@@ -106,10 +124,10 @@ def test_row_groups_are_cut_by_the_rows_and_not_by_the_tables_they_came_in(
     table = pa.Table.from_pylist(rows, schema=schema)
     folder = tmp_path_factory.mktemp("groups", numbered=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.parquet_files.MAX_GROUP_ROWS", max_rows)
         patch.setattr("pipeline.parquet_files.MAX_GROUP_BYTES", max_bytes)
-        write_table(folder / "whole", table)
-        with GroupedWriter(folder / "cut", schema) as writer:
+        with GroupedWriter(folder / "whole", schema, max_rows) as writer:
+            writer.write(table)
+        with GroupedWriter(folder / "cut", schema, max_rows) as writer:
             bounds = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
             for start, stop in itertools.pairwise(bounds):
                 writer.write(table.slice(start, stop - start))

@@ -141,3 +141,24 @@ def test_what_is_a_secret_and_what_is_not():
         "monkey": "m",
     }
     assert redact(plain) == plain
+
+
+def test_a_run_that_another_begins_at_the_same_moment_is_joined(tmp_path: Path):
+    """Between a worker's look for job.json and its look for anything else, another has begun the run."""
+
+    class Racing(LocalStorage):
+        is_raced = False
+
+        def list(self, folder: str) -> list[str]:
+            if not self.is_raced:
+                self.is_raced = True
+                open_ledger(LocalStorage(tmp_path / "out"), spool_of(tmp_path)).close()
+            return super().list(folder)
+
+    storage = Racing(tmp_path / "out")
+    with open_ledger(storage, spool_of(tmp_path)) as ledger:
+        commit_one(ledger)
+    assert storage.is_raced
+    (tmp_path / "out/job.json").unlink()
+    with pytest.raises(OutputError, match=r"holds _state/ but no job\.json"):
+        open_ledger(LocalStorage(tmp_path / "out"), spool_of(tmp_path))

@@ -1,7 +1,8 @@
 """The real job, killed at random moments: the same command brings it to the same bytes, and to those of a run
 in input order.
 
-TIDEMILL_KILLS sets how many times it is killed (3), TIDEMILL_KILL_SEED at which moments (0).
+TIDEMILL_KILLS sets how many times it is killed (3), TIDEMILL_KILL_SEED at which moments (0); with
+TIDEMILL_CHAOS=1 the same is done to a job whose output is in a bucket.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.results import open_run
+from pipeline.storage import open_storage
 from tests.pipeline.input_helpers import lines, write_jsonl, write_parquet
 from tests.pipeline.job_helpers import commits, final_bytes
 
@@ -56,7 +59,7 @@ def command(tiny_checkpoint: str, repository: Path, tmp_path_factory: pytest.Tem
     ]
 
 
-def start(command: list[str], output: Path, repository: Path) -> subprocess.Popen[str]:
+def start(command: list[str], output: str, repository: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, f"output.path={output}"],
         cwd=repository,
@@ -66,18 +69,27 @@ def start(command: list[str], output: Path, repository: Path) -> subprocess.Pope
     )
 
 
+@pytest.fixture(params=["disk", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "killed")
+    if not os.environ.get("TIDEMILL_CHAOS"):
+        pytest.skip("takes minutes: TIDEMILL_CHAOS=1")
+    return f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
+
+
 def test_a_job_killed_at_random_moments_resumes_to_the_same_bytes(
-    command: list[str], repository: Path, tmp_path: Path
+    command: list[str], output: str, repository: Path, tmp_path: Path
 ) -> None:
     started = time.monotonic()
-    undisturbed = start([*command, "input.order=input"], tmp_path / "undisturbed", repository)
+    undisturbed = start([*command, "input.order=input"], str(tmp_path / "undisturbed"), repository)
     _, errors = undisturbed.communicate(timeout=300)
     seconds = time.monotonic() - started
     assert undisturbed.returncode == 0, errors
     wanted = final_bytes(tmp_path / "undisturbed")
     assert len(wanted) == 3 + 2
 
-    chance, output, kept = random.Random(SEED), tmp_path / "killed", {}
+    chance, kept = random.Random(SEED), {}
     for number in range(KILLS):
         process = start(command, output, repository)
         # The first at any moment, the start included; the others while there is work to lose.
@@ -96,7 +108,7 @@ def test_a_job_killed_at_random_moments_resumes_to_the_same_bytes(
     wait_for(process, num_commits(output, len(kept) + 1))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == (0 if (output / "manifest.json").exists() else 143), errors
+    assert process.returncode == (0 if open_storage(output).size("manifest.json") else 143), errors
 
     process = start(command, output, repository)
     _, errors = process.communicate(timeout=300)
@@ -112,7 +124,7 @@ def wait_for(process: subprocess.Popen[str], has_come: Callable[[], bool]) -> No
     """Until the moment has come or the process has ended."""
     deadline = time.monotonic() + 300
     while process.poll() is None and not has_come() and time.monotonic() < deadline:
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 def after(seconds: float) -> Callable[[], bool]:
@@ -120,5 +132,5 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() >= moment
 
 
-def num_commits(output: Path, number: int) -> Callable[[], bool]:
+def num_commits(output: str, number: int) -> Callable[[], bool]:
     return lambda: len(commits(output)) >= number

@@ -140,6 +140,35 @@ def test_rows_in_flight_are_told_before_they_run(storage: LocalStorage):
     leases.close()
 
 
+def test_where_heartbeats_are_dear_they_name_no_row_too_few_and_are_few(storage: LocalStorage):
+    class Dear(LocalStorage):
+        heartbeats_are_dear = True
+        num_beats = 0
+
+        def overwrite_heartbeat(self, path: str, data: bytes) -> None:
+            self.num_beats += 1
+            super().overwrite_heartbeat(path, data)
+
+    dear = Dear(Path(storage.url))
+    leases = book(dear)
+    lease = must(leases.claim(0))
+    rows = [f"row {number}" for number in range(40)]
+    for step in range(40):  # ten come when five are left, and one goes each step
+        running = rows[step : 5 + 5 * (1 + step // 5)]
+        lease.set_in_flight(running)
+        told = read_heartbeat(dear, "s", 0, 1)
+        assert told is not None
+        assert set(running) <= told.in_flight
+    assert dear.num_beats == 1 + 7, "at the claim, and when rows came"
+    lease.set_alone(rows[0], 0)
+    lease.set_alone(rows[0], 1)
+    lease.set_in_flight([rows[1]])
+    told = read_heartbeat(dear, "s", 0, 1)
+    assert told is not None
+    assert (told.in_flight, told.alone_progress) == ({rows[1]}, None)
+    leases.close()
+
+
 def test_a_heartbeat_spoilt_by_a_power_cut_is_none(storage: LocalStorage):
     leases = book(storage, gone_process())
     must(leases.claim(0))

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from engine.errors import OutputError
-from pipeline.lease import Lease, Suspects
+from pipeline.lease import Lease
 from pipeline.ledger import InputChanged, Ledger
 from pipeline.local_storage import LocalStorage
 from tests.pipeline.fake_engine import FakeEngine
 from tests.pipeline.small_run import (
+    NO_SUSPECTS,
     Crash,
     FaultyStorage,
     fill,
@@ -26,7 +27,6 @@ from tests.pipeline.small_run import (
     work,
 )
 
-NO_SUSPECTS = Suspects(frozenset(), frozenset())
 TINY = small_plan(num_shards=1, num_rows=5, chunk_rows=3, carried=(), with_token_ids=False)
 
 

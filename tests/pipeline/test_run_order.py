@@ -160,7 +160,7 @@ def test_a_crash_at_any_operation_of_the_storage_changes_no_byte(
 
 
 def run_on(storage: Storage, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> ExitCode:
-    monkeypatch.setattr("pipeline.run.open_storage", lambda path: storage)
+    monkeypatch.setattr("pipeline.run.open_storage", lambda path, **options: storage)
     return run_fake(settings)
 
 

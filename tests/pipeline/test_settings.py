@@ -151,7 +151,10 @@ def composed() -> dict[str, Any]:
         ("prompt.over_long", "cut", "prompt.over_long='cut'"),
         ("resume.on_change", "merge", "resume.on_change='merge'"),
         ("mode", "plann", "mode='plann': did you mean 'plan'?"),
-        ("mode", "verify", "mode=verify is not built yet: choose run or plan"),
+        ("mode", "report", "mode=report is not built yet: choose run, plan, verify,"),
+        ("output.max_requests_per_second", 0, "output.max_requests_per_second=0: must be from 0.1"),
+        ("output.row_group_rows", 0, "output.row_group_rows=0: must be from 1"),
+        ("gc.min_age_hours", -1, "gc.min_age_hours=-1: must be from 0"),
     ],
 )
 def test_a_bad_value_is_refused_on_one_line(

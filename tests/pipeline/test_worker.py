@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from pipeline.exit_codes import ExitCode
 from pipeline.ledger import Ledger
 from pipeline.open_work import merge_ranges
 from pipeline.plan import RunPlan
+from pipeline.results import open_run
 from pipeline.run import run_job
 from pipeline.settings import Settings
 from pipeline.signals import StopRequest
@@ -79,9 +80,16 @@ def test_a_chunk_commits_when_its_rows_are_done_in_any_order(tmp_path: Path) -> 
     assert sorted(commits(tmp_path / "out")) == ["00000/00001", "00000/00002"]
 
 
-def test_a_row_that_kills_its_process_is_found_and_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_a_row_that_kills_its_process_is_found_and_left_out(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Also in a bucket, where fewer heartbeats are written."""
     folder = write_shards(tmp_path / "in", num_shards=2, rows_per_shard=9)
-    settings = job_settings(folder, tmp_path / "out")
+    output = str(tmp_path / "out")
+    if place == "s3":
+        output = f"{request.getfixturevalue('s3_bucket')}/{uuid.uuid4().hex}"
+    settings = job_settings(folder, output)
     engines: list[WatchedEngine] = []
 
     def deadly(_: Any, settings: Settings) -> FakeEngine:
@@ -98,13 +106,9 @@ def test_a_row_that_kills_its_process_is_found_and_left_out(tmp_path: Path) -> N
         pytest.fail("the run never got past the row that kills it")
     assert code == ExitCode.DONE
     assert len(engines) <= 6
-    [reject] = (tmp_path / "out" / "rejects" / "part-00000-of-00002.jsonl").read_text().splitlines()
-    assert (json.loads(reject)["row_id"], json.loads(reject)["reason"]) == ("0-4", "quarantined")
-    ids = [
-        row_id
-        for file in sorted((tmp_path / "out" / "data").iterdir())
-        for row_id in pq.read_table(file)["row_id"].to_pylist()
-    ]
+    [reject] = open_run(output).rejects()
+    assert (reject["row_id"], reject["reason"]) == ("0-4", "quarantined")
+    ids = [row["row_id"] for row in open_run(output).rows(["row_id"])]
     assert ids == [f"{s}-{i}" for s in range(2) for i in range(9) if (s, i) != (0, 4)]
     # What was in flight in both of the first deaths ran alone after them, then only the culprit did.
     suspects = engines[0].companies[-1] & engines[1].companies[-1]
