@@ -7,6 +7,7 @@ namespace tidemill {
 namespace TIDEMILL_ISA {
 
 constexpr int kPanel = 16;  // outputs of one panel
+constexpr int64_t kLine = 64;  // bytes of a cache line
 constexpr int kVectors = kPanel / kLanes;
 // With 16 lanes there are 32 registers: two panels at once then give each loaded value of x two uses.
 constexpr int kPanelsAtOnce = kLanes == 16 ? 2 : 1;
@@ -34,10 +35,12 @@ struct FloatSlice {
 
 // results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16].
 //
+// `Ahead` lines of what is worked on next are fetched with every four inputs, from each panel's `ahead` on.
+//
 // Three rows share a pointer, and the inputs go by fours: a pointer a row would be more than there are registers. Where
 // slices are short, the same slice of the rows that come `Rows` further down is fetched from the second-level cache
 // meanwhile: too short a stretch for the hardware to foresee.
-template <int Rows, bool HasAhead>
+template <int Rows, int Ahead>
 void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
   constexpr int kSharing = 3, kPointers = (Rows + kSharing - 1) / kSharing;
   const float* rows[kPointers];
@@ -59,9 +62,6 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
     vf column[kAcross];
 #pragma GCC unroll 4
     for (int c = 0; c < kAcross; ++c) column[c] = load(panels[c / kVectors] + at * kPanel + c % kVectors * kLanes);
-    if (HasAhead)
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanelsAtOnce; ++p) __builtin_prefetch(ahead[p] + at * 64, 0, 2);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
       const vf factor = splat(rows[r / kSharing][at + r % kSharing * row_stride]);
@@ -73,10 +73,7 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) rows[i] += by;
 #pragma GCC unroll 2
-    for (int p = 0; p < kPanelsAtOnce; ++p) {
-      panels[p] += by * kPanel;
-      ahead[p] += by * 64;
-    }
+    for (int p = 0; p < kPanelsAtOnce; ++p) panels[p] += by * kPanel;
   };
   int64_t left = slice.count;
   for (; left >= 4; left -= 4) {
@@ -84,8 +81,15 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
 #pragma GCC unroll 12
       for (int r = Rows; r < 2 * Rows; ++r) __builtin_prefetch(x + r * row_stride + slice.count - left, 0, 3);
 #pragma GCC unroll 4
-    for (int at = 0; at < 4; ++at) multiply(at);
+    for (int at = 0; at < 4; ++at) {
+      if (at < Ahead)
+#pragma GCC unroll 2
+        for (int p = 0; p < kPanelsAtOnce; ++p) __builtin_prefetch(ahead[p] + at * kLine, 0, 2);
+      multiply(at);
+    }
     advance(4);
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanelsAtOnce; ++p) ahead[p] += Ahead * kLine;
   }
   for (; left > 0; --left) {
     multiply(0);
@@ -98,13 +102,13 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
 }
 
 // The last tile of a block has fewer rows.
-template <int Rows>
+template <int Rows, int Ahead>
 void float_rest(int64_t rows, const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      float_tile<Rows, true>(x, row_stride, slice, results);
+      float_tile<Rows, Ahead>(x, row_stride, slice, results);
     else
-      float_rest<Rows - 1>(rows, x, row_stride, slice, results);
+      float_rest<Rows - 1, Ahead>(rows, x, row_stride, slice, results);
   }
 }
 
@@ -135,16 +139,31 @@ TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_
           slice.ahead[p] = static_cast<const float*>(args.weights) + next;
         }
       }
-      int64_t row = 0;
-      for (; row + kTileRows <= num_rows; row += kTileRows) {
-        const float* rows = x + row * row_stride + begin;
-        if (row == 0)
-          float_tile<kTileRows, true>(rows, row_stride, slice, target);
+      // What comes next is fetched by the first four tiles, a quarter each: all of it by one would ask for more than the
+      // memory gives meanwhile.
+      const int64_t num_tiles = num_rows / kTileRows;
+      const int64_t num_fetching = num_tiles >= 4 ? 4 : num_tiles >= 2 ? 2 : 1;
+      const int64_t part = slice.count / num_fetching * (is_narrow ? kLine / 2 : kLine);
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const float* rows = x + tile * kTileRows * row_stride + begin;
+        if (tile >= num_fetching)
+          float_tile<kTileRows, 0>(rows, row_stride, slice, target);
+        else if (num_fetching == 4)
+          float_tile<kTileRows, 1>(rows, row_stride, slice, target);
+        else if (num_fetching == 2)
+          float_tile<kTileRows, 2>(rows, row_stride, slice, target);
         else
-          float_tile<kTileRows, false>(rows, row_stride, slice, target);
-        for (int p = 0; p < kPanelsAtOnce; ++p) target[p] += kTileRows * kPanel;
+          float_tile<kTileRows, 4>(rows, row_stride, slice, target);
+        for (int p = 0; p < kPanelsAtOnce; ++p) {
+          target[p] += kTileRows * kPanel;
+          slice.ahead[p] = static_cast<const char*>(slice.ahead[p]) + part;
+        }
       }
-      float_rest<kTileRows - 1>(num_rows - row, x + row * row_stride + begin, row_stride, slice, target);
+      const int64_t row = num_tiles * kTileRows;
+      if (num_tiles == 0)
+        float_rest<kTileRows - 1, 4>(num_rows, x + begin, row_stride, slice, target);
+      else
+        float_rest<kTileRows - 1, 0>(num_rows - row, x + row * row_stride + begin, row_stride, slice, target);
     }
   }
 }
