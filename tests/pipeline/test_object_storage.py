@@ -248,10 +248,10 @@ def read_five(storage: Storage) -> None:
 def test_a_store_that_is_killed_and_started_again_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    server = seaweedfs(tmp_path / "server")
     for name, value in (("MAX_TRIES", 200), ("_MAX_PAUSE_S", 0.2)):  # as patient, but sooner back
         monkeypatch.setattr(f"pipeline.commits.{name}", value)
     monkeypatch.setattr("pipeline.s3_client._TRIES_A_REQUEST", 1)
-    server = seaweedfs(tmp_path / "server")
     try:
         server.start()
         for name, value in s3_environment(server.url).items():
