@@ -1,0 +1,125 @@
+"""Ragged paged attention for TPUs in Pallas: one kernel for a step's prefill chunks, decodes and their writes.
+
+XLA puts the step's tokens in the kernel's order (`tpu.staging`). Then each core goes over its part of
+
+- the decodes, some tens at a time: first the pages that prefix groups share, once for all members
+  (`tpu.many`), then each decode by itself from the state that left, with its new token (`tpu.decode`);
+- the blocks of prefill queries: old tokens from their pages, the step's own from its arrays (`tpu.many`);
+- the writing of prefill chunks into their pages (`tpu.new_tokens`).
+
+Keys and values come by DMA, a block ahead of what is computed. No core waits for another: what one writes to
+pages is read there by none. The page at the seam between a chunk and the tokens before it may be read by one
+core while another writes it, whose bytes for those tokens are the ones that are there.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.paged_attention.layout import AttentionOptions, Groups, Rows
+from kernels.paged_attention.tpu.call import Arrays, Call, Results, Scalars, Scratch, padded, scratch_shapes
+from kernels.paged_attention.tpu.decode import attend_decodes
+from kernels.paged_attention.tpu.geometry import Geometry
+from kernels.paged_attention.tpu.layout import TpuPageLayout, TpuPages
+from kernels.paged_attention.tpu.many import attend_groups, attend_queries
+from kernels.paged_attention.tpu.new_tokens import write_new_tokens
+from kernels.paged_attention.tpu.staging import gather_results, make_arrays, make_plan
+from kernels.paged_attention.tpu.tiles import TileSizes
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: TpuPages,
+    rows: Rows,
+    groups: Groups,
+    options: AttentionOptions,
+    layout: TpuPageLayout,
+    sinks: jax.Array | None,
+    tiles: TileSizes | None = None,
+    num_cores: int | None = None,
+) -> tuple[jax.Array, TpuPages]:
+    """See `kernels.paged_attention.attend`."""
+    tiles = tiles or TileSizes()
+    num_cores = num_cores or (pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1)
+    num_slots, table_width = rows.page_table.shape
+    shape = Geometry(
+        layout=layout,
+        ratio=q.shape[1] // layout.num_kv_heads,
+        options=options,
+        tiles=tiles,
+        num_slots=num_slots,
+        table_width=table_width,
+        num_decodes=padded(min(num_slots, q.shape[0]), tiles.decodes),
+        num_tokens=padded(q.shape[0], tiles.queries),
+        num_groups=groups.slot_start.shape[0],
+    )
+    new_rows, new_scales = layout.packed_rows(k, v)
+    if new_scales is not None:
+        pages = layout.write_scales(pages, new_scales, *layout.token_places(rows, q.shape[0], pages.num_pages))
+    plan = make_plan(shape, rows, groups, num_cores)
+    arrays = make_arrays(shape, q, new_rows, new_scales, pages, plan, sinks)
+    results = _call_kernel(shape, plan, arrays, q.dtype, num_cores)
+    return gather_results(shape, q, rows, results), pages._replace(rows=results.pages)
+
+
+def _call_kernel(shape: Geometry, plan: Scalars, arrays: Arrays, dtype: Any, num_cores: int) -> Results:
+    operand = shape.layout.operand_width
+    out_shape = Results(
+        decodes=jax.ShapeDtypeStruct(
+            (shape.num_decodes, shape.bundles, shape.bundle_rows, operand), dtype
+        ),
+        queries=jax.ShapeDtypeStruct((shape.num_kv_heads, shape.num_tokens * shape.ratio, operand), dtype),
+        pages=jax.ShapeDtypeStruct(arrays.pages.shape, arrays.pages.dtype),
+    )
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    in_specs = jax.tree.map(lambda _: anywhere, arrays)
+    if arrays.decode_start is not None:
+        in_specs = in_specs._replace(decode_start=pl.BlockSpec(memory_space=pltpu.VMEM))
+    scratch = scratch_shapes(shape, dtype)
+    flat_scratch, scratch_tree = jax.tree.flatten(scratch, is_leaf=lambda x: not isinstance(x, Scratch))
+    flat_inputs, input_tree = jax.tree.flatten((plan, arrays))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(plan),
+        grid=(num_cores,),
+        in_specs=jax.tree.leaves(in_specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec)),
+        out_specs=[anywhere] * len(out_shape),
+        scratch_shapes=flat_scratch,
+    )
+    call = pl.pallas_call(
+        partial(_kernel, shape, input_tree, scratch_tree),
+        grid_spec=grid,
+        out_shape=list(out_shape),
+        input_output_aliases={len(flat_inputs) - 1: len(out_shape) - 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        name="ragged_attention",
+    )
+    return Results(*call(*flat_inputs))
+
+
+def _kernel(shape: Geometry, input_tree: Any, scratch_tree: Any, *refs: Any) -> None:
+    num_inputs, num_results = input_tree.num_leaves, len(Results._fields)
+    plan, arrays = jax.tree.unflatten(input_tree, refs[:num_inputs])
+    results = Results(*refs[num_inputs : num_inputs + num_results])
+    scratch = jax.tree.unflatten(scratch_tree, refs[num_inputs + num_results :])
+    call = Call(shape, plan, arrays, results, scratch, pl.program_id(0))
+
+    def each(ranges: Any, act: Any) -> None:
+        jax.lax.fori_loop(ranges[call.core], ranges[call.core + 1], lambda i, _: act(i), None)
+
+    def decodes(block: Any) -> None:
+        attend_groups(call, block)
+        first = block * shape.tiles.decodes
+        attend_decodes(call, first, jnp.minimum(first + shape.tiles.decodes, plan.num_decodes[0]))
+
+    each(plan.core_decodes, decodes)
+    each(plan.core_queries, lambda b: pl.when(plan.last_slot[b] >= plan.first_slot[b])(
+        lambda: attend_queries(call, b)))
+    each(plan.core_writes, lambda slot: write_new_tokens(call, slot))
