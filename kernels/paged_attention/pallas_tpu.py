@@ -27,7 +27,14 @@ from kernels.paged_attention.tpu.call import Arrays, Call, Results, Scalars, Scr
 from kernels.paged_attention.tpu.decode import attend_decodes
 from kernels.paged_attention.tpu.geometry import Geometry
 from kernels.paged_attention.tpu.layout import TpuPageLayout, TpuPages
-from kernels.paged_attention.tpu.many import attend_groups, attend_queries
+from kernels.paged_attention.tpu.many import (
+    group_keys,
+    load_members,
+    load_queries,
+    pass_over,
+    slot_keys,
+    store_queries,
+)
 from kernels.paged_attention.tpu.new_tokens import write_new_tokens
 from kernels.paged_attention.tpu.staging import gather_results, make_arrays, make_plan
 from kernels.paged_attention.tpu.tiles import TileSizes
@@ -111,15 +118,43 @@ def _kernel(shape: Geometry, input_tree: Any, scratch_tree: Any, *refs: Any) -> 
     scratch = jax.tree.unflatten(scratch_tree, refs[num_inputs + num_results :])
     call = Call(shape, plan, arrays, results, scratch, pl.program_id(0))
 
-    def each(ranges: Any, act: Any) -> None:
-        jax.lax.fori_loop(ranges[call.core], ranges[call.core + 1], lambda i, _: act(i), None)
+    first_decode, first_query = plan.core_decodes[call.core], plan.core_queries[call.core]
+    num_decodes = plan.core_decodes[call.core + 1] - first_decode
+    num_queries = plan.core_queries[call.core + 1] - first_query
 
-    def decodes(block: Any) -> None:
-        attend_groups(call, block)
+    def unit(index: Any, carry: None) -> None:
+        is_decode = index < num_decodes
+        _attend_unit(call, is_decode, jnp.where(is_decode, first_decode, first_query - num_decodes) + index)
+
+    def write(slot: Any, carry: None) -> None:
+        write_new_tokens(call, slot)
+
+    jax.lax.fori_loop(0, num_decodes + num_queries, unit, None)
+    jax.lax.fori_loop(plan.core_writes[call.core], plan.core_writes[call.core + 1], write, None)
+
+
+def _attend_unit(call: Call, is_decode: Any, block: Any) -> None:
+    """A block of decodes, or one of queries of prefill chunks."""
+    shape, plan = call.shape, call.plan
+    decode_block, query_block = jnp.where(is_decode, block, 0), jnp.where(is_decode, 0, block)
+    has_groups = is_decode & (plan.block_shared[decode_block] > 0)
+    first_slot, last_slot = plan.first_slot[query_block], plan.last_slot[query_block]
+    has_queries = ~is_decode & (first_slot <= last_slot)
+    pl.when(has_groups)(lambda: load_members(call, block))
+    pl.when(has_queries)(lambda: load_queries(call, block))
+
+    def one(index: Any, carry: None) -> None:
+        keys = jax.lax.cond(
+            is_decode, lambda: group_keys(call, index, block), lambda: slot_keys(call, index, block)
+        )
+        pass_over(call, keys)
+
+    begin = jnp.where(is_decode, 0, first_slot)
+    end = jnp.where(is_decode, jnp.where(has_groups, shape.num_groups, 0), last_slot + 1)
+    jax.lax.fori_loop(begin, end, one, None)
+    pl.when(has_queries)(lambda: store_queries(call, block))
+
+    @pl.when(is_decode)
+    def _():
         first = block * shape.tiles.decodes
         attend_decodes(call, first, jnp.minimum(first + shape.tiles.decodes, plan.num_decodes[0]))
-
-    each(plan.core_decodes, decodes)
-    each(plan.core_queries, lambda b: pl.when(plan.last_slot[b] >= plan.first_slot[b])(
-        lambda: attend_queries(call, b)))
-    each(plan.core_writes, lambda slot: write_new_tokens(call, slot))

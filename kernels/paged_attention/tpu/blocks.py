@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.paged_attention.tpu.call import Call
+from kernels.paged_attention.tpu.integers import quotient, quotient_up, remainder
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +23,17 @@ class PagedTokens:
     begin: Any
     end: Any
 
-    def start(self, block: Any, buffer: Any) -> None:
-        """Begin to read block `block` (the first is 0) into a buffer."""
-        self._each_page(block, buffer, lambda copy: copy.start())
-
-    def wait(self, block: Any, buffer: Any) -> None:
-        self._each_page(block, buffer, lambda copy: copy.wait())
-
-    def _each_page(self, block: Any, buffer: Any, act: Any) -> None:
+    def move(self, block: Any, buffer: Any, act: Any) -> None:
+        """Start (or wait for: `act`) the copies of block `block`, the first being 0, into a buffer."""
         call, shape = self.call, self.call.shape
         size, arrays, scratch = shape.layout.page_size, call.arrays, call.scratch
-        first = self.begin // size + block * shape.pages_per_block
-        count = jnp.minimum(pl.cdiv(self.end, size) - first, shape.pages_per_block)
+        first = quotient(self.begin, size) + block * shape.pages_per_block
+        count = jnp.minimum(quotient_up(self.end, size) - first, shape.pages_per_block)
+        entry = self.slot * shape.table_width + first
         ready = scratch.kv_ready.at[buffer]
 
         def one(index: Any, carry: None) -> None:
-            page = call.plan.page_table[self.slot * shape.table_width + first + index]
+            page = call.plan.page_table[entry + index]
             target = scratch.kv.at[buffer, :, pl.ds(pl.multiple_of(index * size, size), size), :]
             act(pltpu.make_async_copy(call.results.pages.at[page], target, ready))
             if arrays.scales is not None:
@@ -68,10 +64,10 @@ def keep_values(call: Call, buffer: Any, begin: Any, end: Any) -> None:
             held = kv[buffer, head, rows(index), lanes]
             kv[buffer, head, rows(index), lanes] = selected(kept, held, jnp.zeros_like(held))
 
-    jax.lax.fori_loop(0, begin // tile, clear, None)
-    jax.lax.fori_loop(pl.cdiv(end, tile), shape.block // tile, clear, None)
-    pl.when(begin % tile > 0)(lambda: trim(begin // tile))
-    pl.when(end % tile > 0)(lambda: trim(end // tile))
+    jax.lax.fori_loop(0, quotient(begin, tile), clear, None)
+    jax.lax.fori_loop(quotient_up(end, tile), shape.block // tile, clear, None)
+    pl.when(remainder(begin, tile) > 0)(lambda: trim(quotient(begin, tile)))
+    pl.when(remainder(end, tile) > 0)(lambda: trim(quotient(end, tile)))
 
 
 def selected(mask: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:

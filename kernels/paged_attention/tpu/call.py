@@ -69,17 +69,19 @@ class Scratch(NamedTuple):
     kv_scales: Any  # f32[2, pages, 2, K, page], or None
     decode_queries: Any  # [2, bundles, bundle rows, Q]
     decode_rows: Any  # [2, K padded, W]
+    decode_max: Any  # f32[bundles, bundle rows, 128], the running maximum in all lanes
+    decode_sum: Any  # f32[bundles, bundle rows, 128], the running sum, to be added up over lanes
+    decode_acc: Any  # f32[bundles, bundle rows, Q], the running output
     decode_out: Any  # [2, bundles, bundle rows, Q]
     written: Any  # [2, K, tile, W], tiles on their way to their pages
     queries: Any  # [K, rows, Q]
-    state_max: Any  # f32[K, rows, 128], the running maximum in all lanes
-    state_sum: Any  # f32[K, rows, 128], the running sum, to be added up over lanes
+    state_max: Any  # f32[K, rows, 128]
+    state_sum: Any  # f32[K, rows, 128]
     state_out: Any  # f32[K, rows, Q]
     out: Any  # [K, rows, Q]
     row_last: Any  # i32[rows, 128], the last token a row sees
     row_first: Any  # i32[rows, 128], the first one
     new: Any  # [K, page and more, W], new rows on their way to a page
-    shifted: Any  # f32[page and more, W]
     page: Any  # [K, page, W]
     kv_ready: Any  # DMA semaphores [2]
     inputs_ready: Any  # [2]
@@ -112,6 +114,9 @@ def scratch_shapes(shape: Geometry, query_dtype: Any) -> Scratch:
         kv_scales=scales if layout.has_scales else None,
         decode_queries=pltpu.VMEM(bundle, compute),
         decode_rows=pltpu.VMEM((2, padded(heads, tile), width), dtype),
+        decode_max=pltpu.VMEM((*bundle[1:3], LANES), jnp.float32),
+        decode_sum=pltpu.VMEM((*bundle[1:3], LANES), jnp.float32),
+        decode_acc=pltpu.VMEM(bundle[1:], jnp.float32),
         decode_out=pltpu.VMEM(bundle, query_dtype),
         written=pltpu.VMEM((2, heads, tile, width), dtype),
         queries=pltpu.VMEM((*state, operand), compute),
@@ -122,7 +127,6 @@ def scratch_shapes(shape: Geometry, query_dtype: Any) -> Scratch:
         row_last=pltpu.VMEM((shape.state_rows, LANES), jnp.int32),
         row_first=pltpu.VMEM((shape.state_rows, LANES), jnp.int32),
         new=pltpu.VMEM((heads, page + tile, width), dtype),
-        shifted=pltpu.VMEM((page + tile, width), jnp.float32),
         page=pltpu.VMEM((heads, page, width), dtype),
         kv_ready=pltpu.SemaphoreType.DMA((2,)),
         inputs_ready=pltpu.SemaphoreType.DMA((2,)),

@@ -11,11 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.paged_attention.tpu.call import Call
+from kernels.paged_attention.tpu.integers import quotient, quotient_up, rounded_down
 
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """Tokens [begin, end) of the step; `begin` is a multiple of the page size.
+    """Tokens of the step from `begin` on, a multiple of the page size.
 
     A sequence's new tokens are read from the step's arrays and not from their pages, so that no row waits
     for another core to have written them.
@@ -23,27 +24,18 @@ class NewTokens:
 
     call: Call
     begin: Any
-    end: Any
 
-    def start(self, block: Any, buffer: Any) -> None:
-        for copy in self._copies(block, buffer):
-            copy.start()
-
-    def wait(self, block: Any, buffer: Any) -> None:
-        for copy in self._copies(block, buffer):
-            copy.wait()
-
-    def _copies(self, block: Any, buffer: Any) -> list[Any]:
+    def move(self, block: Any, buffer: Any, act: Any) -> None:
+        """As `PagedTokens.move`."""
         call, shape = self.call, self.call.shape
         size, arrays, scratch = shape.layout.page_size, call.arrays, call.scratch
-        first = self.begin // size + 1 + block * shape.pages_per_block  # the rows begin with a page of padding
+        first = quotient(self.begin, size) + 1 + block * shape.pages_per_block  # the rows begin with a page of padding
         window = pl.ds(pl.multiple_of(first * size, size), shape.block)
         ready = scratch.kv_ready.at[buffer]
-        copies = [pltpu.make_async_copy(arrays.new_rows.at[:, window, :], scratch.kv.at[buffer], ready)]
+        act(pltpu.make_async_copy(arrays.new_rows.at[:, window, :], scratch.kv.at[buffer], ready))
         if arrays.new_scales is not None:
             source = arrays.new_scales.at[pl.ds(first, shape.pages_per_block)]
-            copies.append(pltpu.make_async_copy(source, scratch.kv_scales.at[buffer], ready))
-        return copies
+            act(pltpu.make_async_copy(source, scratch.kv_scales.at[buffer], ready))
 
 
 def write_new_tokens(call: Call, slot: Any) -> None:
@@ -56,8 +48,8 @@ def write_new_tokens(call: Call, slot: Any) -> None:
     @pl.when(stop - start > 1)
     def _():
         jax.lax.fori_loop(
-            held // size,
-            pl.cdiv(length, size),
+            quotient(held, size),
+            quotient_up(length, size),
             lambda page, carry: _write_page(call, slot, page, start - held, held, length),
             None,
         )
@@ -73,7 +65,7 @@ def _write_page(call: Call, slot: Any, page: Any, shift: Any, held: Any, length:
     done = scratch.done.at[0]
     # The rows begin `size` before the step's first token, so that this is never negative.
     first = page * size + shift + size
-    aligned = pl.multiple_of(first // tile * tile, tile)
+    aligned = pl.multiple_of(rounded_down(first, tile), tile)
     source = arrays.new_rows.at[:, pl.ds(aligned, size + tile), :]
     read = pltpu.make_async_copy(source, scratch.new, done)
     read.start()
@@ -89,8 +81,8 @@ def _write_page(call: Call, slot: Any, page: Any, shift: Any, held: Any, length:
         old.wait()
 
     def one(head: Any, carry: None) -> None:
-        scratch.shifted[...] = scratch.new[head].astype(jnp.float32)
-        moved = scratch.shifted[pl.ds(first - aligned, size), :]
+        # Turned by whole 32-bit sublanes: a chip turns no narrower ones, and cannot read at an odd row.
+        moved = pltpu.roll(scratch.new[head].astype(jnp.float32), size + tile - (first - aligned), 0)[:size]
         merged = jnp.where(is_new, moved, scratch.page[head].astype(jnp.float32))  # exact
         scratch.page[head] = merged.astype(layout.dtype)
 

@@ -53,3 +53,12 @@ def capped(options: AttentionOptions, logits: jax.Array) -> jax.Array:
 def lane_tiles(x: jax.Array) -> list[jax.Array]:
     """x [rows, n * 128] as n vectors of 128 lanes."""
     return [x[:, begin : begin + LANES] for begin in range(0, x.shape[1], LANES)]
+
+
+def finished(total: jax.Array, output: jax.Array) -> jax.Array:
+    """f32[rows, Q], the weighted mean of a running softmax whose sums are to be added up over lanes.
+
+    Zero where nothing was seen.
+    """
+    total = jnp.sum(total, axis=1, keepdims=True)
+    return output * jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
