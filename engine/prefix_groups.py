@@ -52,6 +52,14 @@ class GroupCosts:
         return (num_rows - 1) * num_tokens * self.token - num_queries * self.query - self.group
 
 
+GROUP_COSTS = {
+    "cpu": GroupCosts(),
+    # From the schedule of an 8B model's shape on v5e: a token costs a decode 5 ns of memory bandwidth.
+    "pallas_tpu": GroupCosts(token=0.005, query=0.1, group=3.0),
+}
+"""By attention backend; those that read every row by itself are not there."""
+
+
 class GroupArrays(NamedTuple):
     """Prefix groups of one step, each i32[max_groups]; unused entries have slot_start == slot_stop == 0.
 

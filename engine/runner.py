@@ -21,7 +21,7 @@ from engine.models.config import ModelConfig, attention_scale
 from engine.models.packed import PackedModel, pack_model
 from engine.page_copies import PageCopier
 from engine.plan import StepPlan, StepResults
-from engine.prefix_groups import GroupCosts
+from engine.prefix_groups import GROUP_COSTS
 from engine.sampler import StepOutputs, sample
 from engine.step_inputs import StepArrays, StepShape
 from kernels.paged_attention import AttentionOptions, PageLayout, Pages, attend, page_layout
@@ -39,7 +39,7 @@ def make_step(options: AttentionOptions, layout: PageLayout, sampling_backend: s
     ) -> tuple[Pages, StepOutputs]:
         inputs = arrays.unpack(shape)
         num_tokens = inputs.rows.query_start[-1]
-        num_pages = kv_pages.keys.shape[0] // model.config.num_layers
+        num_pages = kv_pages.num_pages // model.config.num_layers
 
         def attend_layer(layer, q, k, v, pages):
             # Page p of layer i is page i * num_pages + p of the pool.
@@ -73,8 +73,7 @@ class StepRunner:
         """`takes_weights`: the model's own arrays may be deleted as they are packed (`pack_model`)."""
         started = time.monotonic()
         self._device = jax.devices()[0]
-        on_cpu = self._device.platform == "cpu"
-        self.backends = Backends.choose(config, on_cpu)
+        self.backends = Backends.choose(config, self._device.platform)
         self._layout = page_layout(
             self.backends.attention,
             model_config.num_kv_heads,
@@ -102,7 +101,7 @@ class StepRunner:
             max_model_len=max_model_len,
             page_size=config.page_size,
             device=self._device,
-            group_costs=GroupCosts() if self.backends.attention == "cpu" else None,
+            group_costs=GROUP_COSTS.get(self.backends.attention),
         )
         page_bytes = self._layout.page_bytes * self._num_layers
         fit = partial(

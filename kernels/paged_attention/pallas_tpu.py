@@ -29,6 +29,8 @@ from kernels.paged_attention.tpu.geometry import Geometry
 from kernels.paged_attention.tpu.layout import TpuPageLayout, TpuPages
 from kernels.paged_attention.tpu.many import (
     group_keys,
+    is_chunk,
+    is_in_group,
     load_members,
     load_queries,
     pass_over,
@@ -38,6 +40,12 @@ from kernels.paged_attention.tpu.many import (
 from kernels.paged_attention.tpu.new_tokens import write_new_tokens
 from kernels.paged_attention.tpu.staging import gather_results, make_arrays, make_plan
 from kernels.paged_attention.tpu.tiles import TileSizes
+from kernels.paged_attention.tpu.tuning import choose_tiles, vmem_budget
+
+KERNEL_NAME = "ragged_attention"
+_SMALLEST = TileSizes(block=128, decodes=16, queries=16)
+# Scalar memory is 1 MiB; the rest of the plan is a few words a sequence.
+_MAX_TABLE_BYTES = 768 * 2**10
 
 
 def attend(
@@ -53,21 +61,14 @@ def attend(
     tiles: TileSizes | None = None,
     num_cores: int | None = None,
 ) -> tuple[jax.Array, TpuPages]:
-    """See `kernels.paged_attention.attend`."""
-    tiles = tiles or TileSizes()
-    num_cores = num_cores or (pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1)
-    num_slots, table_width = rows.page_table.shape
-    shape = Geometry(
-        layout=layout,
-        ratio=q.shape[1] // layout.num_kv_heads,
-        options=options,
-        tiles=tiles,
-        num_slots=num_slots,
-        table_width=table_width,
-        num_decodes=padded(min(num_slots, q.shape[0]), tiles.decodes),
-        num_tokens=padded(q.shape[0], tiles.queries),
-        num_groups=groups.slot_start.shape[0],
-    )
+    """See `kernels.paged_attention.attend`.
+
+    tiles, num_cores: instead of those of the chip that is compiled for.
+
+    Raises ValueError for what the kernel cannot do, with what to do about it.
+    """
+    shape = shape_of(q, k, v, pages, rows, groups, options, layout, tiles)
+    num_cores = num_cores or _chip().num_cores
     new_rows, new_scales = layout.packed_rows(k, v)
     if new_scales is not None:
         pages = layout.write_scales(pages, new_scales, *layout.token_places(rows, q.shape[0], pages.num_pages))
@@ -75,6 +76,63 @@ def attend(
     arrays = make_arrays(shape, q, new_rows, new_scales, pages, plan, sinks)
     results = _call_kernel(shape, plan, arrays, q.dtype, num_cores)
     return gather_results(shape, q, rows, results), pages._replace(rows=results.pages)
+
+
+def _chip() -> pltpu.TpuInfo:
+    """The chip that is compiled for; in interpret mode, on any machine, the one whose tiles are used."""
+    if pltpu.is_tpu_device():
+        return pltpu.get_tpu_info()
+    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
+
+
+def shape_of(
+    q: Any,
+    k: Any,
+    v: Any,
+    pages: Any,
+    rows: Rows,
+    groups: Groups,
+    options: AttentionOptions,
+    layout: TpuPageLayout,
+    tiles: TileSizes | None = None,
+) -> Geometry:
+    """The static shapes of a call, with the tiles of the chip that is compiled for where none are given."""
+    num_slots, table_width = rows.page_table.shape
+
+    def shape(tiles: TileSizes) -> Geometry:
+        return Geometry(
+            layout=layout,
+            ratio=q.shape[1] // layout.num_kv_heads,
+            options=options,
+            tiles=tiles,
+            num_slots=num_slots,
+            table_width=table_width,
+            num_decodes=padded(min(num_slots, q.shape[0]), tiles.decodes),
+            num_tokens=padded(q.shape[0], tiles.queries),
+            num_groups=groups.slot_start.shape[0],
+        )
+
+    smallest = _checked(shape(_SMALLEST))
+    return shape(tiles or choose_tiles(smallest, q.dtype, _chip()))
+
+
+def _checked(shape: Geometry) -> Geometry:
+    """The shape, if the kernel can do it."""
+    layout, table = shape.layout, shape.num_slots * shape.table_width
+    if not shape.options.scale > 0:
+        raise ValueError(f"AttentionOptions.scale is {shape.options.scale}: pallas_tpu needs a positive one")
+    if layout.page_size < layout.sublanes:
+        raise ValueError(
+            f"page_size is {layout.page_size}: pallas_tpu writes {layout.dtype} pages by tiles of "
+            f"{layout.sublanes} tokens, give that or more"
+        )
+    if 4 * table > _MAX_TABLE_BYTES:
+        raise ValueError(
+            f"the page tables of {shape.num_slots} sequences with {shape.table_width} pages each take "
+            f"{4 * table} bytes and {_MAX_TABLE_BYTES} of scalar memory are there: take larger pages or "
+            "fewer sequences"
+        )
+    return shape
 
 
 def _call_kernel(shape: Geometry, plan: Scalars, arrays: Arrays, dtype: Any, num_cores: int) -> Results:
@@ -105,8 +163,10 @@ def _call_kernel(shape: Geometry, plan: Scalars, arrays: Arrays, dtype: Any, num
         grid_spec=grid,
         out_shape=list(out_shape),
         input_output_aliases={len(flat_inputs) - 1: len(out_shape) - 1},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        name="ragged_attention",
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_budget(_chip())
+        ),
+        name=KERNEL_NAME,
     )
     return Results(*call(*flat_inputs))
 
@@ -144,13 +204,17 @@ def _attend_unit(call: Call, is_decode: Any, block: Any) -> None:
     pl.when(has_queries)(lambda: load_queries(call, block))
 
     def one(index: Any, carry: None) -> None:
-        keys = jax.lax.cond(
-            is_decode, lambda: group_keys(call, index, block), lambda: slot_keys(call, index, block)
-        )
-        pass_over(call, keys)
+        is_some = jax.lax.cond(is_decode, lambda: is_in_group(call, index, block), lambda: is_chunk(call, index))
+
+        @pl.when(is_some)
+        def _():
+            keys = jax.lax.cond(
+                is_decode, lambda: group_keys(call, index, block), lambda: slot_keys(call, index, block)
+            )
+            pass_over(call, keys)
 
     begin = jnp.where(is_decode, 0, first_slot)
-    end = jnp.where(is_decode, jnp.where(has_groups, shape.num_groups, 0), last_slot + 1)
+    end = jnp.where(is_decode, jnp.where(has_groups, plan.num_groups[0], 0), last_slot + 1)
     jax.lax.fori_loop(begin, end, one, None)
     pl.when(has_queries)(lambda: store_queries(call, block))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ class Scalars(NamedTuple):
     decode_begin: Any  # i32[D], the first token that it reads by itself, at a page's beginning
     decode_shared: Any  # i32[D], tokens that groups read for it
     block_shared: Any  # i32[D / decodes of a block], the most of these in the block
+    num_groups: Any  # i32[1], all later ones are empty
     group_start: Any  # i32[G], the first decode of a group
     group_stop: Any  # i32[G]
     group_begin: Any  # i32[G], the first token of its pages
@@ -139,3 +141,25 @@ def scratch_shapes(shape: Geometry, query_dtype: Any) -> Scratch:
 def padded(count: int, multiple: int) -> int:
     """The least multiple that holds `count`."""
     return -(-count // multiple) * multiple
+
+
+def vmem_bytes(shape: Geometry, query_dtype: Any) -> int:
+    """Bytes of on-chip memory that one core needs: its scratch memory, and what one turn of a loop computes."""
+    scratch = [x for x in scratch_shapes(shape, query_dtype) if x is not None and not _is_semaphore(x)]
+    layout, rows = shape.layout, max(shape.state_rows, shape.bundle_rows)
+    # Logits and weights in f32 and as an operand, and keys and values where they are not operands as they are.
+    turn = rows * shape.block * (4 + 4 + shape.compute_dtype.itemsize)
+    if layout.dtype != shape.compute_dtype:
+        turn += 2 * shape.block * layout.operand_width * shape.compute_dtype.itemsize
+    return sum(_padded_bytes(x.shape, x.dtype) for x in scratch) + turn
+
+
+def _is_semaphore(x: Any) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.number)
+
+
+def _padded_bytes(dims: tuple[int, ...], dtype: Any) -> int:
+    """Of an array in whole tiles of 128 lanes and the dtype's sublanes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    *outer, sublanes, lanes = dims
+    return math.prod(outer) * padded(sublanes, 32 // itemsize) * padded(lanes, LANES) * itemsize

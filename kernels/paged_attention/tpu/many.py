@@ -79,12 +79,29 @@ def store_queries(call: Call, block: Any) -> None:
     copy_now(call, scratch.out, call.results.queries.at[:, window, :])
 
 
-def group_keys(call: Call, group: Any, block: Any) -> Keys:
-    """What a group's decodes in a block have in common. Sets which rows see it."""
+def _members(call: Call, group: Any, block: Any) -> tuple[Any, Any, Any, Any]:
+    """The decodes of a block, and those of them in a group: first, last, start, stop."""
     shape, plan = call.shape, call.plan
     first = block * shape.tiles.decodes
     last = jnp.minimum(first + shape.tiles.decodes, plan.num_decodes[0])
-    start, stop = jnp.maximum(plan.group_start[group], first), jnp.minimum(plan.group_stop[group], last)
+    return first, last, jnp.maximum(plan.group_start[group], first), jnp.minimum(plan.group_stop[group], last)
+
+
+def is_in_group(call: Call, group: Any, block: Any) -> Any:
+    """Some decodes of a block are in a group."""
+    _, _, start, stop = _members(call, group, block)
+    return (start < stop) & (call.plan.group_begin[group] < call.plan.group_end[group])
+
+
+def is_chunk(call: Call, slot: Any) -> Any:
+    """A slot has several queries."""
+    return call.plan.query_start[slot + 1] - call.plan.query_start[slot] > 1
+
+
+def group_keys(call: Call, group: Any, block: Any) -> Keys:
+    """What a group's decodes in a block have in common. Sets which rows see it."""
+    shape, plan = call.shape, call.plan
+    first, last, start, stop = _members(call, group, block)
     begin, end = plan.group_begin[group], plan.group_end[group]
     lowest = highest = begin
     if shape.is_bounded:
@@ -100,10 +117,10 @@ def group_keys(call: Call, group: Any, block: Any) -> Keys:
     call.scratch.row_last[...] = jnp.where((member >= start) & (member < stop), _ANY, -1)
     is_whole = (start == first) & (stop == last)  # rows past the last decode may see anything
     return Keys.none()._replace(
-        slot=plan.decode_slot[jnp.minimum(start, shape.num_decodes - 1)],
+        slot=plan.decode_slot[start],
         old_base=lowest,
         old_begin=begin,
-        old_end=jnp.where(start < stop, end, lowest),
+        old_end=end,
         free_begin=highest,
         free_end=jnp.where(is_whole, end, 0),
     )
@@ -126,17 +143,15 @@ def slot_keys(call: Call, slot: Any, block: Any) -> Keys:
     lowest, end = held + jnp.maximum(first, start) - start, held + jnp.minimum(last, stop) - start
     begin = options.first_visible(lowest)
     new_token = rounded_down(start + jnp.maximum(begin - held, 0), size)
-    is_chunk = stop - start > 1
-    old_base = rounded_down(begin, size)
     return Keys(
         slot=slot,
-        old_base=old_base,
+        old_base=rounded_down(begin, size),
         old_begin=begin,
-        old_end=jnp.where(is_chunk, held, old_base),
+        old_end=held,
         new_token=new_token,
         new_base=held + new_token - start,
         new_begin=jnp.maximum(begin, held),
-        new_end=jnp.where(is_chunk, end, held + new_token - start),
+        new_end=end,
         free_begin=options.first_visible(end - 1),
         free_end=jnp.where((start <= first) & (last <= stop), lowest + 1, 0),
     )

@@ -29,6 +29,7 @@ def make_plan(shape: Geometry, rows: Rows, groups: Groups, num_cores: int) -> Sc
     first_slot, last_slot, query_cost = _query_blocks(shape, rows)
     decode_cost = (length - decode_begin).reshape(-1, shape.tiles.decodes).sum(1)
     write_cost = jnp.where(rows.query_len > 1, rows.query_len, 0)
+    number = jnp.arange(1, shape.num_groups + 1, dtype=jnp.int32)
     return Scalars(
         page_table=rows.page_table.reshape(-1),
         query_start=rows.query_start,
@@ -40,6 +41,7 @@ def make_plan(shape: Geometry, rows: Rows, groups: Groups, num_cores: int) -> Sc
         decode_begin=decode_begin,
         decode_shared=shared,
         block_shared=shared.reshape(-1, shape.tiles.decodes).max(1),
+        num_groups=jnp.max(jnp.where((start < stop) & (begin < end), number, 0), keepdims=True),
         group_start=start,
         group_stop=stop,
         group_begin=begin,
