@@ -21,18 +21,26 @@ class Backends(NamedTuple):
     """Of the products with weights, and of drawing tokens."""
 
     @classmethod
-    def choose(cls, config: EngineConfig, on_cpu: bool) -> Backends:
-        """The options' choice; "auto" is the native library on a CPU that has it, and XLA elsewhere.
+    def choose(cls, config: EngineConfig, platform: str) -> Backends:
+        """The options' choice on `platform` ("cpu", "gpu", "tpu").
 
-        Raises ConfigError when the native library is asked for by name and is not there.
+        "auto" is the native library on a CPU that has it; on a TPU its own kernel for attention; and XLA
+        elsewhere. Raises ConfigError when a backend is asked for by name that is not there.
         """
-        best = "cpu" if on_cpu and native_library() is not None else "xla"
+        has_library = platform == "cpu" and native_library() is not None
+        best = dict.fromkeys(cls._fields, "cpu" if has_library else "xla")
+        if platform == "tpu":
+            best["attention"] = "pallas_tpu"
         asked = {"attention": config.attention_backend, "linear": config.linear_backend}
         for name, choice in asked.items():
-            if choice == "cpu" and best != "cpu":
+            if choice == "cpu" and not has_library:
                 reason = why_absent() or "JAX does not run on a CPU here"
                 raise ConfigError(f"engine.{name}_backend=cpu: {reason}, or choose auto")
-        return cls(**{name: best if choice == "auto" else choice for name, choice in asked.items()})
+            if choice == "pallas_tpu" and platform != "tpu":
+                raise ConfigError(
+                    f"engine.{name}_backend=pallas_tpu: JAX runs on {platform}, not on a TPU; choose auto"
+                )
+        return cls(**{name: best[name] if choice == "auto" else choice for name, choice in asked.items()})
 
     @property
     def skips_padding(self) -> bool:
@@ -49,6 +57,8 @@ class Backends(NamedTuple):
             return f"native CPU kernels ({isa_name()})"
         if "cpu" in self:
             return f"attention by {self.attention}, products by {self.linear} (cpu: {isa_name()})"
+        if self.attention == "pallas_tpu":
+            return f"attention by a TPU kernel, products by {self.linear}"
         absent = why_absent()
         if absent is not None:
             return f"XLA's own code on a CPU, {_XLA_COST} of the native kernels: {absent}"

@@ -20,7 +20,7 @@ def make_copy(layout: PageLayout, num_layers: int) -> Any:
     """
 
     def copy(kv_pages: Pages, copies: jax.Array, num_copies: jax.Array) -> Pages:
-        num_pages = kv_pages.keys.shape[0] // num_layers
+        num_pages = kv_pages.num_pages // num_layers
 
         def one(index: jax.Array, by_layer: Pages) -> Pages:
             source, target, num_tokens = copies[:, index]

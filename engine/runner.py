@@ -39,7 +39,7 @@ def make_step(options: AttentionOptions, layout: PageLayout, sampling_backend: s
     ) -> tuple[Pages, StepOutputs]:
         inputs = arrays.unpack(shape)
         num_tokens = inputs.rows.query_start[-1]
-        num_pages = kv_pages.keys.shape[0] // model.config.num_layers
+        num_pages = kv_pages.num_pages // model.config.num_layers
 
         def attend_layer(layer, q, k, v, pages):
             # Page p of layer i is page i * num_pages + p of the pool.
@@ -73,8 +73,7 @@ class StepRunner:
         """`takes_weights`: the model's own arrays may be deleted as they are packed (`pack_model`)."""
         started = time.monotonic()
         self._device = jax.devices()[0]
-        on_cpu = self._device.platform == "cpu"
-        self.backends = Backends.choose(config, on_cpu)
+        self.backends = Backends.choose(config, self._device.platform)
         self._layout = page_layout(
             self.backends.attention,
             model_config.num_kv_heads,

@@ -82,7 +82,7 @@ class FreeDevice:
             max_model_len=max_model_len,
             page_size=config.page_size,
             device=device,
-            group_costs=group_costs(Backends.choose(config, on_cpu=True).device_keys(device)),
+            group_costs=group_costs(Backends.choose(config, "cpu").device_keys(device)),
         )
         step = jax.jit(lambda arrays: arrays.drawn, keep_unused=True)
         self._steps = {

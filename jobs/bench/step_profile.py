@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m jobs.bench profile", description=__doc__).parse_args(arguments)
     machine = measure_machine()
     loaded = load(DEFAULT_MODEL)
-    packed = pack_model(loaded.model, "float32", Backends.choose(EngineConfig(), on_cpu=True).linear)
+    packed = pack_model(loaded.model, "float32", Backends.choose(EngineConfig(), "cpu").linear)
     rng = np.random.default_rng(0)
     print(f"{machine.cpu}, {machine.num_cores} cores: {machine.matrix_gflops:.0f} GFLOP/s float32 products")
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from kernels.cpu import native_library, why_absent
 from kernels.paged_attention import cpu, xla
 from kernels.paged_attention.layout import AttentionOptions, Groups, PageLayout, Pages, Rows
+from kernels.paged_attention.tpu.layout import TpuPageLayout, TpuPages
 
-BACKENDS = {"xla": xla.attend, "cpu": cpu.attend}
+
+def _attend_tpu(*arguments: Any) -> tuple[jax.Array, Any]:
+    from kernels.paged_attention import pallas_tpu  # late: nothing else needs Pallas, which takes a while
+
+    return pallas_tpu.attend(*arguments)
+
+
+BACKENDS = {"xla": xla.attend, "cpu": cpu.attend, "pallas_tpu": _attend_tpu}
 PAGE_DTYPES = ("float32", "bfloat16", "int8")
 
 # A narrower page fills no vector; a wider one wastes half of itself on most sequences.
@@ -17,42 +27,48 @@ MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 512
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `page_layout` accepts on this machine."""
-    return tuple(name for name in BACKENDS if name != "cpu" or native_library() is not None)
+    """Names of the backends that run on this machine."""
+    absent = set()
+    if native_library() is None:
+        absent.add("cpu")
+    if jax.default_backend() != "tpu":
+        absent.add("pallas_tpu")
+    return tuple(name for name in BACKENDS if name not in absent)
 
 
 def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, dtype: str) -> PageLayout:
     """The layout `backend` wants for its pages; the layout then names its backend.
 
+    On any machine there is one for `pallas_tpu`, which is also compiled for TPUs where there are none.
+
     `dtype` is one of `PAGE_DTYPES`. Raises ValueError for an unknown backend or dtype, or a page size that
     is not a power of two from 8 to 512.
     """
-    known = available_backends()
-    if backend not in known:
+    if backend not in BACKENDS or (backend == "cpu" and native_library() is None):
         reason = f" ({why_absent()})" if backend == "cpu" else ""
-        raise ValueError(
-            f"attention backend {backend!r} does not exist here{reason}; available: {', '.join(known)}"
-        )
+        known = ", ".join(available_backends())
+        raise ValueError(f"attention backend {backend!r} does not exist here{reason}; available: {known}")
     if dtype not in PAGE_DTYPES:
         raise ValueError(f"page dtype {dtype!r} is not one of {', '.join(PAGE_DTYPES)}")
     if page_size & (page_size - 1) or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
         raise ValueError(
             f"page_size is {page_size}; give a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}"
         )
-    return PageLayout(backend, num_kv_heads, head_dim, page_size, np.dtype(dtype))
+    kind = TpuPageLayout if backend == "pallas_tpu" else PageLayout
+    return kind(backend, num_kv_heads, head_dim, page_size, np.dtype(dtype))
 
 
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pages: Pages,
+    pages: Pages | TpuPages,
     rows: Rows,
     groups: Groups,
     options: AttentionOptions,
     layout: PageLayout,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, Pages]:
+) -> tuple[jax.Array, Any]:
     """Write `k` and `v` into their pages, then attend.
 
     Args:
@@ -61,7 +77,8 @@ def attend(
         pages: one layer's pages.
         rows: which tokens belong to which sequence, and where its pages are.
         groups: which sequences share leading pages. They say what may be read once, never what comes out:
-            the result is that of `Groups.none()`.
+            the result is that of `Groups.none()`, to the bit where the backend adds in the same order in
+            both (on TPUs to rounding).
         options: static options.
         layout: where the pages came from; names the backend.
         sinks: f32[N], an extra logit a head that takes weight and gives no value (or None).

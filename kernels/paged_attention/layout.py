@@ -24,6 +24,10 @@ class Pages(NamedTuple):
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
 
+    @property
+    def num_pages(self) -> int:
+        return self.keys.shape[0]
+
 
 class Rows(NamedTuple):
     """The sequences of one step. Slot `s` is empty when `query_start[s] == query_start[s + 1]`.
@@ -161,8 +165,8 @@ class PageLayout:
         page = jnp.where(slot < rows.kv_len.shape[0], page, num_pages)
         offset = position % self.page_size
         if self.has_scales:
-            keys, key_scales = _quantised(keys)
-            values, value_scales = _quantised(values)
+            keys, key_scales = quantised(keys)
+            values, value_scales = quantised(values)
             assert pages.key_scales is not None and pages.value_scales is not None  # noqa: PT018
             pages = pages._replace(
                 key_scales=pages.key_scales.at[page, :, offset].set(key_scales, mode="drop"),
@@ -197,7 +201,7 @@ class PageLayout:
         return keys.reshape(shape)[:num_tokens], values.reshape(shape)[:num_tokens]
 
 
-def _quantised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x [T, K, H] as whole numbers from -127 to 127 and their scales f32[T, K]: symmetric over each head."""
     wide = x.astype(jnp.float32)
     largest = jnp.abs(wide).max(-1)

@@ -96,7 +96,7 @@ def test_what_was_measured_is_what_the_engine_runs_with(
     shutil.copy(COSTS_FILE, path)
     before = json.loads(path.read_text())
     assert groups.main(["--head-dim", "16", "--tries", "2", "--keep", str(path)]) == 0
-    [key] = Backends.choose(EngineConfig(), on_cpu=True).device_keys(jax.devices()[0])
+    [key] = Backends.choose(EngineConfig(), "cpu").device_keys(jax.devices()[0])
     after = json.loads(path.read_text())
     made = after["devices"].pop(key)
     before["devices"].pop(key, None)

@@ -51,7 +51,7 @@ def test_installing_without_a_compiler_succeeds(tmp_path):
 
 
 def test_without_it_xla_serves_and_says_so(no_library):
-    backends = Backends.choose(EngineConfig(), on_cpu=True)
+    backends = Backends.choose(EngineConfig(), "cpu")
     assert backends == ("xla", "xla")
     assert not backends.skips_padding
     line = backends.describe()
@@ -65,13 +65,13 @@ def test_without_it_xla_serves_and_says_so(no_library):
 def test_asked_for_by_name_it_is_never_replaced(no_library, name):
     asked: dict[str, Any] = {name: "cpu"}
     with pytest.raises(ConfigError, match=f"engine.{name}=cpu: it was not built; install g\\+\\+"):
-        Backends.choose(EngineConfig(**asked), on_cpu=True)
+        Backends.choose(EngineConfig(**asked), "cpu")
 
 
 def test_an_accelerator_has_no_use_for_it():
-    assert Backends.choose(EngineConfig(), on_cpu=False) == ("xla", "xla")
+    assert Backends.choose(EngineConfig(), "gpu") == ("xla", "xla")
     with pytest.raises(ConfigError, match="does not run on a CPU"):
-        Backends.choose(EngineConfig(attention_backend="cpu"), on_cpu=False)
+        Backends.choose(EngineConfig(attention_backend="cpu"), "gpu")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])

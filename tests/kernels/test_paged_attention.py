@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.paged_attention import AttentionOptions, Groups, Rows, attend, available_backends, page_layout
+from kernels.paged_attention import AttentionOptions, Groups, Rows, attend, page_layout
 from kernels.paged_attention.reference import attend_sequence
+from tests.kernels.backends import BITWISE_BACKENDS, EVERY_BACKEND
 
 # One shape for all cases of a configuration, so that each is compiled once.
 NUM_TOKENS = 320
@@ -94,21 +95,21 @@ def layout_of(backend, *, kv_heads=2, head_dim=16, page_size=16, dtype="float32"
     return page_layout(backend, kv_heads, head_dim, page_size, dtype)
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("page_size", [8, 64, 128])
 def test_mixed_rows_equal_the_reference(backend, page_size):
     lengths = [(37, 1), (0, 1), (70, 9), (0, 45), (90, 1), (0, 0)]
     check(run(lengths, layout_of(backend, page_size=page_size), PLAIN))
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 1, 64), (3, 3, 64), (4, 2, 80)])
 def test_head_shapes(backend, group, kv_heads, head_dim):
     layout = layout_of(backend, kv_heads=kv_heads, head_dim=head_dim)
     check(run([(20, 1), (5, 12)], layout, PLAIN, group=group))
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize(
     ("options", "sinks"),
     [
@@ -125,27 +126,27 @@ def test_options_equal_the_reference(backend, options, sinks):
     check(run(lengths, layout_of(backend), options, sinks=sinks))
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_bfloat16_pages(backend):
     check(run([(37, 1), (10, 40)], layout_of(backend, dtype="bfloat16"), PLAIN), tolerance=2e-2)
 
 
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 60)), min_size=1, max_size=5),
     seed=st.integers(0, 2**20),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_mix_of_rows(lengths, seed):
-    for backend in available_backends():
-        check(run(lengths, layout_of(backend), PLAIN, seed=seed))
+def test_any_mix_of_rows(backend, lengths, seed):
+    check(run(lengths, layout_of(backend), PLAIN, seed=seed))
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_more_sequences_than_a_decode_group(backend):
     check(run([(2 * i, 1) for i in range(30)] + [(1, 33)], layout_of(backend), PLAIN))
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", BITWISE_BACKENDS)
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim", "page_size"),
     [(3, 3, 64, 16), (3, 3, 64, 64), (3, 3, 64, 128), (1, 2, 64, 64), (4, 1, 80, 64), (8, 4, 128, 64)],
@@ -189,18 +190,19 @@ def test_bits_do_not_depend_on_company_or_chunking(backend, kv_heads, group, hea
     assert np.array_equal(whole, sequence([100] + [1] * 50, 20))
 
 
-@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_copying_part_of_a_page(backend):
     layout = page_layout(backend, 2, 8, 8, "float32")
-    pages = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), layout.empty(3))
-    before = [np.asarray(x) for x in pages[:2]]
+    rng = np.random.default_rng(0)
+    pages = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), layout.empty(3))
+    before = [layout.tokens(pages, np.array([page]), 8) for page in range(3)]
     copied = layout.copy(pages, jnp.int32(2), jnp.int32(0), jnp.int32(5))
-    source = layout.tokens(copied, np.array([2]), 8)
-    target = layout.tokens(copied, np.array([0]), 8)
-    for had, want, got in zip(before, source, target, strict=True):
-        assert np.array_equal(got[:5], want[:5])
-        assert not np.array_equal(got[5:], want[5:])
-        assert np.array_equal(np.asarray(had[1]), np.asarray(copied[0 if had is before[0] else 1][1]))
+    after = [layout.tokens(copied, np.array([page]), 8) for page in range(3)]
+    for kind in range(2):  # keys, values
+        assert np.array_equal(after[0][kind][:5], before[2][kind][:5])
+        assert np.array_equal(after[0][kind][5:], before[0][kind][5:])
+        for page in (1, 2):
+            assert np.array_equal(after[page][kind], before[page][kind])
 
 
 @pytest.mark.parametrize("page_size", [0, 7, 48, 1024])

@@ -1,0 +1,248 @@
+"""What attention costs on TPUs, by the compiler: `python -m kernels.paged_attention.tpu_schedule`.
+
+Compiles the kernel, and jax's own `ragged_paged_attention`, for each chip and model shape with libtpu (no TPU
+is needed) and prints a table of their inner loops, beside the time that the same keys and values take to come
+from memory at the chip's bandwidth. It is a static count: it compares kernels and tells what bounds them, and
+is no measured speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as peer
+
+from kernels.paged_attention import pallas_tpu
+from kernels.paged_attention.tpu.layout import TpuPageLayout
+from kernels.paged_attention.tpu.model_shapes import MODEL_SHAPES, ModelShape, step_arguments
+from kernels.paged_attention.tpu.schedule import Loop, Schedule, read_schedule
+from kernels.paged_attention.tpu.topology import (
+    TOPOLOGIES,
+    compile_for,
+    is_installed,
+    one_device_mesh,
+    prepare,
+)
+
+_PAGE_SIZE = 64
+_PEER_PAGES, _PEER_QUERIES = 8, 32
+_UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One inner loop. All counts are for one block of KV tokens and all KV heads, on one core."""
+
+    chip: str
+    shape: str
+    path: str
+    """decode: one query; group: decodes on one prefix; prefill: a block of queries; jax: the peer."""
+    rows: int
+    """Queries that the loop serves."""
+    kv_tokens: int
+    bundles: int
+    mxu_share: float
+    """Of the bundles, those that use the matrix unit."""
+    units: dict[str, float]
+    """Slots used of those there are."""
+    spills: int
+    dma_cycles: float
+    """Of these keys and values at the core's share of the bandwidth."""
+
+    @property
+    def bundles_per_kv_token(self) -> float:
+        return self.bundles / self.kv_tokens
+
+    @property
+    def of_dma(self) -> float:
+        """Below 1, memory bounds the loop; above it, the core does."""
+        return self.bundles / self.dma_cycles
+
+
+def clock_hz(chip: pltpu.TpuInfo) -> float:
+    """Cycles a second: a matrix unit does one row of multiply-adds a cycle."""
+    return chip.bf16_ops_per_second / (2 * chip.num_mxus * chip.mxu_column_size**2)
+
+
+def dma_cycles(chip: pltpu.TpuInfo, num_bytes: int) -> float:
+    """Cycles in which a core's share of the memory bandwidth moves `num_bytes`."""
+    return num_bytes / chip.mem_bw_bytes_per_second * clock_hz(chip)
+
+
+def measure(chip: str, name: str) -> list[Row]:
+    """The rows of one chip and shape. Must run in a process in which libtpu has not been loaded yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(chip, Path(folder))
+        mesh = one_device_mesh(chip)
+        with jax.sharding.set_mesh(mesh):
+            info = pltpu.get_tpu_info()
+        shape = MODEL_SHAPES[name]
+        layout = TpuPageLayout(
+            "pallas_tpu", shape.num_kv_heads, shape.head_dim, _PAGE_SIZE, np.dtype(jnp.bfloat16)
+        )
+        arguments = step_arguments(shape, layout)
+        own = partial(pallas_tpu.attend, options=shape.options, layout=layout, sinks=None)
+        compile_for(mesh, own, arguments, donate_argnums=3)
+        with jax.sharding.set_mesh(mesh):
+            tiles = pallas_tpu.shape_of(*arguments, shape.options, layout).tiles
+        schedule = read_schedule(Path(folder), pallas_tpu.KERNEL_NAME)
+        token_bytes = layout.page_bytes // _PAGE_SIZE
+        row = partial(_row, info, chip, name, schedule, token_bytes)
+        free, _, decode = schedule.matrix_loops()
+        # One turn of the first loop is one KV head.
+        heads = shape.num_kv_heads
+        rows = [
+            row("decode", decode, 1, tiles.block, tiles.block // _PAGE_SIZE, 1),
+            row("group", free, tiles.decodes, tiles.block, 1, heads),
+            row("prefill", free, tiles.queries, tiles.block, 1, heads),
+        ]
+        peer_schedule = _peer_schedule(mesh, shape, Path(folder), info)
+        if peer_schedule is not None:
+            block = _PEER_PAGES * _PAGE_SIZE
+            peer_bytes = 2 * heads * shape.head_dim * 2
+            loop = peer_schedule.matrix_loops()[0]
+            rows.append(
+                _row(info, chip, name, peer_schedule, peer_bytes, "jax", loop, _PEER_QUERIES, block, 1, 1)
+            )
+        return rows
+
+
+def _row(
+    info: pltpu.TpuInfo,
+    chip: str,
+    name: str,
+    schedule: Schedule,
+    token_bytes: int,
+    path: str,
+    loop: Loop,
+    rows: int,
+    kv_tokens: int,
+    copies: int,
+    turns: int,
+) -> Row:
+    bundles = loop.cycles(copies)
+    return Row(
+        chip=chip,
+        shape=name,
+        path=path,
+        rows=rows,
+        kv_tokens=kv_tokens,
+        bundles=bundles * turns,
+        mxu_share=loop.bundles_used["MXU"] / bundles,
+        units={unit: loop.slots_used[unit] / (bundles * schedule.capacity[unit]) for unit in _UNITS},
+        spills=loop.num_spills * turns,
+        dma_cycles=dma_cycles(info, token_bytes * kv_tokens),
+    )
+
+
+def _peer_schedule(mesh: Any, shape: ModelShape, folder: Path, info: pltpu.TpuInfo) -> Schedule | None:
+    """Of jax's own kernel; None where it refuses the shape."""
+
+    def numbers(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, jnp.int32)
+
+    heads, dim = shape.num_kv_heads, shape.head_dim
+    arguments = (
+        jax.ShapeDtypeStruct((512, shape.num_heads, dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1024, _PAGE_SIZE, 2 * heads, dim), jnp.bfloat16),
+        numbers(64),
+        numbers(64, 64),
+        numbers(65),
+        numbers(1),
+    )
+    function = partial(
+        peer.ragged_paged_attention,
+        sm_scale=shape.options.scale,
+        sliding_window=shape.window,
+        num_kv_pages_per_block=_PEER_PAGES,
+        num_queries_per_block=_PEER_QUERIES,
+        vmem_limit_bytes=int(min(info.vmem_capacity_bytes * 0.9, 64 * 2**20)),
+    )
+    try:
+        compile_for(mesh, function, arguments)
+    except ValueError as error:  # its own checks; what else goes wrong is ours
+        print(f"jax's kernel refuses {shape}: {error}", file=sys.stderr)
+        return None
+    return read_schedule(folder, "ragged_paged_attention_kernel")
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """The rows as a table in Markdown."""
+    head = [
+        "chip",
+        "shape",
+        "path",
+        "queries",
+        "KV tokens",
+        "bundles",
+        "a KV token",
+        "DMA cycles",
+        "of DMA",
+        "MXU",
+    ]
+    head += [f"{unit} slots" for unit in _UNITS] + ["spills"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        lines.append(
+            [
+                row.chip,
+                row.shape,
+                row.path,
+                str(row.rows),
+                str(row.kv_tokens),
+                str(row.bundles),
+                f"{row.bundles_per_kv_token:.2f}",
+                f"{row.dma_cycles:.0f}",
+                f"{row.of_dma:.2f}",
+                f"{row.mxu_share:.0%}",
+                *(f"{row.units[unit]:.0%}" for unit in _UNITS),
+                str(row.spills),
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured_apart(chip: str, name: str) -> list[Row]:
+    """`measure` in a process of its own. Raises RuntimeError with what it printed when it fails."""
+    command = [sys.executable, "-m", __spec__.name, "--one", chip, name]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"{chip}, {name}: {finished.stderr[-2000:]}")
+    print(finished.stderr, end="", file=sys.stderr)
+    return [Row(**row) for row in json.loads(finished.stdout.splitlines()[-1])]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
+    parser.add_argument("--shapes", nargs="+", choices=MODEL_SHAPES, default=list(MODEL_SHAPES))
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--one", nargs=2, metavar=("CHIP", "SHAPE"), help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if not is_installed():
+        parser.error("libtpu is not installed: pip install 'tidemill[tpu-compile]'")
+    if chosen.one:
+        print(json.dumps([asdict(row) for row in measure(*chosen.one)]))
+        return 0
+    rows = [row for chip in chosen.chips for name in chosen.shapes for row in measured_apart(chip, name)]
+    print(as_table(rows))
+    if chosen.json:
+        chosen.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
