@@ -125,8 +125,8 @@ def check_step(shape: Shape, rows: Sequence[Sequence_], seed: int, tolerance: fl
         else:
             assert np.array_equal(stored[0], keys), f"keys of row {slot}: {row}"
             assert np.array_equal(stored[1], values), f"values of row {slot}: {row}"
-        wide = (x.astype(np.float32) for x in (q[new], keys, values))
-        want = attend_sequence(*wide, shape.options, sinks)
+        query, keys, values = (x.astype(np.float32) for x in (q[new], keys, values))
+        want = attend_sequence(query, keys, values, shape.options, sinks)
         np.testing.assert_allclose(
             out[new], want, atol=tolerance, rtol=tolerance, err_msg=f"row {slot}: {row}"
         )

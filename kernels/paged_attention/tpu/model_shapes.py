@@ -45,14 +45,14 @@ def step_arguments(
     table_width: int = 64,
     num_groups: int = 16,
     num_pages: int = 1024,
-) -> tuple[Any, ...]:
+) -> tuple[Any, Any, Any, Any, Any, Any]:
     """Shapes of a call of `pallas_tpu.attend`: q, k, v, pages, rows, groups."""
     dtype = jnp.float32 if layout.dtype == jnp.float32 else jnp.bfloat16
 
     def tokens(heads: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((num_tokens, heads, shape.head_dim), dtype)
 
-    def numbers(*dims: int) -> jax.ShapeDtypeStruct:
+    def numbers(*dims: int) -> Any:
         return jax.ShapeDtypeStruct(dims, jnp.int32)
 
     rows = Rows(numbers(num_slots + 1), numbers(num_slots), numbers(num_slots, table_width))
