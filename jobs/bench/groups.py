@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     heads = Heads(options.num_heads, options.num_kv_heads, options.head_dim)
     try:
         config = EngineConfig(attention_backend=options.attention_backend, page_size=options.page_size)
-        backends = Backends.choose(config, device.platform == "cpu")
+        backends = Backends.choose(config, device.platform)
         if options.keep is not None:
             read_costs(options.keep)
         clock = time.process_time if options.cpu_time else time.perf_counter
