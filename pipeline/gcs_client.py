@@ -8,7 +8,6 @@ that was throttled, cut off or met a fault of the store, with growing, jittered 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import requests
 from gcsfs.core import GCSFileSystem
 from gcsfs.retry import HttpError, NonRetryableError
 
-from pipeline.object_storage import Fault, ObjectClient
-from pipeline.request_meter import RequestMeter
+from pipeline.fsspec_client import FsspecClient
+from pipeline.object_storage import Fault
 
 # gcsfs writes its errors out with a traceback, and raises them: they are told once, in one line.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
@@ -40,20 +39,15 @@ _PASSING_ERRORS = (
 )
 
 
-class GcsClient(ObjectClient):
+class GcsClient(FsspecClient):
     """A bucket of Google Cloud Storage."""
 
     scheme = "gs"
 
-    def __init__(self, bucket: str, max_requests_per_second: float | None = None):
-        self.bucket = bucket
-        self._meter = RequestMeter(max_requests_per_second)
-        self.connect()
-
     def connect(self) -> None:
         trace = aiohttp.TraceConfig()
         trace.on_request_start.append(self._count)
-        self._fs: Any = GCSFileSystem(
+        self._fs = GCSFileSystem(
             session_kwargs={"trace_configs": [trace]},
             requests_timeout=_TIMEOUT,
             use_listings_cache=False,
@@ -64,29 +58,14 @@ class GcsClient(ObjectClient):
         is_list = request.method == "GET" and request.url.path.endswith("/o")
         await self._meter.admit("list" if is_list else request.method.lower())
 
-    def take_requests(self) -> Mapping[str, int]:
-        return self._meter.take()
-
-    def _path(self, key: str) -> str:
-        return f"{self.bucket}/{key}"
-
-    def create(self, key: str, data: bytes) -> None:
-        self._fs.pipe_file(self._path(key), data, mode="create")
-
     def create_from_file(self, key: str, path: Path) -> None:
         self._fs.put_file(str(path), self._path(key), mode="create")
 
     def create_in_parts(self, key: str, data: bytes) -> None:
         self._fs.pipe_file(self._path(key), data.ljust(_PART_BYTES), mode="create", chunksize=_PART_BYTES)
 
-    def overwrite(self, key: str, data: bytes) -> None:
-        self._fs.pipe_file(self._path(key), data)
-
     def read(self, key: str) -> bytes:
         return self._fs.cat_file(self._path(key))
-
-    def fetch(self, key: str, path: Path) -> None:
-        self._fs.get_file(self._path(key), str(path))
 
     def size(self, key: str) -> int:
         # Not `info`, which lists the folder of what is not there.

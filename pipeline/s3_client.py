@@ -8,7 +8,6 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from botocore import exceptions as boto
 from botocore.loaders import create_loader
 from botocore.parsers import ResponseParserError
 
-from pipeline.object_storage import Fault, ObjectClient
-from pipeline.request_meter import RequestMeter
+from pipeline.fsspec_client import FsspecClient
+from pipeline.object_storage import Fault
 
 _CONNECT_SECONDS = 10
 _ANSWER_SECONDS = 60
@@ -71,21 +70,16 @@ def _loader(data_path: str | None) -> Any:
     return create_loader(data_path)
 
 
-class S3Client(ObjectClient):
+class S3Client(FsspecClient):
     """A bucket of an S3 store."""
 
     scheme = "s3"
-
-    def __init__(self, bucket: str, max_requests_per_second: float | None = None):
-        self.bucket = bucket
-        self._meter = RequestMeter(max_requests_per_second)
-        self.connect()
 
     def connect(self) -> None:
         session = aiobotocore.session.AioSession()
         session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
         session.register("before-send.s3", self._count)
-        self._fs: Any = s3fs.S3FileSystem(
+        self._fs = s3fs.S3FileSystem(
             session=session,
             config_kwargs={
                 "connect_timeout": _CONNECT_SECONDS,
@@ -99,15 +93,6 @@ class S3Client(ObjectClient):
 
     async def _count(self, event_name: str, **_: Any) -> None:
         await self._meter.admit(_KINDS.get(event_name.rpartition(".")[2], "post"))
-
-    def take_requests(self) -> Mapping[str, int]:
-        return self._meter.take()
-
-    def _path(self, key: str) -> str:
-        return f"{self.bucket}/{key}"
-
-    def create(self, key: str, data: bytes) -> None:
-        self._fs.pipe_file(self._path(key), data, mode="create")
 
     def create_from_file(self, key: str, path: Path) -> None:
         self._fs.put_file(str(path), self._path(key), mode="create", chunksize=_PART_BYTES)
@@ -123,14 +108,8 @@ class S3Client(ObjectClient):
             self._fs.call_s3("abort_multipart_upload", **upload)
             raise
 
-    def overwrite(self, key: str, data: bytes) -> None:
-        self._fs.pipe_file(self._path(key), data)
-
     def read(self, key: str) -> bytes:
         return self._fs.cat_file(self._path(key), max_concurrency=1)  # with more it asks for the size first
-
-    def fetch(self, key: str, path: Path) -> None:
-        self._fs.get_file(self._path(key), str(path))
 
     def size(self, key: str) -> int:
         return self._fs.call_s3("head_object", Bucket=self.bucket, Key=key)["ContentLength"]

@@ -7,6 +7,7 @@ where told.
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ from tests.pipeline.fake_engine import FakeEngine
 PARTS = {"config": {"max_tokens": 6}, "model": "m-1", "inputs": [{"url": "a", "version": {"size": 1}}]}
 Propose = Callable[[RunPlan, int, int], WindowOrder]
 NO_SUSPECTS = Suspects(frozenset(), frozenset())
+
+
+def spool_file(tmp_path: Path, content: bytes) -> Path:
+    """A file of its own to create an object from."""
+    path = tmp_path / f"spool-file-{uuid.uuid4().hex}"
+    path.write_bytes(content)
+    return path
+
+
 _pids = itertools.count(10_000_000)
 
 

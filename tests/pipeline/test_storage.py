@@ -20,7 +20,7 @@ from pipeline.commits import publish_record, retrying
 from pipeline.local_storage import TEMPORARY_PREFIX, LocalStorage
 from pipeline.process_identity import ProcessIdentity
 from pipeline.storage import Outcome, PassingFault, open_storage
-from tests.pipeline.small_run import gone_process
+from tests.pipeline.small_run import gone_process, spool_file
 
 NUM_RACERS = 8
 
@@ -32,12 +32,6 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.name.startswith(TEMPORARY_PREFIX)]
-
-
-def spool_file(tmp_path: Path, content: bytes) -> Path:
-    path = tmp_path / "spool-file"
-    path.write_bytes(content)
-    return path
 
 
 def test_nothing_is_left_beside_what_was_created(storage: LocalStorage, tmp_path: Path):

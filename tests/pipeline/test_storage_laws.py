@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.commits import publish_file, publish_record, sha256_file
 from pipeline.storage import Outcome, Storage, open_storage
-from tests.pipeline.small_run import FaultyStorage
+from tests.pipeline.small_run import FaultyStorage, spool_file
 
 NUM_RACERS, NUM_RACES = 3, 3  # SeaweedFS lets the losers of a race wait for a second each
 
@@ -29,12 +29,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def storage(url: str) -> Storage:
     return open_storage(url)
-
-
-def spool_file(tmp_path: Path, content: bytes) -> Path:
-    path = tmp_path / f"spool-file-{uuid.uuid4().hex}"
-    path.write_bytes(content)
-    return path
 
 
 def test_the_first_create_wins_and_stays(storage: Storage, tmp_path: Path):

@@ -19,7 +19,14 @@ from kernels.paged_attention.tpu.call import Call
 from kernels.paged_attention.tpu.geometry import MASKED, UNSEEN, Geometry
 from kernels.paged_attention.tpu.integers import quotient, quotient_up, remainder, rounded_down
 from kernels.paged_attention.tpu.layout import LANES
-from kernels.paged_attention.tpu.operands import capped, contract_keys, contract_values, finished, lane_tiles
+from kernels.paged_attention.tpu.operands import (
+    capped,
+    contract_keys,
+    contract_values,
+    finished,
+    lane_tiles,
+    softmax_update,
+)
 
 
 def attend_decodes(call: Call, first: Any, stop: Any) -> None:
@@ -169,25 +176,15 @@ def _add_block(call: Call, buffer: Any, bundle: int, parity: Any, seen: tuple[An
     count = shape.heads_per_bundle
     heads = range(bundle * count, min(bundle * count + count, shape.num_kv_heads))
     queries = scratch.decode_queries[parity, bundle]
-    before = scratch.decode_max[bundle]
     parts = [lane_tiles(contract_keys(call, buffer, head, queries)) for head in heads]
     logits = [
         _visible(shape, capped(shape.options, part), index * LANES, seen)
         for index, part in enumerate(_own_rows(shape, parts))
     ]
-    highest = logits[0]
-    for part in logits[1:]:
-        highest = jnp.maximum(highest, part)
-    maximum = jnp.maximum(before, jnp.max(highest, axis=1, keepdims=True))
-    decay = jnp.exp2((before - maximum) * shape.exponent)
-    weights = [jnp.exp2((part - maximum) * shape.exponent) for part in logits]
-    total = scratch.decode_sum[bundle] * decay
-    for part in weights:
-        total = total + part
-    scratch.decode_max[bundle] = maximum
-    scratch.decode_sum[bundle] = total
-    stacked = jnp.concatenate(weights, axis=1)
-    parts = [lane_tiles(contract_values(call, buffer, head, stacked)) for head in heads]
+    scratch.decode_max[bundle], decay, scratch.decode_sum[bundle], weights = softmax_update(
+        scratch.decode_max[bundle], scratch.decode_sum[bundle], logits, shape.exponent
+    )
+    parts = [lane_tiles(contract_values(call, buffer, head, weights)) for head in heads]
     for index, part in enumerate(_own_rows(shape, parts)):
         lanes = slice(index * LANES, (index + 1) * LANES)
         scratch.decode_acc[bundle, :, lanes] = scratch.decode_acc[bundle, :, lanes] * decay + part

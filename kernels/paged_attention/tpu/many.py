@@ -20,7 +20,14 @@ from kernels.paged_attention.tpu.geometry import MASKED, UNSEEN
 from kernels.paged_attention.tpu.integers import quotient, quotient_up, rounded_down
 from kernels.paged_attention.tpu.layout import LANES
 from kernels.paged_attention.tpu.new_tokens import NewTokens
-from kernels.paged_attention.tpu.operands import capped, contract_keys, contract_values, finished, lane_tiles
+from kernels.paged_attention.tpu.operands import (
+    capped,
+    contract_keys,
+    contract_values,
+    finished,
+    lane_tiles,
+    softmax_update,
+)
 
 # Above any position: what a row sees that is limited by its keys only.
 _ANY = 2**30
@@ -204,19 +211,10 @@ def _add_block(call: Call, buffer: Any, head: Any, seen: tuple[Any, Any, Any] | 
     logits = [capped(shape.options, part) for part in logits]
     if seen is not None:
         logits = [_masked(call, part, index * LANES, seen) for index, part in enumerate(logits)]
-    highest = logits[0]
-    for part in logits[1:]:
-        highest = jnp.maximum(highest, part)
-    before = scratch.state_max[head]
-    maximum = jnp.maximum(before, jnp.max(highest, axis=1, keepdims=True))
-    scratch.state_max[head] = maximum
-    decay = jnp.exp2((before - maximum) * shape.exponent)
-    weights = [jnp.exp2((part - maximum) * shape.exponent) for part in logits]
-    total = scratch.state_sum[head] * decay
-    for part in weights:
-        total = total + part
-    scratch.state_sum[head] = total
-    gained = contract_values(call, buffer, head, jnp.concatenate(weights, axis=1))
+    scratch.state_max[head], decay, scratch.state_sum[head], weights = softmax_update(
+        scratch.state_max[head], scratch.state_sum[head], logits, shape.exponent
+    )
+    gained = contract_values(call, buffer, head, weights)
     for index, part in enumerate(lane_tiles(gained)):
         lanes = slice(index * LANES, (index + 1) * LANES)
         scratch.state_out[head, :, lanes] = scratch.state_out[head, :, lanes] * decay + part

@@ -1,4 +1,4 @@
-"""The two products of attention, for any page dtype."""
+"""The two products of attention, for any page dtype, and the running softmax between them."""
 
 from __future__ import annotations
 
@@ -53,6 +53,27 @@ def capped(options: AttentionOptions, logits: jax.Array) -> jax.Array:
 def lane_tiles(x: jax.Array) -> list[jax.Array]:
     """x [rows, n * 128] as n vectors of 128 lanes."""
     return [x[:, begin : begin + LANES] for begin in range(0, x.shape[1], LANES)]
+
+
+def softmax_update(
+    before: jax.Array, total: jax.Array, logits: list[jax.Array], exponent: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Take one block's logits, a list of f32[rows, 128], into a running softmax (Milakov and Gimelshein 2018).
+
+    `before` f32[rows, 128] is the maximum so far, `total` f32[rows, 128] the sums by lane. Returns the new
+    maximum, what everything summed before is to be multiplied by, the new sums, and the weights
+    f32[rows, block].
+    """
+    highest = logits[0]
+    for part in logits[1:]:
+        highest = jnp.maximum(highest, part)
+    maximum = jnp.maximum(before, jnp.max(highest, axis=1, keepdims=True))
+    decay = jnp.exp2((before - maximum) * exponent)
+    weights = [jnp.exp2((part - maximum) * exponent) for part in logits]
+    total = total * decay
+    for part in weights:
+        total = total + part
+    return maximum, decay, total, jnp.concatenate(weights, axis=1)
 
 
 def finished(total: jax.Array, output: jax.Array) -> jax.Array:
