@@ -58,7 +58,7 @@ def lane_tiles(x: jax.Array) -> list[jax.Array]:
 def softmax_update(
     before: jax.Array, total: jax.Array, logits: list[jax.Array], exponent: float
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Take one block's logits, a list of f32[rows, 128], into a running softmax (Milakov and Gimelshein 2018).
+    """Take one block's logits, a list of f32[rows, 128], into a running softmax (Milakov, Gimelshein 2018).
 
     `before` f32[rows, 128] is the maximum so far, `total` f32[rows, 128] the sums by lane. Returns the new
     maximum, what everything summed before is to be multiplied by, the new sums, and the weights
