@@ -11,7 +11,7 @@ import pytest
 from kernels.paged_attention.tpu.model_shapes import MODEL_SHAPES
 from kernels.paged_attention.tpu.topology import TOPOLOGIES, is_installed
 
-pytestmark = pytest.mark.skipif(not is_installed(), reason="libtpu is not installed: install the extra tpu-compile")
+pytestmark = pytest.mark.skipif(not is_installed(), reason="libtpu is absent: install the extra tpu-compile")
 
 
 def compile_cases(repository, chip, *cases):
