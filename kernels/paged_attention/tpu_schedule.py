@@ -89,8 +89,9 @@ class Row:
 
 
 def clock_hz(chip: pltpu.TpuInfo) -> float:
-    """Cycles a second: a matrix unit does one row of multiply-adds a cycle."""
-    return chip.bf16_ops_per_second / (2 * chip.num_mxus * chip.mxu_column_size**2)
+    """Cycles a second: a matrix unit does one row of multiply-adds a cycle, from v6e (1.75 GHz) on two."""
+    rows = 2 if chip.generation >= 6 else 1
+    return chip.bf16_ops_per_second / (2 * rows * chip.num_mxus * chip.mxu_column_size**2)
 
 
 def dma_cycles(chip: pltpu.TpuInfo, num_bytes: int) -> float:

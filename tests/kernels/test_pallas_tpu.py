@@ -44,6 +44,13 @@ def test_all_options_on_two_cores(capfd):
     check_steps(shape, 3, capfd)
 
 
+def test_pages_of_bytes(capfd):
+    """With a scale a token and head, not a number where there is no token."""
+    check_steps(
+        Shape(layout_of(page_size=32, dtype="int8"), 2, AttentionOptions(scale=0.1)), 1, capfd, tolerance=2e-2
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 @pytest.mark.parametrize(

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels.paged_attention.tpu.topology import is_installed
-from kernels.paged_attention.tpu_schedule import measured_apart
+from kernels.paged_attention.tpu_schedule import clock_hz, dma_cycles, measured_apart
+
+
+@pytest.mark.parametrize(
+    ("chip", "cores", "gigahertz", "cycles"),
+    [("V4", 2, 1.05, 3590), ("V5E", 1, 1.5, 3840), ("V5P", 2, 1.75, 2990), ("V6E", 1, 1.75, 2240)],
+)
+def test_cycles_of_a_copy_are_by_the_clock_and_the_bandwidth_of_one_core(chip, cores, gigahertz, cycles):
+    """Of 512 tokens with 8 KV heads of 128 in bfloat16."""
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion[f"TPU_{chip}"], cores)
+    assert clock_hz(info) == pytest.approx(gigahertz * 1e9, rel=0.01)
+    assert dma_cycles(info, 512 * 8 * 2 * 128 * 2) == pytest.approx(cycles, rel=0.01)
 
 
 @pytest.mark.slow
