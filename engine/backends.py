@@ -8,6 +8,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.group_costs import device_keys
 from kernels.cpu import isa_name, native_library, why_absent
+from kernels.paged_attention import TPU_PAGE_DTYPES
 
 # On two cores with AVX2; ARCHITECTURE.md has the figures.
 _XLA_COST = "about half the speed"
@@ -25,7 +26,8 @@ class Backends(NamedTuple):
         """The options' choice on `platform` ("cpu", "gpu", "tpu").
 
         "auto" is the native library on a CPU that has it; on a TPU its own kernel for attention; and XLA
-        elsewhere. Raises ConfigError when a backend is asked for by name that is not there.
+        elsewhere. Raises ConfigError when a backend is asked for by name that is not there, or pages that it
+        cannot read.
         """
         has_library = platform == "cpu" and native_library() is not None
         best = dict.fromkeys(cls._fields, "cpu" if has_library else "xla")
@@ -40,7 +42,13 @@ class Backends(NamedTuple):
                 raise ConfigError(
                     f"engine.{name}_backend=pallas_tpu: JAX runs on {platform}, not on a TPU; choose auto"
                 )
-        return cls(**{name: best[name] if choice == "auto" else choice for name, choice in asked.items()})
+        chosen = cls(**{name: best[name] if choice == "auto" else choice for name, choice in asked.items()})
+        if config.page_dtype in TPU_PAGE_DTYPES and chosen.attention != "pallas_tpu":
+            raise ConfigError(
+                f"engine.kv_dtype={config.page_dtype}: only the kernel for TPUs reads such pages, and attention "
+                f"here is by {chosen.attention}; choose int8"
+            )
+        return chosen
 
     @property
     def skips_padding(self) -> bool:

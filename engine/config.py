@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
-KV_DTYPES = (*DTYPES, "int8")
+KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 WEIGHT_DTYPES = (*DTYPES, "int8", "int4")
 CPU_KV_CACHE_BYTES = 2 << 30
 """The default byte budget of the KV cache on a CPU, where no device memory bounds it."""
@@ -39,7 +39,8 @@ class EngineConfig:
     dtype: str = "float32"
     """Of weights and activations."""
     kv_dtype: str | None = None
-    """Of the KV pages; None: `dtype`. "int8" has a scale for each token and head."""
+    """Of the KV pages; None: `dtype`. "int8" has a scale for each token and head; "float8_e4m3fn" is for TPUs
+    from v6e on."""
     seed: int = 0
     """The run's seed: with a request's identity it makes the random key of its draws."""
     weight_dtype: str | None = None

@@ -20,7 +20,9 @@ def _attend_tpu(*arguments: Any) -> tuple[jax.Array, Any]:
 
 
 BACKENDS = {"xla": xla.attend, "cpu": cpu.attend, "pallas_tpu": _attend_tpu}
-PAGE_DTYPES = ("float32", "bfloat16", "int8")
+PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
+# Of these, what only the TPU kernel reads: chips that multiply fp8 have no use for scales.
+TPU_PAGE_DTYPES = ("float8_e4m3fn",)
 
 # A narrower page fills no vector; a wider one wastes half of itself on most sequences.
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 512
@@ -41,7 +43,7 @@ def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, 
 
     On any machine there is one for `pallas_tpu`, which is also compiled for TPUs where there are none.
 
-    `dtype` is one of `PAGE_DTYPES`. Raises ValueError for an unknown backend or dtype, or a page size that
+    `dtype` is one of `PAGE_DTYPES`, those of `TPU_PAGE_DTYPES` for `pallas_tpu` alone. Raises ValueError for an unknown backend or dtype, or a page size that
     is not a power of two from 8 to 512.
     """
     if backend not in BACKENDS or (backend == "cpu" and native_library() is None):
@@ -50,6 +52,8 @@ def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, 
         raise ValueError(f"attention backend {backend!r} does not exist here{reason}; available: {known}")
     if dtype not in PAGE_DTYPES:
         raise ValueError(f"page dtype {dtype!r} is not one of {', '.join(PAGE_DTYPES)}")
+    if dtype in TPU_PAGE_DTYPES and backend != "pallas_tpu":
+        raise ValueError(f"page dtype {dtype!r} is pallas_tpu's alone: give int8 to backend {backend!r}")
     if page_size & (page_size - 1) or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
         raise ValueError(
             f"page_size is {page_size}; give a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}"

@@ -40,7 +40,7 @@ from kernels.paged_attention.tpu.many import (
 from kernels.paged_attention.tpu.new_tokens import write_new_tokens
 from kernels.paged_attention.tpu.staging import gather_results, make_arrays, make_plan
 from kernels.paged_attention.tpu.tiles import TileSizes
-from kernels.paged_attention.tpu.tuning import choose_tiles, vmem_budget
+from kernels.paged_attention.tpu.tuning import check_page_dtype, choose_tiles, vmem_budget
 
 KERNEL_NAME = "ragged_attention"
 _SMALLEST = TileSizes(block=128, decodes=16, queries=16)
@@ -115,6 +115,8 @@ def shape_of(
         )
 
     smallest = _checked(shape(_SMALLEST))
+    if pltpu.is_tpu_device():
+        check_page_dtype(layout.dtype, _chip())
     return shape(tiles or choose_tiles(smallest, q.dtype, _chip()))
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,15 @@ from kernels.paged_attention.tpu.topology import (
 
 _PAGE_SIZE = 64
 _PEER_PAGES, _PEER_QUERIES = 8, 32
+_GROUP_SIZE = 64
+_HEADING = """# Attention on TPUs, by the compiler
+
+A count of the instructions that libtpu schedules, not a measured speed: one bundle is one cycle of a core, waits
+for memory are not among them. Each line is the inner loop for one block of KV tokens, all KV heads of the shape.
+*queries*: how many the loop serves (decode 1; group: decodes that share a prefix; prefill: queries of a chunk; jax:
+its own kernel, which pads a decode to as many). *DMA cycles*: in which the core's share of the chip's bandwidth
+brings these keys and values. *of DMA*: below 1, memory bounds the loop. *MXU*: bundles that use the matrix unit.
+"""
 _UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 
 
@@ -51,7 +62,7 @@ class Row:
     path: str
     """decode: one query; group: decodes on one prefix; prefill: a block of queries; jax: the peer."""
     rows: int
-    """Queries that the loop serves."""
+    """Queries that the loop serves; of a group of 64 decodes, those that share a pass."""
     kv_tokens: int
     bundles: int
     mxu_share: float
@@ -67,14 +78,20 @@ class Row:
         return self.bundles / self.kv_tokens
 
     @property
+    def bundles_per_query(self) -> float:
+        """And KV token."""
+        return self.bundles_per_kv_token / self.rows
+
+    @property
     def of_dma(self) -> float:
         """Below 1, memory bounds the loop; above it, the core does."""
         return self.bundles / self.dma_cycles
 
 
 def clock_hz(chip: pltpu.TpuInfo) -> float:
-    """Cycles a second: a matrix unit does one row of multiply-adds a cycle."""
-    return chip.bf16_ops_per_second / (2 * chip.num_mxus * chip.mxu_column_size**2)
+    """Cycles a second: a matrix unit does one row of multiply-adds a cycle, from v6e (1.75 GHz) on two."""
+    rows = 2 if chip.generation >= 6 else 1
+    return chip.bf16_ops_per_second / (2 * rows * chip.num_mxus * chip.mxu_column_size**2)
 
 
 def dma_cycles(chip: pltpu.TpuInfo, num_bytes: int) -> float:
@@ -106,7 +123,7 @@ def measure(chip: str, name: str) -> list[Row]:
         heads = shape.num_kv_heads
         rows = [
             row("decode", decode, 1, tiles.block, tiles.block // _PAGE_SIZE, 1),
-            row("group", free, tiles.decodes, tiles.block, 1, heads),
+            row("group", free, min(tiles.decodes, _GROUP_SIZE), tiles.block, 1, heads),
             row("prefill", free, tiles.queries, tiles.block, 1, heads),
         ]
         peer_schedule = _peer_schedule(mesh, shape, Path(folder), info)
@@ -189,6 +206,7 @@ def as_table(rows: Sequence[Row]) -> str:
         "KV tokens",
         "bundles",
         "a KV token",
+        "and query",
         "DMA cycles",
         "of DMA",
         "MXU",
@@ -205,6 +223,7 @@ def as_table(rows: Sequence[Row]) -> str:
                 str(row.kv_tokens),
                 str(row.bundles),
                 f"{row.bundles_per_kv_token:.2f}",
+                f"{row.bundles_per_query:.3f}",
                 f"{row.dma_cycles:.0f}",
                 f"{row.of_dma:.2f}",
                 f"{row.mxu_share:.0%}",
@@ -229,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--shapes", nargs="+", choices=MODEL_SHAPES, default=list(MODEL_SHAPES))
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--out", type=Path, help="a folder: also write schedule.md and schedule.json there")
     parser.add_argument("--one", nargs=2, metavar=("CHIP", "SHAPE"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if not is_installed():
@@ -239,9 +258,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     rows = [row for chip in chosen.chips for name in chosen.shapes for row in measured_apart(chip, name)]
     print(as_table(rows))
-    if chosen.json:
-        chosen.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if chosen.out:
+        given = sys.argv[1:] if arguments is None else arguments
+        write_results(chosen.out, rows, shlex.join(["python", "-m", __spec__.name, *given]))
     return 0
+
+
+def write_results(folder: Path, rows: Sequence[Row], command: str) -> None:
+    """Keep the rows, and what made them, as a page to read and as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {name: version(name) for name in ("jax", "libtpu")}
+    kept = {"command": command, **versions, "rows": [asdict(row) for row in rows]}
+    (folder / "schedule.json").write_text(json.dumps(kept, indent=1) + "\n")
+    made_with = ", ".join(f"{name} {number}" for name, number in versions.items())
+    (folder / "schedule.md").write_text(f"{_HEADING}\n`{command}` ({made_with})\n\n{as_table(rows)}\n")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,14 @@ def test_an_accelerator_has_no_use_for_it():
         Backends.choose(EngineConfig(attention_backend="cpu"), "gpu")
 
 
+def test_pages_of_fp8_are_for_tpus():
+    narrow = EngineConfig(kv_dtype="float8_e4m3fn")
+    assert Backends.choose(narrow, "tpu").attention == "pallas_tpu"
+    for platform in ("cpu", "gpu"):
+        with pytest.raises(ConfigError, match="engine.kv_dtype=float8_e4m3fn: only the kernel for TPUs"):
+            Backends.choose(narrow, platform)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])
 def test_every_instruction_set_of_this_cpu_is_right(isa, tmp_path):
     """Random calls, compared with plain loops: `make chaos` has more, with sanitizers."""

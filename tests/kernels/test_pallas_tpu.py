@@ -13,7 +13,7 @@ from kernels.paged_attention.tpu.call import vmem_bytes
 from kernels.paged_attention.tpu.layout import TpuPageLayout
 from kernels.paged_attention.tpu.model_shapes import MODEL_SHAPES, step_arguments
 from kernels.paged_attention.tpu.tiles import TileSizes
-from kernels.paged_attention.tpu.tuning import choose_tiles, vmem_budget
+from kernels.paged_attention.tpu.tuning import check_page_dtype, choose_tiles, vmem_budget
 from tests.kernels.tpu_steps import Sequence_, Shape, check_step, random_rows
 
 
@@ -44,6 +44,13 @@ def test_all_options_on_two_cores(capfd):
     check_steps(shape, 3, capfd)
 
 
+def test_pages_of_bytes(capfd):
+    """With a scale a token and head, not a number where there is no token."""
+    check_steps(
+        Shape(layout_of(page_size=32, dtype="int8"), 2, AttentionOptions(scale=0.1)), 1, capfd, tolerance=2e-2
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 @pytest.mark.parametrize(
@@ -64,9 +71,10 @@ def test_shapes(page_size, kv_heads, ratio, head_dim, dtype, tolerance, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(("page_size", "kv_heads", "head_dim"), [(32, 3, 64), (64, 2, 128)])
-def test_pages_of_8_bits(page_size, kv_heads, head_dim, capfd):
-    layout = layout_of(kv_heads, head_dim, page_size, "int8")
+def test_pages_of_8_bits(dtype, page_size, kv_heads, head_dim, capfd):
+    layout = layout_of(kv_heads, head_dim, page_size, dtype)
     check_steps(Shape(layout, 2, AttentionOptions(scale=0.1)), 3, capfd, tolerance=2e-2)
 
 
@@ -138,6 +146,29 @@ def test_what_cannot_be_done_is_refused_with_a_remedy():
     arguments = step_arguments(MODEL_SHAPES["SmolLM2-135M"], layout_of(3))
     with pytest.raises(ValueError, match="needs a positive one"):
         pallas_tpu.shape_of(*arguments, AttentionOptions(scale=-1.0), layout_of(3))
+    with pytest.raises(ValueError, match="is pallas_tpu's alone: give int8 to backend 'xla'"):
+        page_layout("xla", 3, 64, 32, "float8_e4m3fn")
+
+
+@pytest.mark.parametrize(("chip", "has_fp8"), [("V4", False), ("V5E", False), ("V6E", True), ("7X", True)])
+def test_fp8_is_for_chips_that_compute_in_it(chip, has_fp8):
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion[f"TPU_{chip}"], 1)
+    for dtype in ("float32", "bfloat16", "int8"):
+        check_page_dtype(np.dtype(dtype), info)
+    if has_fp8:
+        check_page_dtype(np.dtype("float8_e4m3fn"), info)
+    else:
+        with pytest.raises(ValueError, match="has no fp8.* give int8 or bfloat16"):
+            check_page_dtype(np.dtype("float8_e4m3fn"), info)
+
+
+def test_fp8_pages_keep_what_is_beyond_their_range_as_their_largest_value():
+    layout = layout_of(1, 64, 32, "float8_e4m3fn")
+    given = jnp.array([-jnp.inf, -1000.0, 448.0, 470.0, 1e9, 1.0], jnp.bfloat16)
+    keys = jnp.broadcast_to(given[:, None, None], (6, 1, 64))
+    rows, scales = layout.packed_rows(keys, keys)
+    assert scales is None
+    assert rows[:, 0, 0].astype(jnp.float32).tolist() == [-448.0, -448.0, 448.0, 448.0, 448.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +180,7 @@ def test_impossible_tiles_are_refused(sizes):
         TileSizes(**({"block": 128, "decodes": 16, "queries": 16} | sizes))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 def test_pages_hold_what_is_written_and_no_lane_is_wasted_at_64(dtype, head_dim):
     layout = page_layout("pallas_tpu", 3, head_dim, 32, dtype)
@@ -162,5 +193,5 @@ def test_pages_hold_what_is_written_and_no_lane_is_wasted_at_64(dtype, head_dim)
     rows = Rows(*(jnp.asarray(x, jnp.int32) for x in ([0, 40], [40], [[2, 1]])))
     stored = layout.tokens(layout.write(pages, k, v, rows), np.array([2, 1]), 40)
     for got, want in zip(stored, (k, v), strict=True):
-        tolerance = {"float32": 0, "bfloat16": 0.02, "int8": 0.03}[dtype]
+        tolerance = {"float32": 0, "bfloat16": 0.02, "int8": 0.03, "float8_e4m3fn": 0.15}[dtype]
         np.testing.assert_allclose(got.astype(np.float32), want, atol=tolerance)

@@ -44,7 +44,8 @@ class PagedTokens:
 
 
 def keep_values(call: Call, buffer: Any, begin: Any, end: Any) -> None:
-    """Make the values outside rows [begin, end) of a block zero: a weight of zero does not silence a NaN."""
+    """Make the values (and their scales) outside rows [begin, end) of a block zero: a weight of zero does not
+    silence a NaN."""
     shape, kv = call.shape, call.scratch.kv
     layout = shape.layout
     tile = layout.sublanes
@@ -68,6 +69,19 @@ def keep_values(call: Call, buffer: Any, begin: Any, end: Any) -> None:
     jax.lax.fori_loop(quotient_up(end, tile), shape.block // tile, clear, None)
     pl.when(remainder(begin, tile) > 0)(lambda: trim(quotient(begin, tile)))
     pl.when(remainder(end, tile) > 0)(lambda: trim(quotient(end, tile)))
+    if call.scratch.kv_scales is not None:
+        _keep_value_scales(call, buffer, begin, end)
+
+
+def _keep_value_scales(call: Call, buffer: Any, begin: Any, end: Any) -> None:
+    scales, size = call.scratch.kv_scales, call.shape.layout.page_size
+
+    def one(page: Any, carry: None) -> None:
+        held = scales[buffer, page, 1]
+        row = page * size + jax.lax.broadcasted_iota(jnp.int32, held.shape, 1)
+        scales[buffer, page, 1] = jnp.where((row >= begin) & (row < end), held, 0.0)
+
+    jax.lax.fori_loop(0, call.shape.pages_per_block, one, None)
 
 
 def selected(mask: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:

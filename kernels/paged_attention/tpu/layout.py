@@ -16,7 +16,10 @@ LANES = 128
 
 
 class TpuPages(NamedTuple):
-    """One layer's pages. int8 pages have scales: what is stored times its scale is the value."""
+    """One layer's pages. int8 pages have scales: what is stored times its scale is the value.
+
+    fp8 pages have none: their relative error does not depend on the size of what they hold.
+    """
 
     rows: jax.Array  # [P, K, page, W]
     scales: jax.Array | None = None  # f32[P, 2, K, page], of keys and of values
@@ -84,7 +87,14 @@ class TpuPageLayout(PageLayout):
             values, value_scales = quantised(values)
             scales = jnp.stack([key_scales, value_scales], axis=1)
         pad = ((0, 0), (0, 0), (0, self.value_lane - self.head_dim))
-        return jnp.concatenate([jnp.pad(x.astype(self.dtype), pad) for x in (keys, values)], -1), scales
+        return jnp.concatenate([jnp.pad(self._stored(x), pad) for x in (keys, values)], -1), scales
+
+    def _stored(self, x: jax.Array) -> jax.Array:
+        """x in the pages' dtype. fp8 has no infinity: what lies beyond its range becomes its largest value."""
+        if self.dtype == jnp.float8_e4m3fn:
+            largest = float(jnp.finfo(self.dtype).max)
+            x = jnp.clip(x, -largest, largest)
+        return x.astype(self.dtype)
 
     def token_places(self, rows: Rows, num_tokens: int, num_pages: int) -> tuple[jax.Array, jax.Array]:
         """i32[T] page and i32[T] offset of each token of the step; padding tokens have page `num_pages`."""

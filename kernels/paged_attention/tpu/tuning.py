@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.paged_attention.tpu.call import vmem_bytes
@@ -47,6 +49,14 @@ def choose_tiles(shape: Geometry, query_dtype: Any, chip: pltpu.TpuInfo) -> Tile
         f"{needed} bytes of on-chip memory, TPU {chip.chip_version} lends {budget}: take smaller pages, or "
         "spread the heads over more chips"
     )
+
+
+def check_page_dtype(dtype: np.dtype, chip: pltpu.TpuInfo) -> None:
+    """Raise ValueError where `chip` does not compute in the pages' dtype."""
+    if dtype == jnp.float8_e4m3fn and not chip.fp8_ops_per_second:
+        raise ValueError(
+            f"TPU {chip.chip_version} has no fp8, which its KV pages are to be kept in: give int8 or bfloat16"
+        )
 
 
 def vmem_budget(chip: pltpu.TpuInfo) -> int:
