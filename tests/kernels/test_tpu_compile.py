@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from kernels.paged_attention.tpu.model_shapes import MODEL_SHAPES
+from kernels.paged_attention.model_shapes import MODEL_SHAPES
 from kernels.paged_attention.tpu.topology import TOPOLOGIES, is_installed
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="libtpu is absent: install the extra tpu-compile")
