@@ -1,4 +1,4 @@
-"""What became of the kernels: their PTX as XLA wrote it down, and what `ptxas` made of that."""
+"""What became of the kernels: their PTX and launches as XLA wrote them down, and what `ptxas` made of that."""
 
 from __future__ import annotations
 
@@ -13,63 +13,67 @@ from kernels.paged_attention.gpu.targets import tool
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """One kernel. Bytes of stack and spills are a thread's."""
+    """One kernel. Bytes of spills are a thread's, of shared memory a thread block's."""
 
     name: str
     threads: int
     registers: int
-    stack_bytes: int
-    spill_store_bytes: int
-    spill_load_bytes: int
-    num_products: int
-    """Instructions of matrix products, of a warp or of a warp group."""
-    has_warp_group_products: bool
-    num_async_copies: int
+    spill_bytes: int
+    """Stored to the stack and loaded from it, for want of registers."""
+    shared_bytes: int
+    products: int
+    """Instructions of matrix products."""
+    has_warp_groups: bool
+    """Those are of warp groups (wgmma), and not of warps (mma)."""
+    async_copies: int
     """Instructions that copy to shared memory while others compute."""
 
 
 def assemble(folder: Path, architecture: str, prefix: str) -> list[Assembled]:
-    """The kernels whose names begin with `prefix` of all PTX files in `folder`, in the order of their names.
+    """The kernels whose names begin with `prefix` of the one module that XLA dumped to `folder`, by name.
 
     Raises RuntimeError when there is none, or with what `ptxas` says when it fails.
     """
-    found = [each for path in sorted(folder.glob("*.ptx")) for each in _assembled(path, architecture, prefix)]
+    shared = _shared_bytes(folder)
+    found = []
+    for path in sorted(folder.glob("*.ptx")):
+        text = path.read_text()
+        name = re.search(rf"\.entry ({prefix}\w*)", text)
+        if name is not None:
+            found.append(_assembled(path, name[1], text, architecture, shared[name[1]]))
     if not found:
-        raise RuntimeError(f"no kernel {prefix}* in the PTX files of {folder}: {sorted(folder.iterdir())[:5]}")
+        raise RuntimeError(f"no kernel {prefix}* in the PTX files of {folder}; did the compilation cache have it?")
     return sorted(found, key=lambda each: each.name)
 
 
-def _assembled(path: Path, architecture: str, prefix: str) -> Iterator[Assembled]:
-    text = path.read_text()
-    bodies = dict(_entries(text))
-    if not any(name.startswith(prefix) for name in bodies):
-        return
+def _assembled(path: Path, name: str, text: str, architecture: str, shared_bytes: int) -> Assembled:
+    """A file has one kernel."""
     command = [str(tool("ptxas")), f"-arch={architecture}", "-v", "-o", "/dev/null", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    for report in re.split(r"(?=Compiling entry function)", done.stderr):
-        name = re.match(r"Compiling entry function '(\w+)'", report)
-        if name is None or not name[1].startswith(prefix):
-            continue
-        body = bodies[name[1]]
-        yield Assembled(
-            name=name[1],
-            threads=_number(r"\.(?:reqntid|maxntid) (\d+)", body),
-            registers=_number(r"Used (\d+) registers", report),
-            stack_bytes=_number(r"(\d+) bytes stack frame", report),
-            spill_store_bytes=_number(r"(\d+) bytes spill stores", report),
-            spill_load_bytes=_number(r"(\d+) bytes spill loads", report),
-            num_products=len(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync", body)),
-            has_warp_group_products="wgmma.mma_async" in body,
-            num_async_copies=len(re.findall(r"\bcp\.async\.(?:ca|cg)\.", body)),
-        )
+    return Assembled(
+        name=name,
+        threads=_number(r"\.reqntid (\d+)", text),
+        registers=_number(r"Used (\d+) registers", done.stderr),
+        spill_bytes=_number(r"(\d+) bytes spill stores", done.stderr)
+        + _number(r"(\d+) bytes spill loads", done.stderr),
+        shared_bytes=shared_bytes,
+        products=len(re.findall(r"\bwgmma\.mma_async\.sync|\bmma\.sync", text)),
+        has_warp_groups="wgmma.mma_async" in text,
+        async_copies=len(re.findall(r"\bcp\.async\.c[ag]\.", text)),
+    )
 
 
-def _entries(text: str) -> Iterator[tuple[str, str]]:
-    """Each kernel's name and all that belongs to it."""
-    for part in re.split(r"(?=\.entry )", text)[1:]:
-        yield part.split("(", 1)[0].removeprefix(".entry").strip(), part
+def _shared_bytes(folder: Path) -> dict[str, int]:
+    """By kernel, as launched."""
+
+    def launches() -> Iterator[tuple[str, int]]:
+        for path in folder.glob("*.thunk_sequence.txt"):
+            for name, size in re.findall(r"(\w+) grid: .*shared_memory: (\d+) bytes", path.read_text()):
+                yield name, int(size)
+
+    return dict(launches())
 
 
 def _number(pattern: str, text: str) -> int:
