@@ -13,6 +13,9 @@ from kernels.paged_attention import TPU_PAGE_DTYPES
 # On two cores with AVX2; ARCHITECTURE.md has the figures.
 _XLA_COST = "about half the speed"
 
+# Kernels of attention that are made for one platform, by that platform as JAX names it.
+_PLATFORM_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+
 
 class Backends(NamedTuple):
     """The backend of each kind of kernel, as `kernels.*.available_backends()` name them."""
@@ -25,22 +28,22 @@ class Backends(NamedTuple):
     def choose(cls, config: EngineConfig, platform: str) -> Backends:
         """The options' choice on `platform` ("cpu", "gpu", "tpu").
 
-        "auto" is the native library on a CPU that has it; on a TPU its own kernel for attention; and XLA
+        "auto" is the native library on a CPU that has it; on a TPU or GPU its own kernels for attention; and XLA
         elsewhere. Raises ConfigError when a backend is asked for by name that is not there, or pages that it
         cannot read.
         """
         has_library = platform == "cpu" and native_library() is not None
         best = dict.fromkeys(cls._fields, "cpu" if has_library else "xla")
-        if platform == "tpu":
-            best["attention"] = "pallas_tpu"
+        best["attention"] = _PLATFORM_KERNELS.get(platform, best["attention"])
         asked = {"attention": config.attention_backend, "linear": config.linear_backend}
         for name, choice in asked.items():
             if choice == "cpu" and not has_library:
                 reason = why_absent() or "JAX does not run on a CPU here"
                 raise ConfigError(f"engine.{name}_backend=cpu: {reason}, or choose auto")
-            if choice == "pallas_tpu" and platform != "tpu":
+            if choice in _PLATFORM_KERNELS.values() and choice != _PLATFORM_KERNELS.get(platform):
+                wanted = choice.removeprefix("pallas_").upper()
                 raise ConfigError(
-                    f"engine.{name}_backend=pallas_tpu: JAX runs on {platform}, not on a TPU; choose auto"
+                    f"engine.{name}_backend={choice}: JAX runs on {platform}, not on a {wanted}; choose auto"
                 )
         chosen = cls(**{name: best[name] if choice == "auto" else choice for name, choice in asked.items()})
         if config.page_dtype in TPU_PAGE_DTYPES and chosen.attention != "pallas_tpu":
@@ -65,8 +68,9 @@ class Backends(NamedTuple):
             return f"native CPU kernels ({isa_name()})"
         if "cpu" in self:
             return f"attention by {self.attention}, products by {self.linear} (cpu: {isa_name()})"
-        if self.attention == "pallas_tpu":
-            return f"attention by a TPU kernel, products by {self.linear}"
+        for platform, kernel in _PLATFORM_KERNELS.items():
+            if self.attention == kernel:
+                return f"attention by {platform.upper()} kernels, products by {self.linear}"
         absent = why_absent()
         if absent is not None:
             return f"XLA's own code on a CPU, {_XLA_COST} of the native kernels: {absent}"

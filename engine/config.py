@@ -47,8 +47,8 @@ class EngineConfig:
     """Of the matrices: "int8" and "int4" quantise them at the start, and activations within each product;
     None: `dtype`."""
     attention_backend: str = "auto"
-    """"cpu" is the native library, "pallas_tpu" the kernel for TPUs, "xla" XLA's code; "auto" takes the
-    library on a CPU that has it, the kernel on a TPU."""
+    """"cpu" is the native library, "pallas_tpu" and "pallas_gpu" the kernels for TPUs and GPUs, "xla" XLA's code;
+    "auto" takes the library on a CPU that has it, and the kernels on their chips."""
     linear_backend: str = "auto"
     """The same for products with weights and for drawing tokens."""
     platform: str = "auto"
@@ -77,7 +77,7 @@ class EngineConfig:
             ("kv_dtype", (None, *KV_DTYPES)),
             ("scheduling_policy", ("fcfs", "priority")),
             ("weight_dtype", (None, *WEIGHT_DTYPES)),
-            ("attention_backend", ("auto", "cpu", "xla", "pallas_tpu")),
+            ("attention_backend", ("auto", "cpu", "xla", "pallas_tpu", "pallas_gpu")),
             ("linear_backend", ("auto", "cpu", "xla")),
             ("platform", ("auto", "cpu", "gpu", "tpu")),
         ):

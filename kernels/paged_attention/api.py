@@ -9,6 +9,7 @@ import numpy as np
 
 from kernels.cpu import native_library, why_absent
 from kernels.paged_attention import cpu, xla
+from kernels.paged_attention.gpu.layout import GpuPageLayout
 from kernels.paged_attention.layout import AttentionOptions, Groups, PageLayout, Pages, Rows
 from kernels.paged_attention.tpu.layout import TpuPageLayout, TpuPages
 
@@ -19,7 +20,19 @@ def _attend_tpu(*arguments: Any) -> tuple[jax.Array, Any]:
     return pallas_tpu.attend(*arguments)
 
 
-BACKENDS = {"xla": xla.attend, "cpu": cpu.attend, "pallas_tpu": _attend_tpu}
+def _attend_gpu(*arguments: Any) -> tuple[jax.Array, Any]:
+    from kernels.paged_attention import pallas_gpu  # late, for the same reason
+
+    return pallas_gpu.attend(*arguments)
+
+
+BACKENDS = {
+    "xla": xla.attend,
+    "cpu": cpu.attend,
+    "pallas_tpu": _attend_tpu,
+    "pallas_gpu": _attend_gpu,
+}
+_LAYOUTS = {"pallas_tpu": TpuPageLayout, "pallas_gpu": GpuPageLayout}
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 # Of these, what only the TPU kernel reads: chips that multiply fp8 have no use for scales.
 TPU_PAGE_DTYPES = ("float8_e4m3fn",)
@@ -33,17 +46,18 @@ def available_backends() -> tuple[str, ...]:
     absent = set()
     if native_library() is None:
         absent.add("cpu")
-    if jax.default_backend() != "tpu":
-        absent.add("pallas_tpu")
+    absent |= {f"pallas_{platform}" for platform in ("tpu", "gpu") if platform != jax.default_backend()}
     return tuple(name for name in BACKENDS if name not in absent)
 
 
 def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, dtype: str) -> PageLayout:
     """The layout `backend` wants for its pages; the layout then names its backend.
 
-    On any machine there is one for `pallas_tpu`, which is also compiled for TPUs where there are none.
+    On any machine there is one for `pallas_tpu` and for `pallas_gpu`, which are also compiled for chips that
+    are not there.
 
-    `dtype` is one of `PAGE_DTYPES`, those of `TPU_PAGE_DTYPES` for `pallas_tpu` alone. Raises ValueError for an unknown backend or dtype, or a page size that
+    `dtype` is one of `PAGE_DTYPES`, those of `TPU_PAGE_DTYPES` for `pallas_tpu` alone. Raises ValueError for an
+    unknown backend or dtype, or a page size that
     is not a power of two from 8 to 512.
     """
     if backend not in BACKENDS or (backend == "cpu" and native_library() is None):
@@ -58,7 +72,7 @@ def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, 
         raise ValueError(
             f"page_size is {page_size}; give a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}"
         )
-    kind = TpuPageLayout if backend == "pallas_tpu" else PageLayout
+    kind = _LAYOUTS.get(backend, PageLayout)
     return kind(backend, num_kv_heads, head_dim, page_size, np.dtype(dtype))
 
 
@@ -82,7 +96,7 @@ def attend(
         rows: which tokens belong to which sequence, and where its pages are.
         groups: which sequences share leading pages. They say what may be read once, never what comes out:
             the result is that of `Groups.none()`, to the bit where the backend adds in the same order in
-            both (on TPUs to rounding).
+            both (on TPUs and GPUs to rounding).
         options: static options.
         layout: where the pages came from; names the backend.
         sinks: f32[N], an extra logit a head that takes weight and gives no value (or None).

@@ -152,18 +152,20 @@ class PageLayout:
             value_scales=array(num_pages, heads, size, dtype=jnp.float32),
         )
 
+    def token_places(self, rows: Rows, num_tokens: int, num_pages: int) -> tuple[jax.Array, jax.Array]:
+        """i32[T] page and i32[T] offset of each token of the step; padding tokens have page `num_pages`."""
+        slot = rows.token_slot(num_tokens)
+        position = rows.token_position(num_tokens)
+        num_slots = rows.kv_len.shape[0]
+        page = rows.page_table[jnp.minimum(slot, num_slots - 1), position // self.page_size]
+        return jnp.where(slot < num_slots, page, num_pages), position % self.page_size
+
     def write(self, pages: Pages, keys: jax.Array, values: jax.Array, rows: Rows) -> Pages:
         """Store the step's new keys and values (each [T, K, H]) in their sequences' pages.
 
         Padding tokens are given an index past the last page, which the scatter drops.
         """
-        num_tokens, num_pages = keys.shape[0], pages.keys.shape[0]
-        slot = rows.token_slot(num_tokens)
-        position = rows.token_position(num_tokens)
-        inside = jnp.minimum(slot, rows.kv_len.shape[0] - 1)
-        page = rows.page_table[inside, position // self.page_size]
-        page = jnp.where(slot < rows.kv_len.shape[0], page, num_pages)
-        offset = position % self.page_size
+        page, offset = self.token_places(rows, keys.shape[0], pages.num_pages)
         if self.has_scales:
             keys, key_scales = quantised(keys)
             values, value_scales = quantised(values)

@@ -68,8 +68,15 @@ def test_asked_for_by_name_it_is_never_replaced(no_library, name):
         Backends.choose(EngineConfig(**asked), "cpu")
 
 
-def test_an_accelerator_has_no_use_for_it():
-    assert Backends.choose(EngineConfig(), "gpu") == ("xla", "xla")
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_an_accelerator_has_kernels_of_its_own(platform):
+    backends = Backends.choose(EngineConfig(), platform)
+    assert backends == (f"pallas_{platform}", "xla")
+    assert platform.upper() in backends.describe()
+    asked = EngineConfig(attention_backend=f"pallas_{platform}")
+    assert Backends.choose(asked, platform) == backends
+    with pytest.raises(ConfigError, match=f"JAX runs on cpu, not on a {platform.upper()}; choose auto"):
+        Backends.choose(asked, "cpu")
     with pytest.raises(ConfigError, match="does not run on a CPU"):
         Backends.choose(EngineConfig(attention_backend="cpu"), "gpu")
 

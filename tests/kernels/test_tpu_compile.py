@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from kernels.paged_attention.tpu.model_shapes import MODEL_SHAPES
+from kernels.paged_attention.model_shapes import MODEL_SHAPES
 from kernels.paged_attention.tpu.topology import TOPOLOGIES, is_installed
 
 needs_libtpu = pytest.mark.skipif(

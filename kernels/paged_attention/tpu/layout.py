@@ -96,14 +96,6 @@ class TpuPageLayout(PageLayout):
             x = jnp.clip(x, -largest, largest)
         return x.astype(self.dtype)
 
-    def token_places(self, rows: Rows, num_tokens: int, num_pages: int) -> tuple[jax.Array, jax.Array]:
-        """i32[T] page and i32[T] offset of each token of the step; padding tokens have page `num_pages`."""
-        slot = rows.token_slot(num_tokens)
-        position = rows.token_position(num_tokens)
-        num_slots = rows.kv_len.shape[0]
-        page = rows.page_table[jnp.minimum(slot, num_slots - 1), position // self.page_size]
-        return jnp.where(slot < num_slots, page, num_pages), position % self.page_size
-
     def write(self, pages: TpuPages, keys: jax.Array, values: jax.Array, rows: Rows) -> TpuPages:
         """Store the step's new keys and values (each [T, K, H]) by a scatter, without the kernel."""
         packed, scales = self.packed_rows(keys, values)

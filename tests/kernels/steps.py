@@ -1,4 +1,4 @@
-"""Random steps for the TPU kernel: rows that share pages, prefill chunks, decodes and empty slots, and NaN in
+"""Random steps for the kernels of an accelerator: rows that share pages, prefill chunks, decodes and empty slots, and NaN in
 everything that must not be read."""
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.paged_attention import AttentionOptions, Groups, Rows, pallas_tpu
+from kernels.paged_attention import AttentionOptions, Groups, PageLayout, Rows, pallas_tpu
 from kernels.paged_attention.reference import attend_sequence
-from kernels.paged_attention.tpu.layout import TpuPageLayout
 from kernels.paged_attention.tpu.tiles import TileSizes
 
 
@@ -33,12 +32,12 @@ SMALL_TILES = TileSizes(block=128, decodes=16, queries=16)
 
 @dataclass(frozen=True)
 class Shape:
-    """What is compiled once for many steps."""
+    """What is compiled once for many steps, by the TPU kernel unless another is put in its place."""
 
-    layout: TpuPageLayout
+    layout: PageLayout
     ratio: int
     options: AttentionOptions
-    tiles: TileSizes = SMALL_TILES
+    tiles: Any = SMALL_TILES
     num_cores: int = 1
     has_sinks: bool = False
     num_tokens: int = 96
@@ -48,6 +47,13 @@ class Shape:
     @property
     def table_width(self) -> int:
         return self.num_pages // 4
+
+    def attend(self, *arrays: Any) -> Any:
+        """arrays: q, k, v, pages, rows, groups, sinks or None."""
+        *arrays, sinks = arrays
+        return pallas_tpu.attend(
+            *arrays, self.options, self.layout, sinks, tiles=self.tiles, num_cores=self.num_cores
+        )
 
 
 def random_rows(shape: Shape, seed: int, *, max_own: int = 150, max_new: int = 40) -> list[Sequence_]:
@@ -67,11 +73,8 @@ def random_rows(shape: Shape, seed: int, *, max_own: int = 150, max_new: int = 4
 
 
 @partial(jax.jit, static_argnums=0)
-def attend(shape: Shape, q: Any, k: Any, v: Any, pages: Any, rows: Rows, groups: Groups, sinks: Any) -> Any:
-    return pallas_tpu.attend(
-        q, k, v, pages, rows, groups, shape.options, shape.layout, sinks,
-        tiles=shape.tiles, num_cores=shape.num_cores,
-    )  # fmt: skip
+def _attend(shape: Shape, *arrays: Any) -> Any:
+    return shape.attend(*arrays)
 
 
 def check_step(shape: Shape, rows: Sequence[Sequence_], seed: int, tolerance: float) -> None:
@@ -111,7 +114,7 @@ def check_step(shape: Shape, rows: Sequence[Sequence_], seed: int, tolerance: fl
         x[start[-1] :] = np.nan
     sinks = rng.standard_normal(heads * shape.ratio).astype(np.float32) if shape.has_sinks else None
     step_rows = Rows(*map(jnp.asarray, (start, kv_len, table)))
-    out, pages = attend(shape, q, k, v, pages, step_rows, _groups(rows), sinks)
+    out, pages = _attend(shape, q, k, v, pages, step_rows, _groups(rows), sinks)
     out = np.asarray(out.astype(jnp.float32))
     assert not out[start[-1] :].any(), "padding tokens must come out as zero"
     for slot, row in enumerate(rows):
@@ -149,7 +152,7 @@ def _with_histories(shape: Shape, pages: Any, histories: Sequence[tuple[np.ndarr
 
 
 @partial(jax.jit, static_argnums=0)
-def _write(layout: TpuPageLayout, pages: Any, keys: Any, values: Any, rows: Rows) -> Any:
+def _write(layout: PageLayout, pages: Any, keys: Any, values: Any, rows: Rows) -> Any:
     return layout.write(pages, keys, values, rows)
 
 

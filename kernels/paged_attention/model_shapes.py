@@ -1,4 +1,4 @@
-"""The attention of the models that the kernel is compiled and measured for."""
+"""The attention of the models that the kernels for TPUs and GPUs are compiled and measured for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.paged_attention.layout import AttentionOptions, Groups, Rows
-from kernels.paged_attention.tpu.layout import TpuPageLayout
+from kernels.paged_attention.layout import AttentionOptions, Groups, PageLayout, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ MODEL_SHAPES = {
 
 def step_arguments(
     shape: ModelShape,
-    layout: TpuPageLayout,
+    layout: PageLayout,
     *,
     num_tokens: int = 512,
     num_slots: int = 64,
@@ -46,7 +45,7 @@ def step_arguments(
     num_groups: int = 16,
     num_pages: int = 1024,
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
-    """Shapes of a call of `pallas_tpu.attend`: q, k, v, pages, rows, groups."""
+    """Shapes of a call of `attend`: q, k, v, pages, rows, groups."""
     dtype = jnp.float32 if layout.dtype == jnp.float32 else jnp.bfloat16
 
     def tokens(heads: int) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,66 @@
+"""Which tile sizes a chip gets for a shape, and whether they fit its shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from kernels.paged_attention.gpu.chips import Chip
+from kernels.paged_attention.gpu.geometry import compute_dtype, padded_vector
+from kernels.paged_attention.gpu.layout import GpuPageLayout
+from kernels.paged_attention.gpu.tiles import Tile, TileSizes
+
+_MOST_ROWS = 256
+
+
+def choose_tiles(layout: GpuPageLayout, ratio: int, chip: Chip) -> TileSizes:
+    """The sizes for KV heads of such pages with `ratio` query heads each.
+
+    Raises ValueError where no size does.
+    """
+    if ratio > _MOST_ROWS:
+        raise ValueError(
+            f"{ratio} query heads for one KV head: pallas_gpu has room for {_MOST_ROWS}, choose the backend xla"
+        )
+    vector = padded_vector(layout.head_dim)
+    if layout.dtype == np.float32:
+        sizes = TileSizes(Tile(16, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
+    else:
+        chunk = Tile(128, 64, 8, 2) if chip.has_warp_groups or vector < 256 else Tile(64, 32, 4, 2)
+        sizes = TileSizes(Tile(16, 64, 4, 3), Tile(64, 64, 4, 2), chunk)
+    return TileSizes(
+        *(_fitting(_with_rows(tile, ratio), layout, chip) for tile in (sizes.decode, sizes.group, sizes.chunk))
+    )
+
+
+def _with_rows(tile: Tile, ratio: int) -> Tile:
+    """The tile with room for one query at least."""
+    return replace(tile, rows=max(tile.rows, 1 << (ratio - 1).bit_length()))
+
+
+def _fitting(tile: Tile, layout: GpuPageLayout, chip: Chip) -> Tile:
+    """The tile with as many stages, and then keys, as the chip's shared memory has room for."""
+    tried = tile
+    while shared_bytes(tried, layout) > chip.shared_bytes:
+        if tried.stages > 1:
+            tried = replace(tried, stages=tried.stages - 1)
+        elif tried.keys > 16:
+            tried = replace(tried, keys=tried.keys // 2)
+        else:
+            raise ValueError(
+                f"attention over heads of {layout.head_dim} with {tried.rows} rows needs "
+                f"{shared_bytes(tried, layout)} bytes of shared memory, {chip.name} has {chip.shared_bytes}: "
+                "choose the backend xla"
+            )
+    return tried
+
+
+def shared_bytes(tile: Tile, layout: GpuPageLayout) -> int:
+    """Most bytes of shared memory that a thread block with this tile takes."""
+    return tile.shared_bytes(
+        padded_vector(layout.head_dim),
+        layout.dtype.itemsize,
+        compute_dtype(layout).itemsize,
+        2 if layout.has_scales else 0,
+    )
