@@ -50,7 +50,7 @@ def test_it_is_the_weighted_sum_of_the_chosen_experts(loaded: checkpoints.Loaded
         shares = np.exp(logits[chosen]) / np.exp(logits[chosen]).sum()
         made = np.zeros(64)
         for share, index in zip(shares, chosen, strict=True):
-            expert = mlp.experts[index]
+            expert = mlp.experts[int(index)]
             gate, up = np.split(np.asarray(expert.gate_up.weight.get_value(), np.float64) @ h, 2)
             made += share * (np.asarray(expert.down.weight.get_value(), np.float64) @ (silu(gate) * up))
         np.testing.assert_allclose(found[token], row + made, atol=1e-4)

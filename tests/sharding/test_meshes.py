@@ -29,6 +29,7 @@ MESHES = [
 ]
 # Heads, inner units and a vocabulary that most numbers of chips do not divide, biases, tied embeddings.
 UNEVEN = {
+    "hidden_size": 72,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "intermediate_size": 100,
