@@ -10,22 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from engine.buckets import Bucket
 from engine.group_costs import GroupCosts
-from engine.in_flight import Draws, InFlight
+from engine.in_flight import Draws, InFlight, step_results
 from engine.packed_tokens import unpack_tokens
-from engine.plan import StepPlan
+from engine.plan import StepPlan, StepResults
 from engine.prefix_groups import Branch, arrange_rows, find_groups
-from engine.sampler import MAX_LOGIT_BIAS
+from engine.sampler import MAX_LOGIT_BIAS, StepOutputs
 from engine.seat_sampling import BIAS, HISTORY, LOGPROBS, MASK, PENALTY, SeatSampling
 from engine.seat_table import SeatTable
 from engine.step_inputs import ANY_FLAGS, StepArrays, StepShape
 from engine.token_masks import mask_width, needs_mask, token_mask
+
+
+class Filled(NamedTuple):
+    """A step's inputs on the host."""
+
+    numbers: np.ndarray
+    unusual: dict[str, np.ndarray]
+    """The arrays that only unusual sampling needs, those that this step does need."""
+    draws: Draws
 
 
 class BatchBuilder:
@@ -57,7 +66,9 @@ class BatchBuilder:
         self._range = np.arange(max(bucket.num_tokens for bucket in buckets), dtype=np.int32)
         self._idle_numbers_of: dict[Bucket, np.ndarray] = {}
         self._idle: dict[int, dict[str, jax.Array]] = {}
-        self._nothing_drawn = jax.device_put(np.zeros(self._num_draws, np.int32), device)
+        self.nothing_drawn = np.zeros(self._num_draws, np.int32)
+        """What stands for the tokens of the step before where there is none."""
+        self._nothing_drawn = jax.device_put(self.nothing_drawn, device)
 
     def shape(self, bucket: Bucket) -> StepShape:
         return StepShape(*bucket, self._max_num_seqs, self._table_width, self._num_draws)
@@ -81,6 +92,18 @@ class BatchBuilder:
         before: the step in flight; rows whose last token it draws read the token on the device.
         Raises ValueError when there are such rows and there is no step in flight.
         """
+        filled = self.fill(plan, branches, bucket, None if before is None else before.draws)
+        # The numbers themselves go to the device with the step's call: a put of their own costs the host
+        # several times what the rest of the call does.
+        special = jax.device_put(filled.unusual, self._device) if filled.unusual else {}
+        drawn = self._nothing_drawn if before is None else before.outputs.token_ids
+        rest = self._idle_arrays(bucket.num_logits) | special
+        return StepArrays(numbers=filled.numbers, drawn=drawn, **rest), filled.draws
+
+    def fill(
+        self, plan: StepPlan, branches: Sequence[Branch], bucket: Bucket, drawn_before: Draws | None
+    ) -> Filled:
+        """The part of `build` that is the host's. `drawn_before`: what the step in flight draws."""
         numbers = self._idle_numbers(bucket).copy()
         views = self.shape(bucket).views(numbers)
         draws = Draws(np.zeros(self._seats.num_seats, np.int32), False, False)
@@ -92,22 +115,25 @@ class BatchBuilder:
             groups = find_groups(branches, ends, self._page_size, self._group_costs)
             if groups:
                 views["groups"][:, : len(groups)] = np.transpose(groups)
-            self._fill_tokens(plan, views, ends, before)
+            self._fill_tokens(plan, views, ends, drawn_before)
             draws, unusual = self._fill_logits(plan, views, ends)
-        # The numbers themselves go to the device with the step's call: a put of their own costs the host
-        # several times what the rest of the call does.
-        special = jax.device_put(unusual, self._device) if unusual else {}
-        drawn = self._nothing_drawn if before is None else before.outputs.token_ids
-        rest = self._idle_arrays(bucket.num_logits) | special
-        return StepArrays(numbers=numbers, drawn=drawn, **rest), draws
+        return Filled(numbers, unusual, draws)
+
+    def results(self, step: InFlight, outputs: StepOutputs) -> StepResults:
+        """What a step's outputs, numpy arrays, say of the rows of its plan."""
+        return step_results(step, outputs)
 
     def idle_arrays(self, bucket: Bucket) -> StepArrays:
         """Inputs of a step with no rows: the shapes to compile for."""
+        return self.build(self.idle_plan(), (), bucket, None)[0]
+
+    def idle_plan(self) -> StepPlan:
+        """A step with no rows."""
         table = SeatTable(0, self._max_model_len, self._page_size, lambda request: (0, request.arrival))
-        return self.build(StepPlan.of(table, table.order, ()), (), bucket, None)[0]
+        return StepPlan.of(table, table.order, ())
 
     def _fill_tokens(
-        self, plan: StepPlan, views: dict[str, np.ndarray], ends: np.ndarray, before: InFlight | None
+        self, plan: StepPlan, views: dict[str, np.ndarray], ends: np.ndarray, drawn_before: Draws | None
     ) -> None:
         """Tokens, positions and the attention's rows. `ends`: where each row's tokens end."""
         rows, table = plan.arrays, plan.table
@@ -122,10 +148,10 @@ class BatchBuilder:
         )
         # Only a token that the row samples after can be pending, and then it is the row's only one.
         if rows.is_pending.any():
-            if before is None:
+            if drawn_before is None:
                 raise ValueError("a row continues a token that no step in flight draws")
             from_seats = rows.seats[rows.is_pending]
-            views["sources"][begins[rows.is_pending]] = before.draws.logit_of_seat[from_seats]
+            views["sources"][begins[rows.is_pending]] = drawn_before.logit_of_seat[from_seats]
         is_known = ~rows.is_pending
         is_last = is_known & rows.samples & (rows.lens == 1)  # the seat has the last token of its request
         if is_last.any():
@@ -221,11 +247,14 @@ class BatchBuilder:
     def _idle_arrays(self, size: int) -> dict[str, jax.Array]:
         """What stands in for the arrays that a step's rows do not need."""
         if size not in self._idle:
-            arrays = {
-                "history": np.zeros((size, self._max_model_len), np.int32),
-                "token_mask": np.zeros((size, mask_width(self._vocab_size)), np.uint32),
-                "bias_ids": np.full((size, MAX_LOGIT_BIAS), self._vocab_size, np.int32),
-                "bias_values": np.zeros((size, MAX_LOGIT_BIAS), np.float32),
-            }
-            self._idle[size] = jax.device_put(arrays, self._device)
+            self._idle[size] = jax.device_put(self.idle_rows(size), self._device)
         return self._idle[size]
+
+    def idle_rows(self, size: int) -> dict[str, np.ndarray]:
+        """The same for `size` rows of logits, on the host."""
+        return {
+            "history": np.zeros((size, self._max_model_len), np.int32),
+            "token_mask": np.zeros((size, mask_width(self._vocab_size)), np.uint32),
+            "bias_ids": np.full((size, MAX_LOGIT_BIAS), self._vocab_size, np.int32),
+            "bias_values": np.zeros((size, MAX_LOGIT_BIAS), np.float32),
+        }

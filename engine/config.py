@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
+from engine.mesh import AXES
 
 DTYPES = ("float32", "bfloat16")
 KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
@@ -56,6 +57,16 @@ class EngineConfig:
     """Where compiled steps are kept between starts; None: `~/.cache/tidemill/compiled`."""
     min_token_pad: int = 16
     """The smallest step that is compiled, a power of two from 8: fewer tokens are padded up to it."""
+    sharding_axis_dims: tuple[int, ...] = (1, 1, 1, -1, 1)
+    """Chips along each axis of the mesh, (dp, fsdp, ep, tp, sp); -1, once at most, is all the rest
+    (`engine.mesh`). Sequences, tokens and bytes above are those of one dp (or fsdp) replica, of one chip."""
+
+    coordinator_address: str | None = None
+    """host:port of the first of several processes that run this engine together (`engine.lockstep`), or
+    "auto" where the cluster tells them (TPU, Slurm); None: this process alone."""
+    num_processes: int | None = None
+    process_id: int | None = None
+    """Of all processes, and this one's, from 0: to be given with an address, not with "auto"."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
@@ -84,6 +95,8 @@ class EngineConfig:
             if getattr(self, name) not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r}: choose one of {known}")
+        self._check_axis_dims()
+        self._check_processes()
         for name in ("enable_prefix_caching", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r}: give true or false")
@@ -92,6 +105,35 @@ class EngineConfig:
                 f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: it must be at least "
                 f"engine.max_num_seqs ({self.max_num_seqs}), or running requests would wait for one another"
             )
+
+    def _check_axis_dims(self) -> None:
+        dims = self.sharding_axis_dims
+        is_list = isinstance(dims, (tuple, list)) and len(dims) == len(AXES)
+        if not is_list or any(type(size) is not int or size < 1 and size != -1 for size in dims):
+            raise ConfigError(
+                f"engine.sharding_axis_dims={dims!r}: give {len(AXES)} whole numbers ({', '.join(AXES)}), "
+                "each 1 or more, or -1 for the rest of the devices"
+            )
+        if list(dims).count(-1) > 1:
+            raise ConfigError(f"engine.sharding_axis_dims={list(dims)}: only one of them can be -1, the rest")
+        object.__setattr__(self, "sharding_axis_dims", tuple(dims))
+
+    def _check_processes(self) -> None:
+        address, count, index = self.coordinator_address, self.num_processes, self.process_id
+        has_numbers = count is not None and index is not None
+        if address in (None, "auto"):
+            if count is not None or index is not None:
+                raise ConfigError(
+                    "engine.num_processes and engine.process_id go with an engine.coordinator_address of "
+                    f"host:port, and it is {address}"
+                )
+            return
+        if not isinstance(address, str) or not address.rpartition(":")[2].isdigit() or not has_numbers:
+            raise ConfigError(
+                f"engine.coordinator_address={address!r}: give host:port, with engine.num_processes and "
+                "engine.process_id, or auto"
+            )
+        self._check_integer("process_id", index, 0, self._check_integer("num_processes", count, 1, 1 << 16) - 1)
 
     def _check_integer(self, name: str, value: object, low: int, high: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

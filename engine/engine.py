@@ -13,21 +13,22 @@ import time
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.checkpoints import LoadedModel, encode_text, load, render_chat
-from engine.compilation import use_compilation_cache
+from engine.checkpoints import LoadedModel, encode_text, render_chat
 from engine.config import EngineConfig
 from engine.duplicates import Duplicates, Follower, duplicate_key
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.inputs import Chat, Prompts, TokenIds, as_list, checked_tokens, is_token_ids, sampling_of_each
 from engine.outputs import EngineStats, RequestOutput
-from engine.platforms import select_platform
+from engine.replicas import make_scheduler
 from engine.request import Request, request_key
 from engine.request_group import RequestGroup, bad_word_token_ids
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, SchedulerSettings
+from engine.scheduler_settings import SchedulerSettings
+from engine.start import load_for, make_runner
 
 if TYPE_CHECKING:
     from engine.in_flight import InFlight
+    from engine.lockstep import Lockstep
     from engine.runner import StepRunner
 
 
@@ -45,28 +46,32 @@ class Engine:
         *,
         takes_weights: bool = False,
         runner: StepRunner | None = None,
+        lockstep: Lockstep | None = None,
     ):
         """`takes_weights`: nobody else needs `loaded.model`, whose arrays are then deleted as the engine
-        packs them, so that no two copies of the weights are held."""
+        packs them, so that no two copies of the weights are held.
+
+        lockstep: this process's connections to those that run this engine too; made where the config has a
+            coordinator's address and none are given.
+        """
         self.config = config or EngineConfig()
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = self.config.model_len(loaded.config.max_position_embeddings)
-        self._runner = runner or self._make_runner(loaded, takes_weights)
+        self._lockstep = lockstep
+        # A runner that was given takes the plan of one scheduler.
+        num_replicas = None
+        if runner is None:
+            runner, self._lockstep = make_runner(
+                loaded, self.config, self.max_model_len, takes_weights=takes_weights, lockstep=lockstep
+            )
+            num_replicas = runner.num_replicas
+        self._runner = runner
         self._in_flight: InFlight | None = None
         self._eos_token_ids = frozenset(loaded.config.eos_token_ids)
-        self._scheduler = Scheduler(
-            SchedulerSettings(
-                max_num_seqs=self.config.max_num_seqs,
-                max_num_batched_tokens=self.config.max_num_batched_tokens,
-                max_model_len=self.max_model_len,
-                page_size=self.config.page_size,
-                num_pages=self._runner.num_pages,
-                policy=self.config.scheduling_policy,
-                enable_prefix_caching=self.config.enable_prefix_caching,
-                long_prefill_token_threshold=self.config.long_prefill_token_threshold,
-            )
-        )
+        settings = SchedulerSettings.of(self.config, self.max_model_len, runner.num_pages)
+        self._num_replicas = num_replicas or 1
+        self._scheduler: Any = make_scheduler(settings, num_replicas)
         self._groups: dict[str, RequestGroup] = {}
         self._duplicates = Duplicates()
         self._ready: list[RequestOutput] = []
@@ -86,8 +91,7 @@ class Engine:
         `options` are the fields of `EngineConfig`.
         """
         config = EngineConfig(**options)
-        select_platform(config.platform)
-        return cls(load(source, revision=revision, dtype=config.dtype), config, takes_weights=True)
+        return cls(load_for(config, source, revision), config, takes_weights=True)
 
     # -- whole calls -------------------------------------------------------------------------------
 
@@ -186,6 +190,8 @@ class Engine:
         Raises:
             RequestError: it cannot run; nothing was queued.
         """
+        if not self.leads:
+            raise ConfigError("only process 0 takes requests: call Engine.follow() in the others")
         params = sampling or SamplingParams()
         if request_id in self._groups or request_id in self._duplicates:
             raise RequestError("duplicate_request_id", f"request {request_id!r} is unfinished already")
@@ -298,8 +304,8 @@ class Engine:
 
     @property
     def num_pages(self) -> int:
-        """KV pages the engine has."""
-        return self._runner.num_pages
+        """KV pages the engine has, of all replicas together."""
+        return self._runner.num_pages * self._num_replicas
 
     def stats(self) -> EngineStats:
         """Totals, and each step's seconds and sequences since the last call."""
@@ -326,7 +332,24 @@ class Engine:
             num_compiled=runner.num_compiled,
             device=runner.device_name,
             num_duplicates=self._duplicates.num_duplicates,
+            num_replicas=self._num_replicas,
         )
+
+    @property
+    def leads(self) -> bool:
+        """This process takes requests; another one of a lockstep calls `follow`."""
+        return self._lockstep is None or self._lockstep.leads
+
+    def follow(self) -> None:
+        """Run the steps that process 0 plans, until it closes its engine. Raises RetryLater when it is lost."""
+        if self._lockstep is None or self._lockstep.leads:
+            raise ConfigError("this process leads: it takes requests, and follows no other")
+        self._runner.follow(self._lockstep)
+
+    def close(self) -> None:
+        """Let the processes that follow this engine go on; nothing is to be done where there are none."""
+        if self._lockstep is not None:
+            self._lockstep.end()
 
     def check_integrity(self) -> None:
         """Raises AssertionError when pages or requests do not add up."""
@@ -345,9 +368,7 @@ class Engine:
         self._occupancy.append(step.plan.num_rows)
         if self._growing:
             ended = set(finished)
-            rows = step.plan.arrays
-            drawing = rows.requests[rows.samples].tolist()
-            finished = [request for request in drawing if request in ended or request in self._growing]
+            finished = [r for r in step.plan.drawing if r in ended or r in self._growing]
         outputs: list[RequestOutput] = []
         for request in finished:
             output = self._grow(request, now)
@@ -375,16 +396,6 @@ class Engine:
             del self._groups[request.request_id]
             return group.output(delta)
         return group.output(delta) if group.stream and delta else None
-
-    def _make_runner(self, loaded: LoadedModel, takes_weights: bool) -> StepRunner:
-        select_platform(self.config.platform)
-        use_compilation_cache(self.config.compilation_cache_dir)
-        # After the platform is chosen, so that importing this module starts no backend.
-        from engine.runner import StepRunner
-
-        return StepRunner(
-            loaded.model, loaded.config, self.config, self.max_model_len, takes_weights=takes_weights
-        )
 
     def _add(self, prompt: str | TokenIds | Chat, params: SamplingParams, stream: bool = False) -> str:
         """Queue a prompt of `generate` or `stream` under an id of the engine's own."""

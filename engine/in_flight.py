@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,9 +25,10 @@ class Draws(NamedTuple):
 class InFlight:
     """What was planned, and outputs that may still be being computed."""
 
-    plan: StepPlan
+    plan: Any
+    """A `StepPlan`, or of several replicas `ReplicaPlans`; `draws` likewise."""
     outputs: StepOutputs
-    draws: Draws
+    draws: Any
     dispatched_at: float
     """Monotonic seconds."""
 

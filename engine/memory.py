@@ -12,7 +12,13 @@ from engine.errors import ConfigError
 
 
 def num_pages_that_fit(
-    config: EngineConfig, *, device: Any, page_bytes: int, used_bytes: int, max_model_len: int
+    config: EngineConfig,
+    *,
+    device: Any,
+    page_bytes: int,
+    used_bytes: int,
+    max_model_len: int,
+    num_sharing: int = 1,
 ) -> int:
     """Pages of `page_bytes` (all layers together) that the device can hold.
 
@@ -24,6 +30,7 @@ def num_pages_that_fit(
         used_bytes: taken already, or to be: weights, and the largest temporaries of a step.
         max_model_len: not more pages are made than `max_num_seqs` sequences of this length fill, twice over:
             what is beyond the running ones serves the prefix cache.
+        num_sharing: devices that have the host's memory in common, where it is theirs.
 
     Raises:
         ConfigError: not one sequence of `max_model_len` fits; with the numbers.
@@ -31,7 +38,8 @@ def num_pages_that_fit(
     budget = config.kv_cache_bytes
     if budget is None:
         if device.platform == "cpu":
-            budget = min(CPU_KV_CACHE_BYTES, int(host_memory_bytes() * config.hbm_utilization) - used_bytes)
+            usable = int(host_memory_bytes() * config.hbm_utilization)
+            budget = min(CPU_KV_CACHE_BYTES, usable - used_bytes * num_sharing) // num_sharing
         else:
             limit = device_memory_bytes(device)
             budget = int(limit * config.hbm_utilization) - used_bytes

@@ -118,3 +118,5 @@ class EngineStats:
     device: str
     num_duplicates: int
     """Requests that were given the result of another one, none of their tokens being computed."""
+    num_replicas: int = 1
+    """Schedulers whose batches run in one step, each of up to `engine.max_num_seqs` sequences."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from engine.plan import PageCopy
 from kernels.paged_attention import PageLayout, Pages
+
+if TYPE_CHECKING:
+    from engine.placement import Placement
 
 
 def make_copy(layout: PageLayout, num_layers: int) -> Any:
@@ -34,21 +36,24 @@ def make_copy(layout: PageLayout, num_layers: int) -> Any:
 
 
 class PageCopier:
-    """The compiled copy of one runner, for up to `max_copies` a step; the pages are donated."""
+    """The compiled copy of one runner, for up to `max_copies` (`PageCopy`) a step; the pages are donated."""
 
-    def __init__(self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int):
+    def __init__(
+        self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int, place: Placement
+    ):
         self._max_copies = max_copies
-        kv_pages = jax.eval_shape(lambda: layout.empty(num_layers * num_pages))
-        copy = jax.jit(make_copy(layout, num_layers), donate_argnums=0)
+        self._num_replicas = place.num_replicas
+        kv_pages = place.abstract_pages(layout, num_layers * num_pages)
+        copy = place.jit_copy(make_copy(layout, num_layers))
         self._compiled = copy.lower(kv_pages, *self._arrays(())).compile()
 
-    def run(self, kv_pages: Pages, copies: Sequence[PageCopy]) -> Pages:
+    def run(self, kv_pages: Pages, copies: Sequence[Any]) -> Pages:
         """Make a step's copies. Raises ValueError when there are more than were declared."""
-        if len(copies) > self._max_copies:
-            raise ValueError(f"{len(copies)} page copies in a step, at most {self._max_copies} were declared")
         return self._compiled(kv_pages, *self._arrays(copies))
 
-    def _arrays(self, copies: Sequence[PageCopy]) -> tuple[np.ndarray, np.ndarray]:
+    def _arrays(self, copies: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        if len(copies) > self._max_copies:
+            raise ValueError(f"{len(copies)} page copies in a step, at most {self._max_copies} were declared")
         arrays = np.zeros((3, self._max_copies), np.int32)
         if copies:
             arrays[:, : len(copies)] = np.transpose(copies)

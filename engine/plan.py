@@ -137,6 +137,16 @@ class StepPlan:
     def num_rows(self) -> int:
         return len(self.arrays.seats)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Tokens and rows of logits: what a compiled step must hold."""
+        return self.num_tokens, self.num_logits
+
+    @property
+    def drawing(self) -> list[Request]:
+        """The requests that a token is drawn for, in order."""
+        return self.arrays.requests[self.arrays.samples].tolist()
+
 
 class RowLogprobs(NamedTuple):
     """The log-probabilities that one row was asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
@@ -42,6 +43,26 @@ def select_platform(name: str) -> str:
             f"{_REMEDY[name]}"
         )
     return name
+
+
+def join_processes(config: EngineConfig) -> None:
+    """Make this process one of those that `config` names, if it names any. Before JAX is used; once.
+
+    Raises ConfigError where JAX cannot, with its reason.
+    """
+    address = config.coordinator_address
+    if address is None:
+        return
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    numbers = {"num_processes": config.num_processes, "process_id": config.process_id}
+    try:
+        jax.distributed.initialize(**({} if address == "auto" else {"coordinator_address": address, **numbers}))
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"engine.coordinator_address={address}: {text}") from error
 
 
 def _asked_for(jax: Any) -> str | None:

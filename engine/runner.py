@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from engine.backends import Backends
-from engine.batch import BatchBuilder
 from engine.buckets import Bucket, choose_bucket, declare_buckets
 from engine.compilation import counting_compiles
 from engine.config import EngineConfig
 from engine.errors import RetraceError
 from engine.group_costs import group_costs
-from engine.in_flight import InFlight, step_results
+from engine.in_flight import InFlight
 from engine.memory import give_back_freed_memory, num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
-from engine.models.packed import PackedModel, pack_model
-from engine.page_copies import PageCopier
+from engine.models.packed import PackedModel
+from engine.placement import choose_placement
 from engine.plan import StepPlan, StepResults
 from engine.sampler import StepOutputs, sample
 from engine.step_inputs import StepArrays, StepShape
 from kernels.paged_attention import AttentionOptions, PageLayout, Pages, attend, page_layout
 
+if TYPE_CHECKING:
+    from engine.lockstep import Lockstep
 
-def make_step(options: AttentionOptions, layout: PageLayout, sampling_backend: str) -> Any:
+
+def make_step(
+    options: AttentionOptions, layout: PageLayout, sampling_backend: str, sample: Any = sample
+) -> Any:
     """The pure device step: (shape, model, kv_pages, arrays) -> (kv_pages, outputs).
 
     `kv_pages` are the pages of all layers in one pool, a layer's after the other's. `outputs.token_ids` has
@@ -72,21 +76,21 @@ class StepRunner:
     ):
         """`takes_weights`: the model's own arrays may be deleted as they are packed (`pack_model`)."""
         started = time.monotonic()
-        self._device = jax.devices()[0]
+        self._place = choose_placement(config, model_config)
+        self._device = self._place.device
         self.backends = Backends.choose(config, self._device.platform)
         self._layout = page_layout(
             self.backends.attention,
-            model_config.num_kv_heads,
+            self._place.local_config.num_kv_heads,
             model_config.head_dim,
             config.page_size,
             config.page_dtype,
         )
         self._num_layers = model_config.num_layers
-        packed = pack_model(model, config.weight_format, self.backends.linear, takes_weights=takes_weights)
-        self._model = jax.device_put(packed, self._device)
+        self._model = self._place.pack(model, self.backends.linear, takes_weights=takes_weights)
         options = AttentionOptions(scale=attention_scale(model_config))
-        self._step = jax.jit(
-            make_step(options, self._layout, self.backends.linear), donate_argnums=2, static_argnums=0
+        self._step = self._place.jit_step(
+            make_step(options, self._layout, self.backends.linear, self._place.sample)
         )
         self.buckets = declare_buckets(
             config.min_token_pad,
@@ -94,13 +98,12 @@ class StepRunner:
             config.max_num_seqs,
             skips_padding=self.backends.skips_padding,
         )
-        self._batch = BatchBuilder(
+        self._batch = self._place.make_batch(
             buckets=self.buckets,
             vocab_size=model_config.vocab_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             page_size=config.page_size,
-            device=self._device,
             group_costs=group_costs(self.backends.device_keys(self._device)),
         )
         page_bytes = self._layout.page_bytes * self._num_layers
@@ -110,16 +113,20 @@ class StepRunner:
             device=self._device,
             page_bytes=page_bytes,
             max_model_len=max_model_len,
+            num_sharing=self._place.num_sharing,
         )
         with counting_compiles() as count:
             # The largest step's temporaries decide how many pages fit, and its code depends on that number:
             # so it is compiled for a few pages first where the device bounds memory.
-            self.num_pages = fit(used_bytes=self._model.num_bytes + self._temporary_bytes(config))
+            fitting = fit(used_bytes=self._model.num_bytes + self._temporary_bytes(config))
+            self.num_pages = self._place.agree(fitting)
             self._compiled = {bucket: self._compile(bucket, self.num_pages) for bucket in self.buckets}
-            self._copier = PageCopier(self._layout, self._num_layers, self.num_pages, config.max_num_seqs)
+            self._copier = self._place.make_copier(
+                self._layout, self._num_layers, self.num_pages, config.max_num_seqs
+            )
         self.num_compiled = count.num_compiled
         give_back_freed_memory()
-        self._kv_pages = self._empty_pages()
+        self._kv_pages = self._place.empty_pages(self._layout, self._num_layers * self.num_pages)
         self.num_computed_tokens = 0
         self.num_padded_tokens = 0
         self.compile_seconds = time.monotonic() - started
@@ -127,7 +134,13 @@ class StepRunner:
     @property
     def device_name(self) -> str:
         """The device and the kernels that run on it, in one line."""
-        return f"{self._device.platform}:{self._device.device_kind}, {self.backends.describe()}"
+        device, mesh = self._device, self._place.description
+        return f"{device.platform}:{device.device_kind}{mesh}, {self.backends.describe()}"
+
+    @property
+    def num_replicas(self) -> int | None:
+        """Schedulers whose plans a step takes, as `ReplicaPlans`; None: it takes one's as it is."""
+        return self._place.num_replicas if self._place.is_mesh else None
 
     def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
         """Start one planned step (with at least one row), without waiting for anything. Rows that share pages
@@ -139,14 +152,12 @@ class StepRunner:
         started = time.monotonic()
         plan, branches = self._batch.arrange(plan)
         num_tokens = plan.num_tokens
-        bucket = choose_bucket(self.buckets, num_tokens, plan.num_logits)
+        bucket = choose_bucket(self.buckets, *plan.size)
         arrays, draws = self._batch.build(plan, branches, bucket, before)
-        if plan.copies:
-            self._kv_pages = self._copier.run(self._kv_pages, plan.copies)
-        self._kv_pages, outputs = self._call(bucket, arrays)
+        outputs = self._run(bucket, plan.copies, arrays)
         self.num_computed_tokens += num_tokens
         if not self.backends.skips_padding:
-            self.num_padded_tokens += bucket.num_tokens - num_tokens
+            self.num_padded_tokens += bucket.num_tokens * self._place.num_replicas - num_tokens
         return InFlight(plan, outputs, draws, started)
 
     def collect(self, step: InFlight) -> StepResults:
@@ -156,7 +167,27 @@ class StepRunner:
             outputs = jax.device_get(outputs)
         else:
             outputs = outputs._replace(token_ids=jax.device_get(outputs.token_ids))
-        return step_results(step, outputs)
+        return self._batch.results(step, outputs)
+
+    def lead(self, lockstep: Lockstep) -> None:
+        """Tell the other processes of each step from here on."""
+        self._batch.announce = lockstep.send
+
+    def follow(self, lockstep: Lockstep) -> None:
+        """Run the steps of process 0 until it has no more."""
+        drawn = None
+        for step in lockstep.steps():
+            outputs = self._run(step.bucket, step.copies, self._batch.arrays(step, drawn))
+            # Not further ahead than process 0 is, and what went wrong is raised.
+            jax.block_until_ready(drawn)
+            drawn = outputs.token_ids
+
+    def _run(self, bucket: Bucket, copies: Any, arrays: StepArrays) -> StepOutputs:
+        """Start the device's part of a step: its page copies, then the compiled step."""
+        if copies:
+            self._kv_pages = self._copier.run(self._kv_pages, copies)
+        self._kv_pages, outputs = self._call(bucket, arrays)
+        return outputs
 
     def _call(self, bucket: Bucket, arrays: StepArrays) -> tuple[Pages, StepOutputs]:
         try:
@@ -168,11 +199,8 @@ class StepRunner:
                 f"it was not compiled for: {error}"
             ) from error
 
-    def _empty_pages(self) -> Pages:
-        return jax.device_put(self._layout.empty(self._num_layers * self.num_pages), self._device)
-
     def _compile(self, bucket: Bucket, num_pages: int) -> Any:
-        kv_pages = jax.eval_shape(lambda: self._layout.empty(self._num_layers * num_pages))
+        kv_pages = self._place.abstract_pages(self._layout, self._num_layers * num_pages)
         arrays, shape = self._batch.idle_arrays(bucket), self._batch.shape(bucket)
         return self._step.lower(shape, self._model, kv_pages, arrays).compile()
 

@@ -192,6 +192,10 @@ class Scheduler:
         return self._num_unfinished > 0
 
     @property
+    def num_unfinished(self) -> int:
+        return self._num_unfinished
+
+    @property
     def num_running(self) -> int:
         return self._table.num_taken
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.request import Request
 
@@ -47,6 +49,20 @@ class SchedulerSettings:
                 f"long_prefill_token_threshold is {self.long_prefill_token_threshold}: it must be at least 1 "
                 "or absent"
             )
+
+    @classmethod
+    def of(cls, config: EngineConfig, max_model_len: int, num_pages: int) -> SchedulerSettings:
+        """Those of an engine with this config."""
+        return cls(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            page_size=config.page_size,
+            num_pages=num_pages,
+            policy=config.scheduling_policy,
+            enable_prefix_caching=config.enable_prefix_caching,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
+        )
 
     def rank(self, request: Request) -> tuple[int, int]:
         """Who comes first: the lowest."""
@@ -98,3 +114,9 @@ class SchedulerStats:
     num_evictions: int
     num_generated_tokens: int
     """Drawn for requests that had not ended before."""
+
+    @classmethod
+    def total(cls, each: Sequence[SchedulerStats]) -> SchedulerStats:
+        """The sums over several schedulers."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: sum(getattr(stats, name) for stats in each) for name in names})

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RetryLater, TidemillError
-from engine.platforms import select_platform
+from engine.platforms import join_processes, select_platform
 from pipeline.audit_mode import gc_job, repair_output, verify_job
 from pipeline.compose import compose
 from pipeline.exit_codes import ExitCode
@@ -58,9 +58,9 @@ class TextSide:
 
 def load_model(settings: Settings) -> Any:
     """The model that the settings name: weights, configuration, tokenizer, fingerprint."""
-    from engine.checkpoints import load
+    from engine.start import load_for
 
-    return load(settings.model.source, revision=settings.model.revision, dtype=settings.engine.dtype)
+    return load_for(settings.engine, settings.model.source, settings.model.revision)
 
 
 def load_text_side(settings: Settings) -> TextSide:
@@ -79,14 +79,30 @@ def describe_model(settings: Settings) -> TextSide:
     return replace(load_text_side(settings), fingerprint=model_fingerprint(source, revision=revision))
 
 
-def make_engine(loaded: Any, settings: Settings) -> Any:
-    """An engine with every step compiled."""
+def make_engine(loaded: Any, settings: Settings, lockstep: Any = None) -> Any:
+    """An engine with every step compiled. `lockstep`: to the other processes that run it."""
     from engine.collector import spare_long_lived_objects
     from engine.engine import Engine
 
-    engine = Engine(loaded, settings.engine, takes_weights=True)
+    engine = Engine(loaded, settings.engine, takes_weights=True, lockstep=lockstep)
     spare_long_lived_objects()
     return engine
+
+
+def connect_processes(settings: Settings) -> Any:
+    """This process's `Lockstep` with the others that run this job's engine; None where it is alone."""
+    if settings.engine.coordinator_address is None:
+        return None
+    from engine.lockstep import connect
+
+    return connect(settings.engine)
+
+
+def follow(settings: Settings, lockstep: Any, load_model: LoadModel) -> ExitCode:
+    """Run the steps of process 0, which alone reads rows and writes results, until it has ended."""
+    while lockstep.waits_for_engine():
+        make_engine(load_model(settings), settings, lockstep).follow()
+    return ExitCode.DONE
 
 
 def run_job(
@@ -105,7 +121,14 @@ def run_job(
     started = time.monotonic()
     with ExitStack() as stack:
         stop = stack.enter_context(HandleSignals(stop or StopRequest(settings.drain_seconds)))
+        join_processes(settings.engine)
         platform = select_platform(settings.engine.platform)
+        lockstep = connect_processes(settings)
+        if lockstep is not None:
+            if not lockstep.leads:
+                return follow(settings, lockstep, load_model)
+            stack.callback(lockstep.end)
+            make_engine = partial(make_engine, lockstep=lockstep)
         storage = open_output(settings.output)
         storage.check()
         shards = list_shards(settings.input)
@@ -180,9 +203,10 @@ def _work(
     stop: StopRequest,
     spool: Path,
 ) -> WorkResult:
+    stats = engine.stats()
     facts = ChunkFacts(
         attempt=uuid.uuid4().hex[:12],
-        device=engine.stats().device,
+        device=stats.device,
         versions=package_versions(),
         fingerprint=ledger.fingerprint,
     )
@@ -198,7 +222,7 @@ def _work(
             stop,
             partial(Progress, settings.progress, line_seconds=settings.progress_line_seconds),
             facts,
-            max_num_seqs=settings.engine.max_num_seqs,
+            max_num_seqs=settings.engine.max_num_seqs * stats.num_replicas,
             page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
         )

@@ -169,6 +169,9 @@ HARMLESS = frozenset(
         "engine.async_scheduling",
         "engine.compilation_cache_dir",
         "engine.platform",
+        "engine.coordinator_address",
+        "engine.num_processes",
+        "engine.process_id",
     }
 )
 

@@ -29,6 +29,7 @@ WITHOUT_JAX = [
     "prefix_groups",
     "prefix_index",
     "prefix_pins",
+    "replicas",
     "request",
     "sampling_params",
     "scheduler",

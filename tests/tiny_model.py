@@ -107,10 +107,16 @@ def tiny_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
             "self_attn.k_proj": (kv_heads * head_dim, d_model, config["attention_bias"]),
             "self_attn.v_proj": (kv_heads * head_dim, d_model, config["attention_bias"]),
             "self_attn.o_proj": (d_model, heads * head_dim, config["attention_bias"]),
-            "mlp.gate_proj": (inner, d_model, config["mlp_bias"]),
-            "mlp.up_proj": (inner, d_model, config["mlp_bias"]),
-            "mlp.down_proj": (d_model, inner, config["mlp_bias"]),
         }
+        if config["model_type"] == "mixtral":
+            shapes["block_sparse_moe.gate"] = (config["num_local_experts"], d_model, False)
+            for index in range(config["num_local_experts"]):
+                for name, sizes in {"w1": (inner, d_model), "w2": (d_model, inner), "w3": (inner, d_model)}.items():
+                    shapes[f"block_sparse_moe.experts.{index}.{name}"] = (*sizes, False)
+        else:
+            shapes["mlp.gate_proj"] = (inner, d_model, config["mlp_bias"])
+            shapes["mlp.up_proj"] = (inner, d_model, config["mlp_bias"])
+            shapes["mlp.down_proj"] = (d_model, inner, config["mlp_bias"])
         for name, (out_dim, in_dim, has_bias) in shapes.items():
             weights[f"{prefix}{name}.weight"] = normal(out_dim, in_dim, scale=1.5 * in_dim**-0.5)
             if has_bias:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 # Said by transformers at import where torch is absent, as here it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
@@ -17,10 +19,10 @@ from engine.checkpoints.gguf_model import GgufWeights, gguf_config
 from engine.checkpoints.gguf_tokenizer import gguf_tokenizer
 from engine.checkpoints.huggingface import SafetensorsWeights, hugging_face_config, hugging_face_tokenizer
 from engine.checkpoints.source import DEFAULT_MODEL, ModelFiles, find_model
-from engine.checkpoints.weights import check_dtype, load_weights
+from engine.checkpoints.weights import StoredWeights, check_dtype
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
-from engine.models.llama import Llama
+from engine.models.llama import Llama, abstract_llama
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -51,13 +53,18 @@ class LoadedModel:
     fingerprint: str
     name: str
     source: str
+    stored: StoredWeights | None = None
+    """The weights where they are still in the checkpoint; `model` then has shapes in the place of arrays."""
 
 
-def load(source: str, *, revision: str | None = None, dtype: str = "float32") -> LoadedModel:
+def load(
+    source: str, *, revision: str | None = None, dtype: str = "float32", defers_weights: bool = False
+) -> LoadedModel:
     """Load a model's weights as `dtype` (float32, bfloat16, float16), its config and its tokenizer.
 
     `source` is `smollm2-135m-instruct`, a .gguf file, a Hugging Face folder, an fsspec URL of either, or a
-    hub id with the `revision` it is pinned to. Weights are read tensor by tensor. ModelError, on one line,
+    hub id with the `revision` it is pinned to. Weights are read tensor by tensor; with `defers_weights` an
+    engine reads them (`LoadedModel.stored`), each straight into its shards on a mesh. ModelError, on one line,
     for whatever is missing, damaged or not implemented.
     """
     check_dtype(dtype)
@@ -72,8 +79,11 @@ def load(source: str, *, revision: str | None = None, dtype: str = "float32") ->
         weights = SafetensorsWeights(files.path)
         hashed = [*_config_files(files), *weights.files]
     _check_vocabulary(files.path, tokenizer, config)
-    model = load_weights(config, weights, dtype)
-    return LoadedModel(model, config, tokenizer, files_fingerprint(hashed), files.name, source)
+    stored = StoredWeights(config, weights, dtype)
+    model = abstract_llama(config, jnp.dtype(dtype)) if defers_weights else stored.load()
+    fingerprint = files_fingerprint(hashed)
+    kept = stored if defers_weights else None
+    return LoadedModel(model, config, tokenizer, fingerprint, files.name, source, kept)
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:

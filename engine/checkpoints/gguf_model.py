@@ -140,19 +140,30 @@ class GgufWeights:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
-    def read_into(self, part: WeightPart, target: np.ndarray) -> None:
+    def read_into(
+        self,
+        part: WeightPart,
+        target: np.ndarray,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> None:
         tensor = self._tensors[part.name]
-        order = None if part.rotary_heads is None else half_split_rows(tensor.shape[0], part.rotary_heads)
+        first, last = rows or (0, tensor.shape[0])
+        order = np.arange(tensor.shape[0])
+        if part.rotary_heads is not None:
+            # Rows change their places within a head: what is read is whole heads, and of these what is wanted.
+            order = half_split_rows(tensor.shape[0], part.rotary_heads)
+        stored = ((order >= first) & (order < last)).nonzero()[0]
         if len(tensor.shape) == 1:
-            values = _read_rows(self.file, tensor, 0, 1)[0]
-            target[slice(None) if order is None else order] = values.astype(target.dtype)
+            values = _read_rows(self.file, tensor, 0, 1)[0][stored]
+            target[order[stored] - first] = values.astype(target.dtype)
             return
-        num_rows, width = tensor.shape
-        step = max(1, SLICE_VALUES // width)
-        for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
-            values = _read_rows(self.file, tensor, start, stop).astype(target.dtype)
-            target[slice(start, stop) if order is None else order[start:stop]] = values
+        wanted = slice(*columns) if columns else slice(None)
+        step = max(1, SLICE_VALUES // tensor.shape[1])
+        for start in range(0, len(stored), step):
+            some = stored[start : start + step]
+            values = _read_rows(self.file, tensor, int(some[0]), int(some[-1]) + 1)[some - some[0], wanted]
+            target[order[some] - first] = values.astype(target.dtype)
 
 
 def half_split_rows(num_rows: int, num_heads: int) -> np.ndarray:

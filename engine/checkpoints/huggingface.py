@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from engine.checkpoints.reading import one_line, read_json_object
 from engine.errors import ModelError
-from engine.models.config import ModelConfig, RopeScaling, unknown_architecture
+from engine.models.config import ARCHITECTURES, ModelConfig, RopeScaling, unknown_architecture
 from engine.models.llama import WeightPart
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -39,7 +39,7 @@ def hugging_face_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     values = read_json_object(path)
     model_type = values.get("model_type")
-    if model_type != "llama":
+    if model_type not in ARCHITECTURES:
         raise ModelError(f"{path}: {unknown_architecture(model_type)}")
     for key in _REQUIRED:
         if values.get(key) is None:
@@ -51,7 +51,11 @@ def hugging_face_config(folder: Path) -> ModelConfig:
     if num_heads < 1:
         raise ModelError(f"{path}: num_attention_heads is {num_heads}")
     rope = _rope(path, values)
+    has_experts = model_type == "mixtral"
     return ModelConfig(
+        architecture=model_type,
+        num_experts=_number(path, values, "num_local_experts", int, 8) if has_experts else 0,
+        experts_per_token=_number(path, values, "num_experts_per_tok", int, 2) if has_experts else 0,
         vocab_size=_number(path, values, "vocab_size", int),
         d_model=_number(path, values, "hidden_size", int),
         num_layers=_number(path, values, "num_hidden_layers", int),
@@ -87,6 +91,8 @@ def _refuse_what_is_not_computed(path: Path, values: dict[str, Any]) -> None:
     activation = values.get("hidden_act", "silu")
     if activation != "silu":
         raise ModelError(f"{path}: hidden_act {activation!r} is not implemented: we have silu")
+    if values.get("sliding_window") is not None and values.get("model_type") == "mixtral":
+        raise ModelError(f"{path}: sliding_window is set, and attention of that kind is not implemented")
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ModelError(f"{path}: partial_rotary_factor is not implemented")
 
@@ -181,14 +187,23 @@ class SafetensorsWeights:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
-    def read_into(self, part: WeightPart, target: np.ndarray) -> None:
+    def read_into(
+        self,
+        part: WeightPart,
+        target: np.ndarray,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> None:
         path = self._place[part.name]
+        first = rows[0] if rows else 0
         with _named(path):
             view = self._open[path].get_slice(part.name)
             step = max(1, SLICE_VALUES // max(1, int(np.prod(target.shape[1:]))))
             for start in range(0, target.shape[0], step):
                 stop = min(start + step, target.shape[0])
-                target[start:stop] = view[start:stop].astype(target.dtype)
+                here = slice(first + start, first + stop)
+                read = view[here] if columns is None else view[here, columns[0] : columns[1]]
+                target[start:stop] = read.astype(target.dtype)
 
 
 @contextmanager

@@ -12,9 +12,14 @@ from flax import nnx
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
 from engine.models.llama import Llama, WeightPart, WeightTarget, abstract_llama, weight_plan
+from engine.models.tensor_split import Cut
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What weights may be loaded as."""
+
+
+Span = tuple[int, int]
+"""[start, stop)."""
 
 
 class WeightSource(Protocol):
@@ -27,8 +32,11 @@ class WeightSource(Protocol):
         """Every tensor's shape, without reading any."""
         ...
 
-    def read_into(self, part: WeightPart, target: np.ndarray) -> None:
-        """Write one tensor into `target`, which has its shape and any of `DTYPES`."""
+    def read_into(
+        self, part: WeightPart, target: np.ndarray, rows: Span | None = None, columns: Span | None = None
+    ) -> None:
+        """Write one tensor into `target`, which has its shape and any of `DTYPES`; or only the rows and
+        columns [start, stop) of it, a vector's entries being rows."""
         ...
 
 
@@ -39,25 +47,58 @@ def check_dtype(dtype: str) -> np.dtype:
     return np.dtype(jnp.dtype(dtype))
 
 
-def load_weights(config: ModelConfig, source: WeightSource, dtype: str = "float32") -> Llama:
-    """Build the model of `config` with the weights of `source`.
+class StoredWeights:
+    """The weights of `source` as the arrays of a model of `config`, each read when it is asked for.
 
-    Names and shapes are checked before anything is allocated: a missing tensor, one of another shape, or one
-    the architecture has no place for is a ModelError. Norm weights stay float32.
+    Names and shapes are checked at once, before anything is allocated: a missing tensor, one of another shape,
+    or one the architecture has no place for is a ModelError. Norm weights stay float32.
     """
-    host_dtype = check_dtype(dtype)
-    _check_tensors(config, source)
-    graph, state = nnx.split(abstract_llama(config, jnp.dtype(dtype)))
-    variables = dict(nnx.to_flat_state(state))
-    filled = {}
-    for target in weight_plan(config):
-        variable = variables.pop(target.path)
-        is_norm = variable.dtype == jnp.float32
-        host = _read_target(target, source, np.dtype(np.float32) if is_norm else host_dtype)
-        assert host.shape == variable.shape, (target.path, host.shape, variable.shape)
-        filled[target.path] = variable.replace(jnp.asarray(host))
-    assert not variables, f"no weight is planned for {list(variables)}"
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    def __init__(self, config: ModelConfig, source: WeightSource, dtype: str = "float32"):
+        check_dtype(dtype)
+        _check_tensors(config, source)
+        self._source = source
+        self._graph, state = nnx.split(abstract_llama(config, jnp.dtype(dtype)))
+        self._variables = dict(nnx.to_flat_state(state))
+        self._targets = {target.path: target for target in weight_plan(config)}
+        unplanned = self._variables.keys() - self._targets.keys()
+        assert not unplanned, f"no weight is planned for {list(unplanned)}"
+
+    def read(self, path: tuple[str | int, ...]) -> np.ndarray:
+        """The array at `path` in the model's nnx state, on the host."""
+        variable = self._variables[path]
+        host = _read_target(self._targets[path], self._source, np.dtype(variable.dtype))
+        assert host.shape == variable.shape, (path, host.shape, variable.shape)
+        return host
+
+    def read_part(self, path: tuple[str | int, ...], cut: Cut) -> np.ndarray:
+        """What `cut` takes of that array; no more is read than spans it."""
+        variable, target = self._variables[path], self._targets[path]
+        shape = list(variable.shape)
+        shape[cut.axis] = len(cut.indices)
+        out = np.zeros(shape, variable.dtype)
+        start = 0
+        for part in target.parts:
+            # Of the rows of all parts together, those of this one; columns are those of each.
+            stop = start + part.shape[0] if cut.axis == 0 else part.shape[1]
+            is_here = (cut.indices >= start) & (cut.indices < stop)
+            if is_here.any() and part.name in self._source.shapes():
+                wanted = cut.indices[is_here] - start
+                span = (int(wanted.min()), int(wanted.max()) + 1)
+                held = list(part.shape)
+                held[cut.axis] = span[1] - span[0]
+                read = np.empty(held, variable.dtype)
+                _read(self._source, part, read, **{("rows", "columns")[cut.axis]: span})
+                out[(slice(None),) * cut.axis + (is_here,)] = np.take(read, wanted - span[0], cut.axis)
+            start = stop if cut.axis == 0 else 0
+        return out
+
+    def load(self) -> Llama:
+        """The model with all of them, on JAX's first device."""
+        filled = {
+            path: variable.replace(jnp.asarray(self.read(path))) for path, variable in self._variables.items()
+        }
+        return nnx.merge(self._graph, nnx.from_flat_state(filled))
 
 
 def _check_tensors(config: ModelConfig, source: WeightSource) -> None:
@@ -92,15 +133,19 @@ def _read_target(target: WeightTarget, source: WeightSource, dtype: np.dtype) ->
     for part in target.parts:
         stop = start + part.shape[0]
         if part.name in present:
-            try:
-                with np.errstate(over="raise"):
-                    source.read_into(part, host[start:stop])
-            except FloatingPointError as error:
-                raise ModelError(
-                    f"{source.where}: the tensor {part.name} has values past {dtype.name}'s range; "
-                    "load it as bfloat16 or float32"
-                ) from error
+            _read(source, part, host[start:stop])
         else:
             host[start:stop] = 0
         start = stop
     return host
+
+
+def _read(source: WeightSource, part: WeightPart, target: np.ndarray, **spans: Span) -> None:
+    try:
+        with np.errstate(over="raise"):
+            source.read_into(part, target, **spans)
+    except FloatingPointError as error:
+        raise ModelError(
+            f"{source.where}: the tensor {part.name} has values past {target.dtype.name}'s range; "
+            "load it as bfloat16 or float32"
+        ) from error

@@ -8,8 +8,8 @@ from typing import Literal
 
 from engine.errors import ModelError
 
-ARCHITECTURES = ("llama",)
-"""The architectures that are implemented, by the name a GGUF file gives them."""
+ARCHITECTURES = ("llama", "mixtral")
+"""The architectures that are implemented: Llama, and the same with experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,9 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    num_experts: int = 0
+    """0: an MLP in each layer; else `intermediate_size` is an expert's."""
+    experts_per_token: int = 0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -83,6 +86,14 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ModelError(f"model config: {name} must be a positive whole number, got {value!r}")
+        if (self.architecture == "mixtral") != (self.num_experts > 0) or not (
+            0 <= self.experts_per_token <= self.num_experts
+            and (self.experts_per_token > 0) == (self.num_experts > 0)
+        ):
+            raise ModelError(
+                f"model config: {self.architecture} with {self.num_experts} experts, "
+                f"{self.experts_per_token} a token, is not a model"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"model config: num_heads ({self.num_heads}) must be a multiple of "

@@ -30,9 +30,16 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x @ weight.T + bias. `weight` [out, in], or packed; `bias` [out] or absent."""
+    """y = x @ weight.T + bias. `weight` [out, in], or packed; `bias` [out] or absent.
 
-    def __init__(self, in_dim: int, out_dim: int, *, use_bias: bool, dtype: jnp.dtype):
+    sum_axis: the mesh axis whose chips each hold some of the inputs, and whose results are added; one of the
+        chips has the bias, the others zeros.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, *, use_bias: bool, dtype: jnp.dtype, sum_axis: str | None = None
+    ):
+        self.sum_axis = sum_axis
         self.weight = nnx.Param(jnp.zeros((out_dim, in_dim), dtype))
         self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if use_bias else None
 
@@ -51,7 +58,10 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         if isinstance(weight, PackedWeight):
             scale = None if norm is None else (norm.weight.get_value(), norm.eps)
-            return linear(x, weight, self._bias(), num_rows, residual=residual, norm=scale)
+            if self.sum_axis is None:
+                return linear(x, weight, self._bias(), num_rows, residual=residual, norm=scale)
+            y = jax.lax.psum(linear(x, weight, self._bias(), num_rows, norm=scale), self.sum_axis)
+            return y if residual is None else y + residual
         y = self._plain(x, weight, norm).astype(x.dtype)
         return y if residual is None else y + residual
 

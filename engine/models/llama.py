@@ -20,6 +20,7 @@ from flax import nnx
 
 from engine.models.config import ModelConfig
 from engine.models.linear import Linear, project
+from engine.models.mixture import Mixture, SplitAxes
 from engine.models.rope import apply_rope, rope_tables
 from kernels.row_sums import row_sums
 
@@ -46,11 +47,13 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention; one product makes queries, keys and values (rows of `qkv` in that order)."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, tensor_axis: str | None = None):
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         bias = config.attention_bias
         self.qkv = Linear(config.d_model, (heads + 2 * kv_heads) * head_dim, use_bias=bias, dtype=dtype)
-        self.out = Linear(heads * head_dim, config.d_model, use_bias=bias, dtype=dtype)
+        self.out = Linear(
+            heads * head_dim, config.d_model, use_bias=bias, dtype=dtype, sum_axis=tensor_axis
+        )
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
     def split(
@@ -66,10 +69,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202); one product makes gate and up (its rows, so ordered)."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, tensor_axis: str | None = None):
         inner, bias = config.intermediate_size, config.mlp_bias
         self.gate_up = Linear(config.d_model, 2 * inner, use_bias=bias, dtype=dtype)
-        self.down = Linear(inner, config.d_model, use_bias=bias, dtype=dtype)
+        self.down = Linear(inner, config.d_model, use_bias=bias, dtype=dtype, sum_axis=tensor_axis)
 
     def __call__(self, x: jax.Array, norm: RMSNorm, num_rows: jax.Array | None = None) -> jax.Array:
         """The stream [T, D] -> the stream with what the MLP makes of it, normalised, added."""
@@ -78,13 +81,28 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then the MLP, each on the normalised stream and added to it."""
+    """Attention, then the MLP or a mixture of experts, each on the normalised stream and added to it.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+    axes: the mesh axes whose chips share the layer: `config` then counts one chip's heads and inner units, and
+        what the chips make is added. is_packed: for packed weights.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        axes: SplitAxes | None = None,
+        is_packed: bool = False,
+    ):
+        tensor_axis = None if axes is None else axes.tensor
         self.attention_norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.attention = Attention(config, dtype)
+        self.attention = Attention(config, dtype, tensor_axis)
         self.mlp_norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.mlp = MLP(config, dtype)
+        self.mlp = (
+            Mixture(config, dtype, axes, is_packed)
+            if config.num_experts
+            else MLP(config, dtype, tensor_axis)
+        )
 
     def __call__(
         self,
@@ -175,19 +193,22 @@ def weight_plan(config: ModelConfig) -> Iterator[WeightTarget]:
         yield WeightTarget(("head", "weight"), (WeightPart("lm_head.weight", (vocab, d_model)),))
     for index in range(config.num_layers):
         here, at = f"model.layers.{index}.", ("layers", index)
-        products = {
+        products: dict[tuple[str | int, ...], Any] = {
             ("attention", "qkv"): (
                 ("self_attn.q_proj", q_rows, d_model, config.num_heads),
                 ("self_attn.k_proj", kv_rows, d_model, config.num_kv_heads),
                 ("self_attn.v_proj", kv_rows, d_model, None),
             ),
             ("attention", "out"): (("self_attn.o_proj", d_model, q_rows, None),),
-            ("mlp", "gate_up"): (
+        }
+        if config.num_experts:
+            products |= _expert_products(config)
+        else:
+            products["mlp", "gate_up"] = (
                 ("mlp.gate_proj", inner, d_model, None),
                 ("mlp.up_proj", inner, d_model, None),
-            ),
-            ("mlp", "down"): (("mlp.down_proj", d_model, inner, None),),
-        }
+            )
+            products["mlp", "down"] = (("mlp.down_proj", d_model, inner, None),)
         for path, parts in products.items():
             yield WeightTarget(
                 (*at, *path, "weight"),
@@ -210,3 +231,15 @@ def weight_plan(config: ModelConfig) -> Iterator[WeightTarget]:
         yield WeightTarget(
             (*at, "mlp_norm", "weight"), (WeightPart(f"{here}post_attention_layernorm.weight", (d_model,)),)
         )
+
+
+def _expert_products(config: ModelConfig) -> dict[tuple[str | int, ...], Any]:
+    """Those of `weight_plan` in the place of an MLP's, by the names of Mixtral's checkpoints."""
+    d_model, inner, mixture = config.d_model, config.intermediate_size, "block_sparse_moe"
+    router = ((f"{mixture}.gate", config.num_experts, d_model, None),)
+    products: dict[tuple[str | int, ...], Any] = {("mlp", "router"): router}
+    for index in range(config.num_experts):
+        name, path = f"{mixture}.experts.{index}", ("mlp", "experts", index)
+        products[*path, "gate_up"] = tuple((f"{name}.{each}", inner, d_model, None) for each in ("w1", "w3"))
+        products[*path, "down"] = ((f"{name}.w2", d_model, inner, None),)
+    return products

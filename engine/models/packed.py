@@ -23,9 +23,12 @@ from kernels.linear import PackedWeight, PackedWeights, linear, pack_weights, we
 AttendLayer = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """(layer i32[], q [T, N, H], k [T, K, H], v [T, K, H], pages) -> (out [T, N, H], pages)."""
 
+Path = tuple[str | int, ...]
+
 # The last product is as large as a third of a small model, and its errors go straight into the logits.
 _HEAD_FORMATS = {"int4": "int8"}
-_EXACT_FORMATS = ("float32", "bfloat16")
+EXACT_FORMATS = ("float32", "bfloat16")
+"""Packing loses nothing of weights that were loaded as this."""
 
 
 @partial(
@@ -88,9 +91,12 @@ class PackedModel:
 
     def _layer(self, index: jax.Array) -> Layer:
         def pick(weights: PackedWeights | jax.Array) -> PackedWeight | jax.Array:
-            return weights.layer(index) if isinstance(weights, PackedWeights) else weights[index]
+            if isinstance(weights, jax.Array):
+                return weights[index]
+            num_each = weights.meta.num_layers // self.config.num_layers  # the experts of a layer, or 1
+            return weights.layer(index if num_each == 1 else index * num_each)
 
-        state = [(tuple(path.split(".")), nnx.Param(pick(w))) for path, w in self.layers.items()]
+        state = [(_path_of(name), nnx.Param(pick(w))) for name, w in self.layers.items()]
         return nnx.merge(self.layer_graph, nnx.from_flat_state(state))
 
 
@@ -105,31 +111,54 @@ def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights:
     config = model.config
     dtype = str(model.embed.dtype)  # before its array is deleted
     flat = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in model.layers]
+    graph = nnx.graphdef(model.layers[0])
+    paths = list(flat[0])
+    if config.num_experts:
+        template = nnx.eval_shape(lambda: Layer(config, jnp.dtype(dtype), is_packed=True))
+        graph, paths = nnx.graphdef(template), [path for path, _ in nnx.to_flat_state(nnx.state(template))]
     layers: dict[str, PackedWeights | jax.Array] = {}
-    for path in flat[0]:
+    for path in paths:
         name = ".".join(map(str, path))
-        arrays = [variables[path].get_value() for variables in flat]
+        arrays = [variables[each].get_value() for variables in flat for each in every_expert(path, config)]
         if arrays[0].ndim == 2:
             matrices = _Matrices(arrays, takes_weights and backend == "cpu")
-            layers[name] = pack_weights(matrices, weight_format, backend, is_gated="gate_up" in path)
+            stored_as = dtype if "router" in path else weight_format
+            layers[name] = pack_weights(matrices, stored_as, backend, is_gated="gate_up" in path)
         else:
             layers[name] = jnp.stack(arrays)
     is_tied = model.head is None
     head = model.embed if model.head is None else model.head.weight
-    head_format = _HEAD_FORMATS.get(weight_format, weight_format)
-    is_embed_kept = not (is_tied and head_format in _EXACT_FORMATS)
+    stored_as = head_format(weight_format)
+    is_embed_kept = not (is_tied and stored_as in EXACT_FORMATS)
     matrices = _Matrices(
         [head.get_value()], takes_weights and backend == "cpu" and not (is_tied and is_embed_kept)
     )
     return PackedModel(
         layers=layers,
         norm=model.norm.weight.get_value(),
-        head=pack_weights(matrices, head_format, backend),
+        head=pack_weights(matrices, stored_as, backend),
         embed=model.embed.get_value() if is_embed_kept else None,
         config=config,
-        layer_graph=nnx.graphdef(model.layers[0]),
+        layer_graph=graph,
         dtype=dtype,
     )
+
+
+def every_expert(path: Path, config: ModelConfig) -> list[Path]:
+    """The paths of a layer's arrays that are packed together: those of all experts for one of the first's."""
+    if "experts" not in path:
+        return [path]
+    at = path.index("experts") + 1
+    return [(*path[:at], index, *path[at + 1 :]) for index in range(config.num_experts)]
+
+
+def _path_of(name: str) -> Path:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def head_format(weight_format: str) -> str:
+    """What the head is stored as where the other matrices are `weight_format`."""
+    return _HEAD_FORMATS.get(weight_format, weight_format)
 
 
 class _Matrices(Sequence):

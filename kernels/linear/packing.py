@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,12 @@ WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
 
 
 def pack_weights(
-    weights: Sequence[np.ndarray | jax.Array], weight_format: str, backend: str, *, is_gated: bool = False
+    weights: Sequence[np.ndarray | jax.Array],
+    weight_format: str,
+    backend: str,
+    *,
+    is_gated: bool = False,
+    to_device: Callable[[np.ndarray], Any] = jnp.asarray,
 ) -> PackedWeights:
     """Pack one matrix [out, in] a layer, all of one shape, for `linear` and `gated_linear`.
 
@@ -26,6 +32,7 @@ def pack_weights(
         weight_format: one of `WEIGHT_FORMATS`; quantise.py says how int8 and int4 round.
         backend: one of `available_backends()`.
         is_gated: the matrix is a gate's rows, then as many of an up; only `gated_linear` takes it then.
+        to_device: what makes of a packed array the one that is kept.
 
     Raises ValueError for an unknown format or backend, or matrices that do not fit together.
     """
@@ -46,9 +53,8 @@ def pack_weights(
     meta = WeightMeta(in_dim, out_dim, len(weights), is_gated, weight_format, backend)
     pack = _cpu_arrays if backend == "cpu" else _xla_arrays
     if backend == "xla":
-        return PackedWeights(
-            tuple(_to_device(pack(_checked(weight, meta), meta)) for weight in weights), meta
-        )
+        packed = (pack(_checked(weight, meta), meta) for weight in weights)
+        return PackedWeights(tuple(tuple(map(to_device, arrays)) for arrays in packed), meta)
     stacked: list[np.ndarray] = []
     for layer, weight in enumerate(weights):
         arrays = pack(_checked(weight, meta), meta)
@@ -56,7 +62,7 @@ def pack_weights(
             stacked = [np.empty((len(weights), *array.shape), array.dtype) for array in arrays]
         for target, array in zip(stacked, arrays, strict=True):
             target[layer] = array
-    return PackedWeights(_to_device(stacked), meta)
+    return PackedWeights(tuple(map(to_device, stacked)), meta)
 
 
 def _cpu_arrays(matrix: np.ndarray, meta: WeightMeta) -> list[np.ndarray]:
@@ -83,10 +89,6 @@ def _xla_arrays(matrix: np.ndarray, meta: WeightMeta) -> list[np.ndarray]:
     if meta.weight_format == "int8":
         return [values, scales]
     return [pack_nibbles(values.reshape(meta.num_rows, 2, -1)), scales]
-
-
-def _to_device(arrays: list[np.ndarray]) -> tuple[jax.Array, ...]:
-    return tuple(jnp.asarray(array) for array in arrays)
 
 
 def _checked(weight: np.ndarray | jax.Array, meta: WeightMeta) -> np.ndarray:
