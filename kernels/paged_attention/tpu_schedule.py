@@ -269,11 +269,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.one:
         print(json.dumps([asdict(row) for row in measure(*chosen.one)]))
         return 0
-    rows = [row for chip in chosen.chips for row in measured_shapes(chip, chosen.shapes)]
+    given = sys.argv[1:] if arguments is None else arguments
+    rows: list[Row] = []
+    for chip in chosen.chips:
+        rows += measured_shapes(chip, chosen.shapes)
+        if chosen.out:  # after each chip: it takes minutes
+            write_results(chosen.out, rows, shlex.join(["python", "-m", __spec__.name, *given]))
     print(as_table(rows))
-    if chosen.out:
-        given = sys.argv[1:] if arguments is None else arguments
-        write_results(chosen.out, rows, shlex.join(["python", "-m", __spec__.name, *given]))
     return 0
 
 
