@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_BUNDLE = re.compile(r"^ *0x[0-9a-f]+ +(LH|LB|LE|PB|PF|CT)?: +(>*) *\{(.*)")
+# An empty bundle does not show which loops it is in.
+_BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(LH|LB|LE|PB|PF|CT)?: +(>*) *\{(.*)")
 _EMPTY = re.compile(r"^ *0x[0-9a-f]+ +: +\{\}")
 
 
@@ -71,7 +72,11 @@ def read_schedule(folder: Path, kernel: str) -> Schedule:
             bundles.append((False, bundles[-1][1] if bundles else 0, ""))
         elif found:
             bundles.append((found[1] == "LB", len(found[2]), found[3]))
-    use = use[: len(bundles)]
+    if len(use) != len(bundles):
+        raise ValueError(
+            f"libtpu wrote {len(bundles)} bundles of {kernel} to {folder} and the use of {len(use)}: the format "
+            "is not the one that is read here (that of libtpu 0.0.42 and 0.0.52)"
+        )
 
     def loops(begin: int, end: int, depth: int) -> tuple[Loop, ...]:
         result = []
