@@ -31,7 +31,7 @@ from kernels.paged_attention.tpu.topology import compile_for
 
 _PREFIX = "paged_attention_"
 _TILED = ("decode", "group", "chunk")
-PAGE_DTYPES = ("bfloat16", "int8", "float32")
+PAGE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,6 @@ def measure(chip: str, name: str, page_size: int, dtype: str) -> list[Row]:
     target = TARGETS[chip]
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        jax.config.update("jax_enable_compilation_cache", False)
         mesh = one_device_mesh(chip)
         shape = MODEL_SHAPES[name]
         layout = GpuPageLayout("pallas_gpu", shape.num_kv_heads, shape.head_dim, page_size, np.dtype(dtype))

@@ -14,24 +14,45 @@ from kernels.paged_attention.model_shapes import MODEL_SHAPES
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
-def compile_cases(repository, chip, *cases):
+def run_compiler(repository, chip, *cases):
     command = [sys.executable, "-m", "tests.kernels.gpu_compile", chip, *cases]
-    finished = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True)
+
+
+def compile_cases(repository, chip, *cases):
+    """Compile, and see that pages are written in place, nothing spills, and memory is what the tiles reckon with."""
+    finished = run_compiler(repository, chip, *cases)
     assert finished.returncode == 0, finished.stderr[-4000:]
     compiled = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
     assert [each["case"] for each in compiled] == list(cases)
     for each in compiled:
-        assert each["alias"] >= each["pages"], f"{each['case']}: the pages are copied, not written in place"
+        case, kernels = each["case"], each["kernels"]
+        assert each["alias"] >= each["pages"], f"{case}: the pages are copied, not written in place"
+        assert set(kernels) == {"write", "chunk", "group", "decode", "combine"}
+        for name, kernel in kernels.items():
+            assert kernel["spill_bytes"] == 0, f"{case}: {name} spills"
+        for name, most in each["shared"].items():
+            assert kernels[name]["shared_bytes"] <= most <= TARGETS[chip].shared_of_block, f"{case}: {name}"
 
 
 @pytest.mark.parametrize("chip", TARGETS)
 def test_every_shape_on_every_chip(repository, chip):
-    compile_cases(repository, chip, *(f"{shape}:bfloat16" for shape in MODEL_SHAPES))
+    compile_cases(repository, chip, *(f"{shape}:bfloat16:64" for shape in MODEL_SHAPES))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", TARGETS)
-def test_page_dtypes_and_options(repository, chip):
-    cases = [f"{shape}:{dtype}" for shape in ("SmolLM2-135M", "Llama-3.1-8B") for dtype in ("float32", "int8")]
-    cases += [f"SmolLM2-135M:bfloat16:{option}" for option in ("chunk", "window", "soft_cap")]
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_page_dtypes_and_options(repository, chip, page_size):
+    dtypes = ["float32", "bfloat16", "int8"] + (["float8_e4m3fn"] if TARGETS[chip].major >= 9 else [])
+    shapes = ("SmolLM2-135M", "Llama-3.1-8B", "Gemma-3-12B")
+    cases = [f"{shape}:{dtype}:{page_size}" for shape in shapes for dtype in dtypes]
+    cases += [f"Llama-3.1-8B:bfloat16:{page_size}:{option}" for option in ("chunk", "window", "soft_cap")]
     compile_cases(repository, chip, *cases)
+
+
+@pytest.mark.slow
+def test_fp8_pages_are_refused_where_the_chip_has_no_fp8(repository):
+    finished = run_compiler(repository, "A100", "Llama-3.1-8B:float8_e4m3fn:64")
+    assert "A100 has no float8_e4m3fn: give pages of int8" in finished.stderr
+    assert finished.returncode == 1

@@ -17,15 +17,17 @@ class Chip:
     shared_bytes: int
     """Most shared memory of one thread block."""
     has_warp_groups: bool
-    """Products of 64 rows and more run on warp groups, with operands in shared memory (from sm_90 on)."""
+    """Products of 64 rows and more run on warp groups, with operands in shared memory (sm_90)."""
+    has_fp8: bool
+    """It converts float8_e4m3fn (from sm_89 on)."""
 
 
 # The least that any GPU with bfloat16 products has (sm_86, sm_89 and sm_120).
-OTHER = Chip("another GPU", 64, 99 * 1024, False)
+OTHER = Chip("another GPU", 64, 99 * 1024, False, False)
 CHIPS = (
-    Chip("A100", 108, 163 * 1024, False),
-    Chip("H100", 132, 227 * 1024, True),
-    Chip("H200", 132, 227 * 1024, True),
+    Chip("A100", 108, 163 * 1024, False, False),
+    Chip("H100", 132, 227 * 1024, True, True),
+    Chip("H200", 132, 227 * 1024, True, True),
 )
 
 

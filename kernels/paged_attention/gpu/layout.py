@@ -20,6 +20,11 @@ class GpuPageLayout(PageLayout):
     out what lies past its end, and memory moves nothing that is not there.
     """
 
+    @property
+    def is_fp8(self) -> bool:
+        """Numbers of 8 bits with an exponent, which need no scales."""
+        return self.dtype == jnp.float8_e4m3fn
+
     def empty(self, num_pages: int) -> Pages:
         """New pages of zeros."""
         shape = (num_pages, self.num_kv_heads, self.page_size, self.head_dim)
@@ -32,10 +37,17 @@ class GpuPageLayout(PageLayout):
     def packed(self, keys: jax.Array, values: jax.Array) -> Pages:
         """Keys and values [T, K, H] in the pages' dtype, and their scales f32[T, K], in the fields of `Pages`."""
         if not self.has_scales:
-            return Pages(keys.astype(self.dtype), values.astype(self.dtype))
+            return Pages(self._stored(keys), self._stored(values))
         keys, key_scales = quantised(keys)
         values, value_scales = quantised(values)
-        return Pages(keys.astype(self.dtype), values.astype(self.dtype), key_scales, value_scales)
+        return Pages(self._stored(keys), self._stored(values), key_scales, value_scales)
+
+    def _stored(self, x: jax.Array) -> jax.Array:
+        """x in the pages' dtype. fp8 has no infinity: what lies beyond its range becomes its largest value."""
+        if self.is_fp8:
+            largest = float(jnp.finfo(self.dtype).max)
+            x = jnp.clip(x, -largest, largest)
+        return x.astype(self.dtype)
 
     def write(self, pages: Pages, keys: jax.Array, values: jax.Array, rows: Rows) -> Pages:
         """Store the step's new keys and values (each [T, K, H]) by a scatter, without the kernel."""

@@ -108,6 +108,7 @@ def prepare(dump_folder: Path | None = None) -> None:
     """
     jax.config.update("jax_platforms", "cpu")
     if dump_folder is not None:
+        jax.config.update("jax_enable_compilation_cache", False)  # what it holds is not compiled again
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump_folder}"
 
 

@@ -17,18 +17,27 @@ _MOST_ROWS = 256
 def choose_tiles(layout: GpuPageLayout, ratio: int, chip: Chip) -> TileSizes:
     """The sizes for KV heads of such pages with `ratio` query heads each.
 
-    Raises ValueError where no size does.
+    Raises ValueError where no size does, or the chip cannot read such pages.
     """
     if ratio > _MOST_ROWS:
         raise ValueError(
             f"{ratio} query heads for one KV head: pallas_gpu has room for {_MOST_ROWS}, choose the backend xla"
         )
+    if layout.is_fp8 and not chip.has_fp8:
+        raise ValueError(f"{chip.name} has no {layout.dtype}: give pages of int8")
     vector = padded_vector(layout.head_dim)
     if layout.dtype == np.float32:
-        sizes = TileSizes(Tile(16, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
+        # Its products are no instructions of their own, and their operands lie in registers.
+        rows = 32 if vector < 128 else 16
+        sizes = TileSizes(Tile(16, 32, 8, 2), Tile(rows, 32, 8, 2), Tile(rows, 32, 8, 2))
     else:
-        chunk = Tile(128, 64, 8, 2) if chip.has_warp_groups or vector < 256 else Tile(64, 32, 4, 2)
-        sizes = TileSizes(Tile(16, 64, 4, 3), Tile(64, 64, 4, 2), chunk)
+        sizes = TileSizes(Tile(16, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))
+        is_narrow = layout.dtype.itemsize == 1
+        # Operands of warps lie in registers, and so do keys and values between what is stored and what is multiplied.
+        if vector >= 256 and (is_narrow or not chip.has_warp_groups):
+            sizes = replace(sizes, group=Tile(64, 32, 8, 2), chunk=Tile(64, 32, 8, 2))
+        elif vector >= 128 and is_narrow and not chip.has_warp_groups:
+            sizes = replace(sizes, group=Tile(64, 32, 4, 2), chunk=Tile(64, 32, 8, 2))
     return TileSizes(
         *(_fitting(_with_rows(tile, ratio), layout, chip) for tile in (sizes.decode, sizes.group, sizes.chunk))
     )
