@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.errors import RetraceError
 from engine.group_costs import group_costs
 from engine.in_flight import InFlight
-from engine.memory import num_pages_that_fit
+from engine.memory import give_back_freed_memory, num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
 from engine.models.packed import PackedModel
 from engine.placement import choose_placement
@@ -125,6 +125,7 @@ class StepRunner:
                 self._layout, self._num_layers, self.num_pages, config.max_num_seqs
             )
         self.num_compiled = count.num_compiled
+        give_back_freed_memory()
         self._kv_pages = self._place.empty_pages(self._layout, self._num_layers * self.num_pages)
         self.num_computed_tokens = 0
         self.num_padded_tokens = 0

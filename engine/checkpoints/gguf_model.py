@@ -47,7 +47,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
             f"{file.path}: one part of a split GGUF; merge the parts with llama-gguf-split --merge"
         )
     if file.get("llama.expert_count", int, 0) > 0:
-        raise ModelError(f"{file.path}: a mixture of experts is not implemented: we have dense llama")
+        raise ModelError(f"{file.path}: a mixture of experts is not implemented: we read it from safetensors only")
     for key in ("llama.attention.sliding_window", "llama.attention.scale", "llama.logit_scale"):
         if file.metadata.get(key):
             raise ModelError(f"{file.path}: {key} is set, and attention of that kind is not implemented")
