@@ -49,3 +49,48 @@ def test_tokens_are_those_of_one_device(num_processes, num_devices, dims, reposi
     biased = GREEDY.replace(logit_bias={9: 2.0}, presence_penalty=0.5)
     wanted = [tokens(single, sampling) for sampling in (GREEDY, DRAWN, biased)]
     assert json.loads(ended[0][0].splitlines()[-1]) == json.loads(json.dumps(wanted))
+
+
+def test_a_job_in_two_processes_writes_what_one_writes(tmp_path: Path, repository: Path):
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"id": f"r{index}", "prompt": f"the answer is {index}"}) + "\n" for index in range(9))
+    )
+    address = free_address()
+
+    def job(output: str, *options: str):
+        arguments = [
+            f"model.source={checkpoint(tie_word_embeddings=False)}",
+            f"input.path={tmp_path / 'in.jsonl'}",
+            "input.id_column=id",
+            f"output.path={tmp_path / output}",
+            "sampling.temperature=0",
+            "sampling.max_tokens=8",
+            "prompt.chat=false",
+            "progress=off",
+            *(f"engine.{name}={value}" for name, value in OPTIONS.items()),
+            *options,
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeline.run", *arguments],
+            cwd=repository,
+            env={**os.environ, "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    both = [
+        job(
+            "two",
+            f"engine.coordinator_address={address}",
+            "engine.num_processes=2",
+            f"engine.process_id={index}",
+        )
+        for index in range(2)
+    ]
+    one = job("one")
+    for process in (*both, one):
+        out = process.communicate(timeout=400)[0]
+        assert process.returncode == 0, out[-4000:]
+    data = [next((tmp_path / name / "data").iterdir()).read_bytes() for name in ("one", "two")]
+    assert data[0] == data[1]
