@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_bytes": 1 << 20,
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-DRAWN = SamplingParams(temperature=1.2, top_p=0.9, top_k=40, max_tokens=12, ignore_eos=True, n=2)
+DRAWN = SamplingParams(temperature=1.2, top_p=0.9, top_k=40, max_tokens=12, ignore_eos=True, n=2, seed=5)
 
 
 @functools.cache

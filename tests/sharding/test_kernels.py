@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels.paged_attention import AttentionOptions, Groups, Rows, attend, available_backends, page_layout
@@ -33,7 +34,7 @@ def test_heads_on_several_chips_attend_as_on_one(backend: str):
         layout = page_layout(backend, num_kv_heads, DIM, PAGE, "float32")
         return attend(q, k, v, layout.empty(3), rows, groups, options, layout)[0]
 
-    mesh = jax.make_mesh((4,), ("tp",), devices=jax.devices()[:4])
+    mesh = jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     heads = P(None, "tp")
     split = jax.shard_map(
         lambda q, k, v: run(q, k, v, KV_HEADS // 4),

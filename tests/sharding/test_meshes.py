@@ -39,8 +39,8 @@ MESHES = [
     (1, 1, 1, 4, 1),
     (1, 1, 1, 8, 1),
     (2, 1, 1, 1, 1),
-    (4, 1, 1, 2, 1),
-    (1, 2, 1, 1, 1),
+    pytest.param((4, 1, 1, 2, 1), marks=pytest.mark.slow),
+    pytest.param((1, 2, 1, 1, 1), marks=pytest.mark.slow),
     MIXED,
 ]
 # Heads, inner units and a vocabulary that most numbers of chips do not divide, biases, tied embeddings.
@@ -79,23 +79,34 @@ def test_tokens_are_those_of_one_device(dims):
     check(dims, UNTIED)
 
 
-@pytest.mark.parametrize("dims", [(1, 1, 1, 2, 1), (1, 1, 1, 5, 1), (1, 2, 1, 4, 1), (1, 1, 1, -1, 1)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        (1, 1, 1, 2, 1),
+        (1, 1, 1, -1, 1),
+        pytest.param((1, 1, 1, 5, 1), marks=SLOW),
+        pytest.param((1, 2, 1, 4, 1), marks=SLOW),
+    ],
+)
 def test_what_does_not_divide_is_filled_up(dims):
     check(dims, UNEVEN)
 
 
-@pytest.mark.parametrize("dims", [(1, 1, 2, 1, 1), (1, 1, 4, 2, 1), (1, 2, 2, 2, 1), (2, 1, 1, 4, 1)])
+@pytest.mark.parametrize("dims", [(1, 1, 4, 2, 1), (1, 2, 2, 2, 1)])
 def test_experts_are_split(dims):
     check(dims, EXPERTS)
 
 
-@pytest.mark.parametrize("model", [UNEVEN, EXPERTS])
+@pytest.mark.parametrize("model", [UNEVEN, pytest.param(EXPERTS, marks=SLOW)])
 def test_other_kernels_are_split_alike(model):
     """XLA's code, where the native one is best."""
     check(MIXED if model is UNEVEN else (1, 2, 2, 2, 1), model, "xla")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [BEST, *(pytest.param(x, marks=SLOW) for x in BACKENDS[:-1])])
 @pytest.mark.parametrize("formats", [("int8", "int8"), ("int4", "float32")])
 def test_quantised_weights_are_cut_between_groups(formats, backend):
     """Two heads of 64 and two groups of 64 inner units: each chip has whole groups, so the same numbers."""
