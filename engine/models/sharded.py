@@ -60,9 +60,7 @@ class ModelWeights:
         return cut.of(np.asarray(self._variables[path].get_value()))
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["meta", "sizes", "num_each"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["meta", "sizes", "num_each"])
 @dataclass(frozen=True, slots=True)
 class GatheredWeights:
     """`PackedWeights` of which each chip of the fsdp axis holds a part; a layer's are gathered for its use.
@@ -142,9 +140,12 @@ def shard_model(
     axes = SplitAxes(TENSOR_AXIS, EXPERT_AXIS, mesh.shape[EXPERT_AXIS])
     layer = nnx.eval_shape(lambda: Layer(local, jnp.dtype(dtype), axes, is_packed=True))
     layers: dict[str, Any] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(layer)):
+    state: Any = nnx.to_flat_state(nnx.state(layer))
+    for path, variable in state:
         paths: list[Path] = [
-            ("layers", index, *each) for index in range(config.num_layers) for each in every_expert(path, config)
+            ("layers", index, *each)
+            for index in range(config.num_layers)
+            for each in every_expert(path, config)
         ]
         name = ".".join(map(str, path))
         if len(variable.shape) == 2:
@@ -192,7 +193,9 @@ class _Writer:
                     (at[WEIGHTS_AXIS], device)
                 )
 
-    def matrices(self, weights: WeightReader, paths: Sequence[Path], weight_format: str, is_gated: bool) -> Any:
+    def matrices(
+        self, weights: WeightReader, paths: Sequence[Path], weight_format: str, is_gated: bool
+    ) -> Any:
         """One matrix a layer, or an expert of a layer, packed together."""
         packed: dict[Chip, list[PackedWeights]] = {chip: [] for chip in self._devices}
         for path in paths:

@@ -1,4 +1,6 @@
-"""One of several processes that run one engine: `python -m tests.sharding.process MODEL ADDRESS COUNT ID DIMS FILE`.
+"""One of several processes that run one engine.
+
+    python -m tests.sharding.process MODEL ADDRESS COUNT ID DIMS FILE
 
 The first writes the tokens of `REQUESTS` to the file, as JSON.
 """
@@ -10,7 +12,6 @@ import sys
 from pathlib import Path
 
 from tests.sharding.meshes import DRAWN, GREEDY, OPTIONS, tokens
-
 
 REQUESTS = (GREEDY, DRAWN, GREEDY.replace(logit_bias={9: 2.0}, presence_penalty=0.5))
 

@@ -25,9 +25,7 @@ def test_heads_on_several_chips_attend_as_on_one(backend: str):
         jnp.asarray(pick.standard_normal((TOKENS, heads, DIM)), jnp.float32)
         for heads in (KV_HEADS * RATIO, KV_HEADS, KV_HEADS)
     )
-    rows = Rows(
-        *(jnp.asarray(x, jnp.int32) for x in ([0, 20, 21, 21], [20, 1, 0], [[0, 1], [2, 0], [0, 0]]))
-    )
+    rows = Rows(*(jnp.asarray(x, jnp.int32) for x in ([0, 20, 21, 21], [20, 1, 0], [[0, 1], [2, 0], [0, 0]])))
     options, groups = AttentionOptions(scale=DIM**-0.5), Groups.none(3)
 
     def run(q, k, v, num_kv_heads):

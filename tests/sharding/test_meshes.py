@@ -122,7 +122,8 @@ def test_log_probabilities_penalties_and_masks_are_those_of_one_device():
     ours, theirs = (engine(dims).generate(prompts(), sampling) for dims in ((2, 1, 1, 3, 1), ONE_DEVICE))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.outputs[0].token_ids == other.outputs[0].token_ids
-        entries = [[*each.outputs[0].logprobs, *each.prompt_logprobs[1:]] for each in (mine, other)]
+        parts = [(each.outputs[0].logprobs, each.prompt_logprobs) for each in (mine, other)]
+        entries: list[Any] = [[*(drawn or ()), *(known or ())[1:]] for drawn, known in parts]
         for near, exact in zip(*entries, strict=True):
             assert near.logprob == pytest.approx(exact.logprob, abs=1e-4)
             assert [token for token, _ in near.top] == [token for token, _ in exact.top]
