@@ -109,7 +109,7 @@ class EngineConfig:
     def _check_axis_dims(self) -> None:
         dims = self.sharding_axis_dims
         is_list = isinstance(dims, (tuple, list)) and len(dims) == len(AXES)
-        if not is_list or any(type(size) is not int or size < 1 and size != -1 for size in dims):
+        if not is_list or any(type(size) is not int or (size < 1 and size != -1) for size in dims):
             raise ConfigError(
                 f"engine.sharding_axis_dims={dims!r}: give {len(AXES)} whole numbers ({', '.join(AXES)}), "
                 "each 1 or more, or -1 for the rest of the devices"
@@ -133,7 +133,9 @@ class EngineConfig:
                 f"engine.coordinator_address={address!r}: give host:port, with engine.num_processes and "
                 "engine.process_id, or auto"
             )
-        self._check_integer("process_id", index, 0, self._check_integer("num_processes", count, 1, 1 << 16) - 1)
+        self._check_integer(
+            "process_id", index, 0, self._check_integer("num_processes", count, 1, 1 << 16) - 1
+        )
 
     def _check_integer(self, name: str, value: object, low: int, high: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

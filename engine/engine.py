@@ -341,7 +341,7 @@ class Engine:
         return self._lockstep is None or self._lockstep.leads
 
     def follow(self) -> None:
-        """Run the steps that process 0 plans, until it closes its engine. Raises RetryLater when it is lost."""
+        """Run the steps that process 0 plans, until it closes its engine. RetryLater when it is lost."""
         if self._lockstep is None or self._lockstep.leads:
             raise ConfigError("this process leads: it takes requests, and follows no other")
         self._runner.follow(self._lockstep)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.plan import RowLogprobs, StepPlan, StepResults
+from engine.plan import RowLogprobs, StepResults
 from engine.sampler import StepOutputs
 
 

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, run one engine: each step is planned by the first, and run by all.
+"""Several processes, on one machine or many, run one engine: the first plans each step, all run it.
 
     process 0     plan → inputs → send → run        one scheduler, the only one that knows of requests
     the others              receive  → run          the same calls of JAX in the same order

@@ -1,7 +1,7 @@
 """The chips a model runs on, as a mesh of five axes, the outermost first.
 
     dp    replicas: each has all weights, and a scheduler and pages of its own
-    fsdp  replicas that share one copy of the weights: each chip holds a part, and all of it is gathered for use
+    fsdp  replicas that share one copy of the weights: each chip holds a part, which is gathered for use
     ep    experts of a mixture are split
     tp    heads, the MLP and the vocabulary are split
     sp    the tokens of one sequence are split

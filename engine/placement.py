@@ -65,7 +65,9 @@ class Placement(Protocol):
         """The `BatchBuilder` of these options, or what stands for it."""
         ...
 
-    def make_copier(self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int) -> PageCopier: ...
+    def make_copier(
+        self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int
+    ) -> PageCopier: ...
 
 
 def choose_placement(config: EngineConfig, model_config: ModelConfig) -> Placement:

@@ -59,7 +59,9 @@ def join_processes(config: EngineConfig) -> None:
         return
     numbers = {"num_processes": config.num_processes, "process_id": config.process_id}
     try:
-        jax.distributed.initialize(**({} if address == "auto" else {"coordinator_address": address, **numbers}))
+        jax.distributed.initialize(
+            **({} if address == "auto" else {"coordinator_address": address, **numbers})
+        )
     except (RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"engine.coordinator_address={address}: {text}") from error

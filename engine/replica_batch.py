@@ -79,9 +79,7 @@ class ReplicaBatch:
     ) -> tuple[StepArrays, ReplicaDraws]:
         drawn_before = [None] * len(self._builders) if before is None else before.draws.each
         parts = zip(self._builders, plan.each, branches, drawn_before, strict=True)
-        filled = [
-            builder.fill(each, shared, bucket, draws) for builder, each, shared, draws in parts
-        ]
+        filled = [builder.fill(each, shared, bucket, draws) for builder, each, shared, draws in parts]
         numbers = np.stack([each.numbers for each in filled])
         names = sorted(set().union(*(each.unusual for each in filled)))
         idle = self._builders[0].idle_rows(bucket.num_logits) if names else {}

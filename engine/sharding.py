@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from engine.batch import BatchBuilder
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.mesh import AXES, EXPERT_AXIS, REPLICA_AXES, TENSOR_AXIS, WEIGHTS_AXIS
+from engine.mesh import AXES, EXPERT_AXIS, REPLICA_AXES, TENSOR_AXIS
 from engine.models.config import ModelConfig
 from engine.models.llama import Llama
 from engine.models.sharded import ModelWeights, ShardedModel, WeightReader, shard_model
@@ -132,11 +132,6 @@ def check_experts(config: ModelConfig, mesh: Mesh) -> None:
         raise ConfigError(
             f"engine.sharding_axis_dims: ep is {num_chips}, and the model has {config.num_experts} experts a "
             "layer: give a number that divides them, or 1"
-        )
-    if config.num_experts and mesh.shape[WEIGHTS_AXIS] > 1:
-        raise ConfigError(
-            f"engine.sharding_axis_dims: fsdp is {mesh.shape[WEIGHTS_AXIS]}, and the weights of experts are not "
-            "gathered for use: split them over ep or tp"
         )
 
 

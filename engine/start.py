@@ -1,4 +1,4 @@
-"""What an engine needs before it can be made: a platform, the other processes, a runner of the model's steps."""
+"""What an engine needs before it can be made: a platform, the other processes, a runner of steps."""
 
 from __future__ import annotations
 

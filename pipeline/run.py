@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from engine.errors import RetryLater, TidemillError
 from engine.platforms import join_processes, select_platform
@@ -128,7 +128,7 @@ def run_job(
             if not lockstep.leads:
                 return follow(settings, lockstep, load_model)
             stack.callback(lockstep.end)
-            make_engine = partial(make_engine, lockstep=lockstep)
+            make_engine = partial(cast("Any", make_engine), lockstep=lockstep)
         storage = open_output(settings.output)
         storage.check()
         shards = list_shards(settings.input)

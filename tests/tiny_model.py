@@ -111,7 +111,11 @@ def tiny_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         if config["model_type"] == "mixtral":
             shapes["block_sparse_moe.gate"] = (config["num_local_experts"], d_model, False)
             for index in range(config["num_local_experts"]):
-                for name, sizes in {"w1": (inner, d_model), "w2": (d_model, inner), "w3": (inner, d_model)}.items():
+                for name, sizes in {
+                    "w1": (inner, d_model),
+                    "w2": (d_model, inner),
+                    "w3": (inner, d_model),
+                }.items():
                     shapes[f"block_sparse_moe.experts.{index}.{name}"] = (*sizes, False)
         else:
             shapes["mlp.gate_proj"] = (inner, d_model, config["mlp_bias"])

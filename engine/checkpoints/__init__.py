@@ -54,7 +54,7 @@ class LoadedModel:
     name: str
     source: str
     stored: StoredWeights | None = None
-    """The weights where they are still in the checkpoint; `model` then has shapes in the place of arrays."""
+    """The weights, where they are still in the checkpoint; `model` then has shapes and no arrays."""
 
 
 def load(

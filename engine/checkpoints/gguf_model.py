@@ -47,7 +47,9 @@ def gguf_config(file: GgufFile) -> ModelConfig:
             f"{file.path}: one part of a split GGUF; merge the parts with llama-gguf-split --merge"
         )
     if file.get("llama.expert_count", int, 0) > 0:
-        raise ModelError(f"{file.path}: a mixture of experts is not implemented: we have dense llama")
+        raise ModelError(
+            f"{file.path}: a mixture of experts is not implemented: we read it from safetensors only"
+        )
     for key in ("llama.attention.sliding_window", "llama.attention.scale", "llama.logit_scale"):
         if file.metadata.get(key):
             raise ModelError(f"{file.path}: {key} is set, and attention of that kind is not implemented")
@@ -151,7 +153,7 @@ class GgufWeights:
         first, last = rows or (0, tensor.shape[0])
         order = np.arange(tensor.shape[0])
         if part.rotary_heads is not None:
-            # Rows change their places within a head: what is read is whole heads, and of these what is wanted.
+            # Rows change their places within a head: whole heads are read, and of these kept what is wanted.
             order = half_split_rows(tensor.shape[0], part.rotary_heads)
         stored = ((order >= first) & (order < last)).nonzero()[0]
         if len(tensor.shape) == 1:

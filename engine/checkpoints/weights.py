@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +50,8 @@ def check_dtype(dtype: str) -> np.dtype:
 class StoredWeights:
     """The weights of `source` as the arrays of a model of `config`, each read when it is asked for.
 
-    Names and shapes are checked at once, before anything is allocated: a missing tensor, one of another shape,
-    or one the architecture has no place for is a ModelError. Norm weights stay float32.
+    Names and shapes are checked at once, before anything is allocated: a missing tensor, one of another
+    shape, or one the architecture has no place for is a ModelError. Norm weights stay float32.
     """
 
     def __init__(self, config: ModelConfig, source: WeightSource, dtype: str = "float32"):
@@ -59,7 +59,7 @@ class StoredWeights:
         _check_tensors(config, source)
         self._source = source
         self._graph, state = nnx.split(abstract_llama(config, jnp.dtype(dtype)))
-        self._variables = dict(nnx.to_flat_state(state))
+        self._variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
         self._targets = {target.path: target for target in weight_plan(config)}
         unplanned = self._variables.keys() - self._targets.keys()
         assert not unplanned, f"no weight is planned for {list(unplanned)}"

@@ -51,9 +51,7 @@ class Attention(nnx.Module):
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         bias = config.attention_bias
         self.qkv = Linear(config.d_model, (heads + 2 * kv_heads) * head_dim, use_bias=bias, dtype=dtype)
-        self.out = Linear(
-            heads * head_dim, config.d_model, use_bias=bias, dtype=dtype, sum_axis=tensor_axis
-        )
+        self.out = Linear(heads * head_dim, config.d_model, use_bias=bias, dtype=dtype, sum_axis=tensor_axis)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
     def split(
@@ -83,8 +81,9 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then the MLP or a mixture of experts, each on the normalised stream and added to it.
 
-    axes: the mesh axes whose chips share the layer: `config` then counts one chip's heads and inner units, and
-        what the chips make is added. is_packed: for packed weights.
+    axes: the mesh axes whose chips share the layer: `config` then counts one chip's heads and inner units,
+        and what the chips make is added.
+    is_packed: for packed weights.
     """
 
     def __init__(
@@ -99,9 +98,7 @@ class Layer(nnx.Module):
         self.attention = Attention(config, dtype, tensor_axis)
         self.mlp_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.mlp = (
-            Mixture(config, dtype, axes, is_packed)
-            if config.num_experts
-            else MLP(config, dtype, tensor_axis)
+            Mixture(config, dtype, axes, is_packed) if config.num_experts else MLP(config, dtype, tensor_axis)
         )
 
     def __call__(

@@ -10,7 +10,7 @@ experts, and what the chips make is added.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,9 @@ class Mixture(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, axes: SplitAxes | None, is_packed: bool):
         self.router = Linear(config.d_model, config.num_experts, use_bias=False, dtype=dtype)
-        self.experts = nnx.List([Expert(config, dtype) for _ in range(1 if is_packed else config.num_experts)])
+        self.experts = nnx.List(
+            [Expert(config, dtype) for _ in range(1 if is_packed else config.num_experts)]
+        )
         self.num_chosen = config.experts_per_token
         self.num_held = config.num_experts // (axes.num_expert_chips if axes else 1)
         self.axes = axes
@@ -85,7 +87,7 @@ class Mixture(nnx.Module):
         self, x: jax.Array, chosen: jax.Array, gate_up: PackedWeight, num_rows: jax.Array | None
     ) -> jax.Array:
         """The same by tiles of rows that chose one expert; zero for experts that are on other chips."""
-        down: PackedWeight = self.experts[0].down.weight.get_value()
+        down: Any = self.experts[0].down.weight.get_value()
         num_tokens, k = chosen.shape
         first = 0 if self.axes is None else jax.lax.axis_index(self.axes.expert) * self.num_held
         here = chosen - first

@@ -112,7 +112,7 @@ def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights:
     dtype = str(model.embed.dtype)  # before its array is deleted
     flat = [dict(nnx.to_flat_state(nnx.state(layer))) for layer in model.layers]
     graph = nnx.graphdef(model.layers[0])
-    paths = list(flat[0])
+    paths: list[Any] = list(flat[0])
     if config.num_experts:
         template = nnx.eval_shape(lambda: Layer(config, jnp.dtype(dtype), is_packed=True))
         graph, paths = nnx.graphdef(template), [path for path, _ in nnx.to_flat_state(nnx.state(template))]

@@ -24,6 +24,7 @@ from engine.models.mixture import SplitAxes
 from engine.models.packed import EXACT_FORMATS, PackedModel, Path, every_expert, head_format
 from engine.models.tensor_split import Cut, TensorSplit
 from kernels.linear import PackedWeight, PackedWeights, pack_weights, weight_rows
+from kernels.linear.layout import WeightMeta
 
 Chip = tuple[int, int]
 """A place on the ep axis and one on the tp axis."""
@@ -59,36 +60,40 @@ class ModelWeights:
         return cut.of(np.asarray(self._variables[path].get_value()))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["meta", "sizes"])
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["meta", "sizes", "num_each"])
 @dataclass(frozen=True, slots=True)
 class GatheredWeights:
-    """`PackedWeights` of which each chip of the fsdp axis holds a part; a layer is gathered when it is used.
+    """`PackedWeights` of which each chip of the fsdp axis holds a part; a layer's are gathered for its use.
 
-    `arrays` are as the backend's, an array being cut along the first axis of a layer's.
+    `arrays` are as the backend's, an array being cut along the first axis of a matrix's.
     """
 
     arrays: tuple[Any, ...]
-    meta: Any
+    meta: WeightMeta
     sizes: tuple[int, ...]
     """How long that axis is of each array, without what fills up the last part."""
+    num_each: int
+    """Matrices of a layer: its experts, or one."""
 
-    def gathered(self, index: jax.Array | int) -> PackedWeights:
-        """The matrix of layer `index` alone, whole on every chip. Inside `shard_map`."""
-        if self.meta.backend == "cpu":
-            parts = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in self.arrays]
-        elif len(self.arrays) == 1:
-            parts = self.arrays[0]
-        else:
-            parts = jax.lax.switch(index, [partial(tuple, layer) for layer in self.arrays])
-        whole = tuple(
-            jax.lax.all_gather(part, WEIGHTS_AXIS, tiled=True)[:size]
-            for part, size in zip(parts, self.sizes, strict=True)
-        )
-        arrays = tuple(x[None] for x in whole) if self.meta.backend == "cpu" else (whole,)
-        return PackedWeights(arrays, replace(self.meta, num_layers=1))
+    def gathered(self, first: jax.Array | int) -> PackedWeights:
+        """The matrices of the layer that begins with number `first`, whole on every chip. In `shard_map`."""
 
-    def layer(self, index: jax.Array | int) -> PackedWeight:
-        return self.gathered(index).layer(0)
+        def whole(parts: Sequence[jax.Array], axis: int) -> tuple[jax.Array, ...]:
+            gathered = [jax.lax.all_gather(part, WEIGHTS_AXIS, axis=axis, tiled=True) for part in parts]
+            sized = zip(gathered, self.sizes, strict=True)
+            return tuple(jax.lax.slice_in_dim(x, 0, size, axis=axis) for x, size in sized)
+
+        meta = replace(self.meta, num_layers=self.num_each)
+        if meta.backend == "cpu":
+            parts = [jax.lax.dynamic_slice_in_dim(x, first, self.num_each) for x in self.arrays]
+            return PackedWeights(whole(parts, axis=1), meta)
+        starts = range(0, len(self.arrays), self.num_each)
+        layers = [partial(tuple, self.arrays[start : start + self.num_each]) for start in starts]
+        matrices = layers[0]() if len(layers) == 1 else jax.lax.switch(first // self.num_each, layers)
+        return PackedWeights(tuple(whole(matrix, axis=0) for matrix in matrices), meta)
+
+    def layer(self, first: jax.Array | int) -> PackedWeight:
+        return self.gathered(first).layer(0)
 
 
 @partial(
@@ -135,9 +140,12 @@ def shard_model(
     axes = SplitAxes(TENSOR_AXIS, EXPERT_AXIS, mesh.shape[EXPERT_AXIS])
     layer = nnx.eval_shape(lambda: Layer(local, jnp.dtype(dtype), axes, is_packed=True))
     layers: dict[str, Any] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(layer)):
+    state: Any = nnx.to_flat_state(nnx.state(layer))
+    for path, variable in state:
         paths: list[Path] = [
-            ("layers", index, *each) for index in range(config.num_layers) for each in every_expert(path, config)
+            ("layers", index, *each)
+            for index in range(config.num_layers)
+            for each in every_expert(path, config)
         ]
         name = ".".join(map(str, path))
         if len(variable.shape) == 2:
@@ -185,14 +193,16 @@ class _Writer:
                     (at[WEIGHTS_AXIS], device)
                 )
 
-    def matrices(self, weights: WeightReader, paths: Sequence[Path], weight_format: str, is_gated: bool) -> Any:
+    def matrices(
+        self, weights: WeightReader, paths: Sequence[Path], weight_format: str, is_gated: bool
+    ) -> Any:
         """One matrix a layer, or an expert of a layer, packed together."""
         packed: dict[Chip, list[PackedWeights]] = {chip: [] for chip in self._devices}
         for path in paths:
             chips = [chip for chip in self._devices if self._has(chip, path)]
             for chip, part in self.parts(weights, path, chips).items():
                 packed[chip].append(self._packed(chip, part, weight_format, self._backend, is_gated))
-        return self._joined(packed)
+        return self._joined(packed, self._experts_each if "experts" in paths[0] else 1)
 
     def matrix(self, parts: dict[Chip, np.ndarray], weight_format: str, backend: str) -> Any:
         """One matrix, as a layer of its own."""
@@ -240,8 +250,9 @@ class _Writer:
         place = np.asarray if backend == "cpu" else partial(self._put_parts, chip, axis=0)
         return pack_weights([part], weight_format, backend, is_gated=is_gated, to_device=place)
 
-    def _joined(self, packed: dict[Chip, list[PackedWeights]]) -> Any:
-        """The layers of each chip as one `PackedWeights` of global arrays, or `GatheredWeights`."""
+    def _joined(self, packed: dict[Chip, list[PackedWeights]], num_each: int = 1) -> Any:
+        """The matrices of each chip, `num_each` a layer, as one `PackedWeights` of global arrays, or
+        `GatheredWeights`."""
         layers = next(iter(packed.values()))
         meta = replace(layers[0].meta, num_layers=len(layers))
         if meta.backend == "cpu":
@@ -262,7 +273,8 @@ class _Writer:
             placed = placed[0]
         if self._parts == 1:
             return PackedWeights(arrays, meta)
-        return GatheredWeights(arrays, meta, tuple(next(iter(each.values())).size for each in placed))
+        sizes = tuple(next(iter(each.values())).size for each in placed)
+        return GatheredWeights(arrays, meta, sizes, num_each)
 
     def _joined_vectors(self, vectors: dict[Chip, np.ndarray]) -> jax.Array:
         put = {

@@ -100,7 +100,7 @@ class TensorSplit:
 
     def cut(self, path: tuple[str | int, ...], chip: int) -> Cut | None:
         """The part of the model's array at `path` (as in `weight_plan`) that a chip has; None: all of it."""
-        owner, name = path[-2:] if len(path) > 1 else (path[0], "weight")
+        owner, name = ("embed", "weight") if path == ("embed",) else path[-2:]
         if owner in ("embed", "head"):
             return Cut(0, self._run(chip, self.vocab_each, self.config.vocab_size))
         if owner in ("out", "down"):

@@ -59,7 +59,10 @@ def both(facts: dict[str, str], others: dict[str, str]) -> list[Exception | None
 def test_processes_that_differ_say_in_what():
     facts = facts_of(EngineConfig(), "weights-1")
     assert both(facts, facts) == [None, None]
-    assert both(facts, facts_of(EngineConfig(compilation_cache_dir="/elsewhere"), "weights-1")) == [None, None]
+    assert both(facts, facts_of(EngineConfig(compilation_cache_dir="/elsewhere"), "weights-1")) == [
+        None,
+        None,
+    ]
     first, second = both(facts, facts_of(EngineConfig(page_size=32), "weights-2"))
     assert str(second) == "engine.page_size, model differ from those of process 0: start all alike"
     assert str(first) == f"process 1: {second}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,8 +57,8 @@ def test_it_is_the_weighted_sum_of_the_chosen_experts(loaded: checkpoints.Loaded
         np.testing.assert_allclose(found[token], row + made, atol=1e-4)
 
 
-def make_engine(loaded: checkpoints.LoadedModel, backend: str, **options) -> Engine:
-    defaults = {
+def make_engine(loaded: checkpoints.LoadedModel, backend: str, **options: Any) -> Engine:
+    defaults: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 96,
         "min_token_pad": 32,

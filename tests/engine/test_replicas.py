@@ -59,6 +59,12 @@ def test_no_more_pages_count_as_known_than_a_replica_holds():
     assert routing.choose(pages(*"xyz"), 30) == (1, 6)
 
 
+def replicas(count: int) -> Replicas:
+    scheduler = make_scheduler(SETTINGS, count)
+    assert isinstance(scheduler, Replicas)
+    return scheduler
+
+
 def run(scheduler: Replicas, steps: int = 1000) -> int:
     """Steps until nothing is planned; each row draws the number of its step."""
     for step in range(steps):
@@ -73,8 +79,7 @@ def run(scheduler: Replicas, steps: int = 1000) -> int:
 
 def test_every_request_ends_and_nothing_is_left():
     pick = random.Random(0)
-    scheduler = make_scheduler(SETTINGS, 3)
-    assert isinstance(scheduler, Replicas)
+    scheduler = replicas(3)
     stem, made = [7] * 20, []
     for index in range(40):
         prompt = (*stem[: pick.choice([0, 20])], *(pick.randint(4, 99) for _ in range(pick.randint(1, 20))))
@@ -96,7 +101,7 @@ def test_every_request_ends_and_nothing_is_left():
 
 
 def test_a_step_runs_the_batches_of_all():
-    scheduler = make_scheduler(SETTINGS, 2)
+    scheduler = replicas(2)
     for index in range(8):
         scheduler.add(make_request(f"r{index}", [index + 4] * 3))
     plan = scheduler.schedule()
@@ -106,7 +111,7 @@ def test_a_step_runs_the_batches_of_all():
 
 
 def test_a_request_is_known_by_its_replica():
-    scheduler = make_scheduler(SETTINGS, 2)
+    scheduler = replicas(2)
     scheduler.add(make_request("same", [5] * 4))
     with pytest.raises(RequestError, match="unfinished already"):
         scheduler.add(make_request("same", [6] * 4))

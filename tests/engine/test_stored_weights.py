@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,13 +62,18 @@ def test_no_more_is_read_than_spans_the_part(tmp_path: Path):
         cut = split.cut(target.path, 0)
         assert cut is not None
         weights.read_part(target.path, cut)
-    sizes: Sequence[int] = [np.prod(part.shape) for target in matrices for part in target.parts]
+    sizes = [int(np.prod(part.shape)) for target in matrices for part in target.parts]
     assert source.num_values == sum(sizes) / 2
 
 
 def test_an_engine_on_one_device_takes_weights_that_are_still_stored(tiny_folder: Path):
     loaded = checkpoints.load(str(tiny_folder), defers_weights=True)
-    options = {"max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 20, "min_token_pad": 16}
+    options: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "max_model_len": 64,
+        "kv_cache_bytes": 1 << 20,
+        "min_token_pad": 16,
+    }
     config = EngineConfig(max_num_batched_tokens=16, **options)
     greedy = SamplingParams(temperature=0, max_tokens=4)
     outputs = [

@@ -1,17 +1,22 @@
-"""One of several processes that run one engine: `python -m tests.sharding.process ADDRESS COUNT ID DIMS`.
+"""One of several processes that run one engine.
 
-The first prints the tokens of the greedy and of the drawn requests, as JSON.
+    python -m tests.sharding.process MODEL ADDRESS COUNT ID DIMS FILE
+
+The first writes the tokens of `REQUESTS` to the file, as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from tests.sharding.meshes import DRAWN, GREEDY, OPTIONS, tokens
 
+REQUESTS = (GREEDY, DRAWN, GREEDY.replace(logit_bias={9: 2.0}, presence_penalty=0.5))
 
-def main(source: str, address: str, count: str, index: str, dims: str) -> None:
+
+def main(source: str, address: str, count: str, index: str, dims: str, path: str) -> None:
     from engine.engine import Engine
 
     engine = Engine.from_pretrained(
@@ -25,8 +30,7 @@ def main(source: str, address: str, count: str, index: str, dims: str) -> None:
     if not engine.leads:
         engine.follow()
         return
-    biased = GREEDY.replace(logit_bias={9: 2.0}, presence_penalty=0.5)
-    print(json.dumps([tokens(engine, sampling) for sampling in (GREEDY, DRAWN, biased)]))
+    Path(path).write_text(json.dumps([tokens(engine, sampling) for sampling in REQUESTS]))
     engine.close()
 
 
