@@ -9,7 +9,7 @@ The intended order of calls, by a worker of one process (several may run at once
             lease = ledger.claim(shard)              # None: somebody else holds it, come back later
             if lease is None: continue
             suspects = ledger.suspects(shard)        # rows to reject as `quarantined`, rows to run alone
-            for chunk in ledger.missing_chunks(shard):
+            for chunk in ledger.chunks_to_run(lease):    # all that are missing, but for what others hold
                 window = ledger.window(shard, start) or ledger.settle_window(planned)
                 writer = ledger.writer(lease, chunk, window)
                 ... lease.set_in_flight(row_ids)     # whenever they change, before the next engine.step()
@@ -40,11 +40,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError, OutputError, TidemillError
+from pipeline.claims import is_inside
 from pipeline.commits import CommitRecord, FileRef, publish_file, publish_record, retrying
 from pipeline.finalise import Finaliser, MetricsMerge
 from pipeline.fingerprint import Fingerprint, canonical_json, readable_json
 from pipeline.job_file import begin_run
-from pipeline.lease import HEARTBEAT_S, TAKEOVER_S, Lease, LeaseBook, Suspects
+from pipeline.lease import Lease, Suspects
+from pipeline.lease_book import HEARTBEAT_S, TAKEOVER_S, LeaseBook
 from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
 from pipeline.plan import RunPlan
 from pipeline.process_identity import ProcessIdentity
@@ -81,9 +83,11 @@ class Ledger:
         self.is_fork = is_fork
         self._state = RunState(storage, fingerprint)
         self._spool_dir = spool_dir
-        self._leases = leases
+        self.leases = leases
         self._finaliser = Finaliser(self._state, plan, spool_dir, merge_metrics)
         self._num_attempts: dict[tuple[int, int], int] = {}
+        self._whole: set[int] = set()  # finished shards whose files were all found
+        self._broken: set[int] = set()  # and those that lack one
 
     @classmethod
     def open(
@@ -140,11 +144,18 @@ class Ledger:
         self.close(release=orderly)
 
     def unfinished(self) -> list[int]:
-        """Indices of the shards without (all of) their final files."""
-        done = self._state.finished()
-        return [s.index for s in self.plan.shards if s.index not in done or not self._is_whole(done[s.index])]
+        """Indices of the shards without (all of) their final files; each finished one is looked at once."""
+        for index, record in self._state.finished().items():
+            if index in self._whole:
+                continue
+            if self._has_all_files(record):
+                self._whole.add(index)
+                self._broken.discard(index)
+            else:
+                self._broken.add(index)
+        return [shard.index for shard in self.plan.shards if shard.index not in self._whole]
 
-    def _is_whole(self, record: ShardRecord) -> bool:
+    def _has_all_files(self, record: ShardRecord) -> bool:
         for kind, ref in record.files.items():
             size = retrying(lambda ref=ref: self.storage.size(ref.path))
             if size is None:
@@ -157,10 +168,25 @@ class Ledger:
         return True
 
     def claim(self, shard: int) -> Lease | None:
-        """Take the shard's lease, or None while another live worker holds it (ask again some seconds
-        later).
+        """Take the shard's lease, or None: others that are alive do all that is left of it (ask again some
+        seconds later), or it is finished (`is_known_finished` says so).
         """
-        return self._leases.claim(shard)
+        seen = self.leases.look(shard)
+        if seen.is_held or (seen.claims.latest and self._is_finished(shard)):
+            return None
+        if seen.parts:
+            held = [each for part in seen.parts for each in part.chunks or ()]
+            if all(is_inside(chunk, held) for chunk in self.missing_chunks(shard)):
+                return None  # also where none is missing: who made the last one finalises the shard
+        return self.leases.take(seen)
+
+    def _is_finished(self, shard: int) -> bool:
+        """Whether another worker has finished the shard, since it was found unfinished."""
+        return shard not in self._broken and self._state.is_finished(shard)
+
+    def is_known_finished(self, shard: int) -> bool:
+        """Whether the shard was found finished; looks for nothing."""
+        return shard not in self._broken and self._state.knows_finished(shard)
 
     def suspects(self, shard: int) -> Suspects:
         """Rows implicated in the deaths of the former workers of a shard that is ours now."""
@@ -172,8 +198,12 @@ class Ledger:
 
     def missing_chunks(self, shard: int) -> list[int]:
         """The chunks still to be made, in order."""
-        done = self._state.committed(shard)
+        done = set(self._state.committed_chunks(shard))
         return [chunk for chunk in range(self.plan.num_chunks(shard)) if chunk not in done]
+
+    def chunks_to_run(self, lease: Lease) -> list[int]:
+        """The chunks still to be made under a lease, in order."""
+        return [chunk for chunk in self.missing_chunks(lease.shard) if lease.covers(chunk)]
 
     def counts(self) -> dict[str, int]:
         """What is committed of the whole run: rows, ok, rejected, duplicates, samples, tokens.
@@ -305,6 +335,8 @@ class Ledger:
             path = self._state.path("chunks", f"{shard:05d}", name)
             if path not in kept:
                 retrying(lambda path=path: self.storage.discard(path))
+        self._whole.add(shard)
+        self._broken.discard(shard)
         return stored
 
     def finish(self) -> dict[str, Any] | None:
@@ -319,7 +351,7 @@ class Ledger:
 
     def close(self, release: bool = True) -> None:
         """Stop the heartbeat and release the leases still held; safe to call twice."""
-        self._leases.close(release)
+        self.leases.close(release)
 
 
 def _content(record: ShardRecord) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from engine.outputs import EngineStats, RequestOutput
 from engine.sampling_params import SamplingParams
 from pipeline.lease import Lease
 from pipeline.metrics import Metrics
-from pipeline.planned_reading import PlacedRow
+from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.rows import Prompt, Reject
 from pipeline.shards import Shard
 from pipeline.suspects import Suspects
@@ -83,13 +83,33 @@ class OpenChunk:
 
 @dataclass(slots=True)
 class OpenShard:
-    """A shard this worker holds the lease of."""
+    """A shard, or a part of one, that this worker holds the lease of."""
 
     shard: Shard
     lease: Lease
     suspects: Suspects
-    num_missing: int  # chunks not committed
+    assignment: Assignment | None = None  # what its rows are read for
+    todo: set[int] = field(default_factory=set)  # chunks to be run here and not begun
+    num_missing: int = 0  # chunks to be run here and not committed
+    has_let: bool = False
     in_flight: dict[str, PlacedRow] = field(default_factory=dict)  # by request id
+
+    @property
+    def is_shared(self) -> bool:
+        """Others run chunks of the shard too."""
+        return self.has_let or self.lease.is_part or bool(self.lease.others)
+
+    def begin(self, chunks: Sequence[int], assignment: Assignment) -> None:
+        """These chunks are to be run, as the assignment says."""
+        self.todo, self.num_missing, self.assignment = set(chunks), len(chunks), assignment
+
+    def give_up(self, chunk: int, places: tuple[int, int]) -> None:
+        """Another worker will run a chunk that is not begun."""
+        assert self.assignment is not None, "a chunk is to be run, so its rows are assigned"
+        self.todo.remove(chunk)
+        self.num_missing -= 1
+        self.has_let = True
+        self.assignment.withdraw(*places)
 
 
 def merge_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -123,6 +123,20 @@ class RunState:
         """The numbers of the shards that have a record."""
         return self._indices("shards")
 
+    def is_finished(self, shard: int) -> bool:
+        """Whether a shard has a record; looks for nothing but that one."""
+        if not self.knows_finished(shard):
+            path = self.shard_path(shard)
+            data = self.read(path)
+            if data is None:
+                return False
+            self._shards[shard] = ShardRecord.from_bytes(data, f"{self.storage.url}/{path}")
+        return True
+
+    def knows_finished(self, shard: int) -> bool:
+        """Whether a shard's record was read before."""
+        return shard in self._shards
+
     def finished_shard(self, shard: int) -> ShardRecord:
         """A finished shard's record, which is there."""
         if shard not in self._shards:

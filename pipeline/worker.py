@@ -17,6 +17,7 @@ from engine.errors import InputError, RequestError
 from engine.outputs import RequestOutput
 from pipeline.engine_meter import EngineMeter
 from pipeline.hints import KEPT_SHARE, OutputLengths, Templates, WantedPrefixes
+from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
 from pipeline.open_work import EngineLike, OpenChunk, OpenShard, merge_ranges, quarantine
@@ -25,12 +26,13 @@ from pipeline.progress import Progress, Standing
 from pipeline.read_ahead import Item, ReadAhead, ReadFailure
 from pipeline.rows import Prompt, Reject
 from pipeline.shards import Shard, current_version
+from pipeline.sharing import HeldShards, let_parts
 from pipeline.signals import StopRequest
 from pipeline.tally import Tally
+from pipeline.watchdog import StepWatchdog
 
 # Another process's lease is watched this long (a dead one on another machine is taken over after 120 s).
 HELD_PATIENCE_SECONDS = 150.0
-HELD_POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Worker:
         stop: StopRequest,
         progress: Callable[[Standing], Progress],
         facts: ChunkFacts,
+        watchdog: StepWatchdog,
         *,
         max_num_seqs: int,
         page_size: int,
@@ -67,6 +70,7 @@ class Worker:
         self._reader = reader
         self._stop = stop
         self._facts = facts
+        self._watchdog = watchdog
         self._clock = clock
         self._meter = EngineMeter(engine, max_num_seqs, clock)
         # As many waiting as running: the scheduler always has a next row, and others if that one must wait.
@@ -82,7 +86,7 @@ class Worker:
         self._lengths = OutputLengths()
 
         self._unclaimed = deque(ledger.unfinished())
-        self._held: set[int] = set()
+        self._held = HeldShards(ledger, clock)
         self._open_shards: dict[int, OpenShard] = {}
         self._open_chunks: dict[tuple[int, int], OpenChunk] = {}  # oldest first
         self._alone: deque[PlacedRow] = deque()
@@ -99,6 +103,7 @@ class Worker:
             self._assign()
             self._admit()
             if self._engine.has_unfinished:
+                held_since = None
                 self._step()
             elif not self._reader.is_exhausted:
                 self._wait_for_rows()
@@ -110,9 +115,7 @@ class Worker:
                 held_since = self._clock() if held_since is None else held_since
                 if self._clock() - held_since > HELD_PATIENCE_SECONDS:
                     break
-                self._sleep(HELD_POLL_SECONDS)
-                self._unclaimed.extend(sorted(self._held))
-                self._held.clear()
+                time.sleep(0.1)
         too_many = self._tally.is_over_limit(self._open_metrics)
         rows_rejected = self._tally.standing(self._open_metrics).rows_rejected
         if self._stop.is_asked or too_many:
@@ -124,24 +127,49 @@ class Worker:
     # Shards: claim, assign, give up.
 
     def _assign(self) -> None:
-        """Claim the next shard once the reader is through with the last one."""
-        while self._unclaimed and self._reader.wants_assignment:
-            index = self._unclaimed.popleft()
-            lease = self._ledger.claim(index)
-            if lease is None:
-                self._held.add(index)
-                continue
-            missing = self._ledger.missing_chunks(index)
-            self._open_shards[index] = OpenShard(
-                self._shards[index], lease, self._ledger.suspects(index), len(missing)
-            )
-            if missing:
-                plan = self._ledger.plan
-                ranges = merge_ranges([plan.chunk_bounds(index, chunk) for chunk in missing])
-                num_rows = plan.shards[index].num_rows
-                self._reader.assign(Assignment(self._shards[index], num_rows, ranges))
-            else:
-                self._finalise(index)
+        """Claim the next shard, or a part of another's, once the reader is through with the last one."""
+        while self._reader.wants_assignment:
+            if self._unclaimed:
+                index = self._unclaimed.popleft()
+                lease = self._ledger.claim(index)
+                if lease is None and not self._ledger.is_known_finished(index):
+                    self._held.add(index)
+            elif (lease := self._held.next_lease()) is None:
+                return
+            if lease is not None:
+                self._open(lease)
+
+    def _open(self, lease: Lease) -> None:
+        index = lease.shard
+        suspects = self._ledger.suspects(index)
+        self._open_shards[index] = OpenShard(self._shards[index], lease, suspects)
+        self._begin(index, self._ledger.chunks_to_run(lease))
+
+    def _begin(self, index: int, chunks: Sequence[int]) -> None:
+        """Have the rows of these chunks read; where there are none, see how to end."""
+        if not chunks:
+            self._end_shard(index)
+            return
+        plan = self._ledger.plan
+        ranges = merge_ranges([plan.chunk_bounds(index, chunk) for chunk in chunks])
+        assignment = Assignment(self._shards[index], plan.shards[index].num_rows, ranges)
+        self._open_shards[index].begin(chunks, assignment)
+        self._reader.assign(assignment)
+
+    def _end_shard(self, index: int) -> None:
+        """All of ours is committed: finalise the shard, unless others are still at it."""
+        opened = self._open_shards[index]
+        if opened.is_shared and (missing := self._ledger.missing_chunks(index)):
+            self._ledger.leases.look_again(opened.lease)
+            chunks = [chunk for chunk in missing if opened.lease.covers(chunk)]
+            if chunks:  # of a part whose holder died
+                opened.suspects = self._ledger.suspects(index)
+                self._begin(index, chunks)
+                return
+            self._held.add(index)
+        else:
+            self._ledger.finalise_shard(index)
+        self._open_shards.pop(index).lease.release()
 
     def _drop_shard(self, index: int) -> None:
         """Stop working on a shard: nothing of it that is not committed will be."""
@@ -186,10 +214,10 @@ class Worker:
             self._fail_shard(item.shard_index, item.error)
             return
         row = item.row
+        if not self._is_wanted(item):
+            return
         self._wanted.take(item)
-        opened = self._open_shards.get(row.shard_index)
-        if opened is None:
-            return  # read ahead of a shard that was dropped since
+        opened = self._open_shards[row.shard_index]
         chunk = self._chunk_of(item)
         chunk.num_seen += 1
         if isinstance(row, Reject):
@@ -202,14 +230,25 @@ class Worker:
         else:
             self._submit(chunk, opened, item, row)
 
+    def _is_wanted(self, placed: PlacedRow) -> bool:
+        """False for what was read ahead of a shard that was dropped, or a chunk that was let, since."""
+        index, chunk = placed.row.shard_index, self._number_of(placed)
+        opened = self._open_shards.get(index)
+        if opened is None or placed.assignment is not opened.assignment:
+            return False
+        return chunk in opened.todo or (index, chunk) in self._open_chunks
+
+    def _number_of(self, placed: PlacedRow) -> int:
+        return placed.place // self._ledger.plan.chunk_rows
+
     def _chunk_of(self, placed: PlacedRow) -> OpenChunk:
-        plan = self._ledger.plan
-        number = placed.place // plan.chunk_rows
+        number = self._number_of(placed)
         key = (placed.row.shard_index, number)
         if key not in self._open_chunks:
-            start, stop = plan.chunk_bounds(*key)
-            lease = self._open_shards[placed.row.shard_index].lease
-            writer = self._ledger.writer(lease, number, placed.window)
+            start, stop = self._ledger.plan.chunk_bounds(*key)
+            opened = self._open_shards[placed.row.shard_index]
+            opened.todo.discard(number)
+            writer = self._ledger.writer(opened.lease, number, placed.window)
             self._open_chunks[key] = OpenChunk(*key, start=start, stop=stop, writer=writer)
         return self._open_chunks[key]
 
@@ -265,7 +304,8 @@ class Worker:
 
     def _step(self) -> None:
         self._tell_leases()
-        outputs = self._meter.step()
+        with self._watchdog.watched():
+            outputs = self._meter.step()
         if self._alone_steps is not None:
             self._alone_steps += 1
         for output in outputs:
@@ -288,6 +328,7 @@ class Worker:
                 self._drop_shard(index)
                 self._held.add(index)
                 continue
+            let_parts(opened, self._ledger.plan)
             row_ids = [placed.row.row_id for placed in opened.in_flight.values() if placed.row.row_id]
             if self._alone_steps is not None and row_ids:
                 opened.lease.set_alone(row_ids[0], self._alone_steps)
@@ -320,11 +361,7 @@ class Worker:
             self._tally.commit(chunk.metrics)
         opened.num_missing -= 1
         if opened.num_missing == 0:
-            self._finalise(chunk.shard)
-
-    def _finalise(self, index: int) -> None:
-        self._ledger.finalise_shard(index)
-        self._open_shards.pop(index).lease.release()
+            self._end_shard(chunk.shard)
 
     # Waiting and stopping.
 
@@ -334,11 +371,6 @@ class Worker:
         self._meter.waited(self._clock() - started)
         if item is not None:
             self._take(item)
-
-    def _sleep(self, seconds: float) -> None:
-        until = self._clock() + seconds
-        while self._clock() < until and not self._stop.is_asked:
-            time.sleep(0.1)
 
     def _drain(self) -> None:
         """Finish the chunks whose rows are all here already, as far as time allows, and leave the rest."""
