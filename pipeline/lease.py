@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.claims import Claim, Ranges, claim_path, heartbeat_path, is_inside, read_claims
+from pipeline.claims import Claim, Ranges, claim_path, epoch_key, heartbeat_path, is_inside, read_claims
 from pipeline.commits import damaged, parse_record, publish_record, retrying
 from pipeline.fingerprint import canonical_json
 from pipeline.process_identity import ProcessIdentity
@@ -26,8 +26,8 @@ from pipeline.storage import Storage
 class Suspects:
     """Row ids implicated in the deaths of a shard's former workers (see pipeline/suspects.py)."""
 
-    isolate: frozenset[str]  # run these with nothing else in flight
-    quarantined: frozenset[str]  # reject these with reason `quarantined`
+    isolate: frozenset[str] = frozenset()  # run these with nothing else in flight
+    quarantined: frozenset[str] = frozenset()  # reject these with reason `quarantined`
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,11 @@ class Lease:
     @property
     def is_held(self) -> bool:
         return not self._is_lost and not self._is_released
+
+    @property
+    def is_first(self) -> bool:
+        """Nobody held the shard before."""
+        return self.key == epoch_key(1)
 
     @property
     def is_part(self) -> bool:

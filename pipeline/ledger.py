@@ -34,8 +34,9 @@ output folder of its own; what was there stays as it is.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ from pipeline.job_file import begin_run
 from pipeline.lease import Lease, Suspects
 from pipeline.lease_book import HEARTBEAT_S, TAKEOVER_S, LeaseBook
 from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
+from pipeline.partials import PartialRow, Partials
+from pipeline.partials import to_bytes as partials_to_bytes
 from pipeline.plan import RunPlan
 from pipeline.process_identity import ProcessIdentity
 from pipeline.row_order import WindowOrder, order_path
@@ -55,6 +58,8 @@ from pipeline.run_state import MANIFEST, RunState
 from pipeline.storage import Storage
 from pipeline.suspects import find_suspects
 from pipeline.writer import CHUNK_SUFFIXES, ChunkFiles, ChunkWriter
+
+logger = logging.getLogger(__name__)
 
 
 class InputChanged(InputError):
@@ -86,6 +91,7 @@ class Ledger:
         self.leases = leases
         self._finaliser = Finaliser(self._state, plan, spool_dir, merge_metrics)
         self._num_attempts: dict[tuple[int, int], int] = {}
+        self._partials: dict[int, Partials] = {}
         self._whole: set[int] = set()  # finished shards whose files were all found
         self._broken: set[int] = set()  # and those that lack one
 
@@ -255,6 +261,22 @@ class Ledger:
             attempt=f"{lease.epoch:04d}-{lease.attempt[:12]}{again}",
         )
 
+    def partials(self, shard: int) -> Partials:
+        """What was saved of the shard's rows by workers that were stopped."""
+        self._partials[shard] = Partials(self._state, shard)
+        return self._partials[shard]
+
+    def save_partials(self, lease: Lease, chunk: int, attempt: str, rows: Sequence[PartialRow]) -> None:
+        """Save how far an attempt at a chunk had come, for whoever goes on with it.
+
+        A fault of the store only costs what would have been saved.
+        """
+        path = self._state.path("partials", f"{lease.shard:05d}", f"{chunk:05d}-{attempt}.json")
+        try:
+            publish_record(self.storage, path, partials_to_bytes(self.fingerprint, lease.shard, rows))
+        except TidemillError as error:
+            logger.warning("%d rows cut short are not saved: %s", len(rows), error)
+
     def commit_chunk(self, lease: Lease, files: ChunkFiles, *, input_version: Mapping[str, Any]) -> bool:
         """Publish an attempt. True: it counts; False: another attempt at the chunk already did, ours is
         discarded.
@@ -335,6 +357,8 @@ class Ledger:
             path = self._state.path("chunks", f"{shard:05d}", name)
             if path not in kept:
                 retrying(lambda path=path: self.storage.discard(path))
+        for path in self._partials.pop(shard).paths if shard in self._partials else ():
+            retrying(lambda path=path: self.storage.discard(path))
         self._whole.add(shard)
         self._broken.discard(shard)
         return stored

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from engine.drawn import DrawnTokens
 from engine.errors import InputError, RequestError
 from engine.outputs import RequestOutput
 from pipeline.engine_meter import EngineMeter
@@ -20,7 +21,8 @@ from pipeline.hints import KEPT_SHARE, OutputLengths, Templates, WantedPrefixes
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
-from pipeline.open_work import EngineLike, OpenChunk, OpenShard, merge_ranges, quarantine
+from pipeline.open_work import EngineLike, OpenChunk, OpenShard, OpenWork, merge_ranges, quarantine
+from pipeline.partials import PartialRow
 from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing
 from pipeline.read_ahead import Item, ReadAhead, ReadFailure
@@ -87,11 +89,9 @@ class Worker:
 
         self._unclaimed = deque(ledger.unfinished())
         self._held = HeldShards(ledger, clock)
-        self._open_shards: dict[int, OpenShard] = {}
-        self._open_chunks: dict[tuple[int, int], OpenChunk] = {}  # oldest first
+        self._work = OpenWork(ledger, engine)
         self._alone: deque[PlacedRow] = deque()
         self._alone_steps: int | None = None  # steps of the row that runs alone now
-        self._changed_shards: set[int] = set()  # whose rows in flight changed since their lease was told
         self._failed: dict[int, InputError] = {}
         self._tally = Tally(ledger.counts(), ledger.plan.num_rows, max_reject_fraction)
         self._progress = progress(self._tally.standing([]))
@@ -99,7 +99,7 @@ class Worker:
     def run(self) -> WorkResult:
         """Work until nothing is left, a drain is asked for, or too many rows are rejected."""
         held_since: float | None = None
-        while not self._stop.is_asked and not self._tally.is_over_limit(self._open_metrics):
+        while not self._stop.is_asked and not self._tally.is_over_limit(self._work.metrics):
             self._assign()
             self._admit()
             if self._engine.has_unfinished:
@@ -116,8 +116,8 @@ class Worker:
                 if self._clock() - held_since > HELD_PATIENCE_SECONDS:
                     break
                 time.sleep(0.1)
-        too_many = self._tally.is_over_limit(self._open_metrics)
-        rows_rejected = self._tally.standing(self._open_metrics).rows_rejected
+        too_many = self._tally.is_over_limit(self._work.metrics)
+        rows_rejected = self._tally.standing(self._work.metrics).rows_rejected
         if self._stop.is_asked or too_many:
             self._drain()
         self._wanted.release_all()
@@ -140,52 +140,46 @@ class Worker:
                 self._open(lease)
 
     def _open(self, lease: Lease) -> None:
-        index = lease.shard
-        suspects = self._ledger.suspects(index)
-        self._open_shards[index] = OpenShard(self._shards[index], lease, suspects)
-        self._begin(index, self._ledger.chunks_to_run(lease))
+        self._work.shards[lease.shard] = OpenShard(self._shards[lease.shard], lease)
+        self._begin(lease.shard, self._ledger.chunks_to_run(lease))
 
     def _begin(self, index: int, chunks: Sequence[int]) -> None:
         """Have the rows of these chunks read; where there are none, see how to end."""
         if not chunks:
             self._end_shard(index)
             return
-        plan = self._ledger.plan
+        plan, opened = self._ledger.plan, self._work.shards[index]
+        if not opened.is_untouched:  # by others, who may have died or left rows half done
+            opened.suspects = self._ledger.suspects(index)
+            opened.partials = self._ledger.partials(index)
         ranges = merge_ranges([plan.chunk_bounds(index, chunk) for chunk in chunks])
         assignment = Assignment(self._shards[index], plan.shards[index].num_rows, ranges)
-        self._open_shards[index].begin(chunks, assignment)
+        opened.begin(chunks, assignment)
         self._reader.assign(assignment)
 
     def _end_shard(self, index: int) -> None:
         """All of ours is committed: finalise the shard, unless others are still at it."""
-        opened = self._open_shards[index]
+        opened = self._work.shards[index]
         if opened.is_shared and (missing := self._ledger.missing_chunks(index)):
             self._ledger.leases.look_again(opened.lease)
             chunks = [chunk for chunk in missing if opened.lease.covers(chunk)]
             if chunks:  # of a part whose holder died
-                opened.suspects = self._ledger.suspects(index)
                 self._begin(index, chunks)
                 return
             self._held.add(index)
         else:
             self._ledger.finalise_shard(index)
-        self._open_shards.pop(index).lease.release()
+        self._work.shards.pop(index).lease.release()
 
     def _drop_shard(self, index: int) -> None:
-        """Stop working on a shard: nothing of it that is not committed will be."""
-        opened = self._open_shards.pop(index)
-        for request_id in opened.in_flight:
-            self._engine.abort_request(request_id)
+        self._work.drop(index)
         if self._alone_steps is not None and not self._engine.has_unfinished:
             self._alone_steps = None
         self._alone = deque(placed for placed in self._alone if placed.row.shard_index != index)
-        for key in [key for key in self._open_chunks if key[0] == index]:
-            self._open_chunks.pop(key).writer.abandon()
-        opened.lease.release()
 
     def _fail_shard(self, index: int, error: InputError) -> None:
         self._failed[index] = error
-        if index in self._open_shards:
+        if index in self._work.shards:
             self._drop_shard(index)
 
     # Rows: take, admit, complete.
@@ -194,7 +188,7 @@ class Worker:
         """Top up the engine from the reader; rows that killed their worker before are run alone."""
         if self._alone_steps is not None:
             return
-        wait_for_idle = any(chunk.waits_for_isolation for chunk in self._open_chunks.values())
+        wait_for_idle = any(chunk.waits_for_isolation for chunk in self._work.chunks.values())
         if self._alone and (wait_for_idle or self._reader.is_exhausted):
             if not self._engine.has_unfinished:
                 self._start_alone()
@@ -214,11 +208,11 @@ class Worker:
             self._fail_shard(item.shard_index, item.error)
             return
         row = item.row
-        if not self._is_wanted(item):
+        if not self._work.wants(item):
             return
         self._wanted.take(item)
-        opened = self._open_shards[row.shard_index]
-        chunk = self._chunk_of(item)
+        opened = self._work.shards[row.shard_index]
+        chunk = self._work.chunk_of(item)
         chunk.num_seen += 1
         if isinstance(row, Reject):
             self._reject(chunk, row)
@@ -230,30 +224,9 @@ class Worker:
         else:
             self._submit(chunk, opened, item, row)
 
-    def _is_wanted(self, placed: PlacedRow) -> bool:
-        """False for what was read ahead of a shard that was dropped, or a chunk that was let, since."""
-        index, chunk = placed.row.shard_index, self._number_of(placed)
-        opened = self._open_shards.get(index)
-        if opened is None or placed.assignment is not opened.assignment:
-            return False
-        return chunk in opened.todo or (index, chunk) in self._open_chunks
-
-    def _number_of(self, placed: PlacedRow) -> int:
-        return placed.place // self._ledger.plan.chunk_rows
-
-    def _chunk_of(self, placed: PlacedRow) -> OpenChunk:
-        number = self._number_of(placed)
-        key = (placed.row.shard_index, number)
-        if key not in self._open_chunks:
-            start, stop = self._ledger.plan.chunk_bounds(*key)
-            opened = self._open_shards[placed.row.shard_index]
-            opened.todo.discard(number)
-            writer = self._ledger.writer(opened.lease, number, placed.window)
-            self._open_chunks[key] = OpenChunk(*key, start=start, stop=stop, writer=writer)
-        return self._open_chunks[key]
-
     def _submit(self, chunk: OpenChunk, opened: OpenShard, placed: PlacedRow, prompt: Prompt) -> None:
         request_id = f"{prompt.shard_index}:{prompt.position}"
+        begun = chunk.begun.get(prompt.row_id)
         try:
             self._engine.add_request(
                 request_id,
@@ -263,19 +236,20 @@ class Worker:
                 expected_output_len=self._lengths.expected(
                     self._templates.of(placed), prompt.sampling.max_tokens
                 ),
+                drawn=begun.samples if begun is not None and begun.fits(prompt) else None,
             )
         except RequestError as error:
             self._complete(chunk, placed, prompt, None, error)
             return
         opened.in_flight[request_id] = placed
-        self._changed_shards.add(prompt.shard_index)
+        opened.has_changed = True
 
     def _start_alone(self) -> None:
         placed = self._alone.popleft()
         assert isinstance(placed.row, Prompt), "a rejected row is never run"
-        chunk = self._chunk_of(placed)
+        chunk = self._work.chunk_of(placed)
         chunk.num_alone -= 1
-        opened = self._open_shards[placed.row.shard_index]
+        opened = self._work.shards[placed.row.shard_index]
         self._submit(chunk, opened, placed, placed.row)
         self._alone_steps = 0 if opened.in_flight else None
 
@@ -295,6 +269,7 @@ class Worker:
             chunk.metrics.complete(output, placed.window.achievable(placed.place), template)
             for sample in output.outputs:
                 self._lengths.add(template, len(sample.token_ids))
+            chunk.done.append(PartialRow.of(prompt, tuple(map(DrawnTokens.of, output.outputs))))
         self._row_done(chunk)
 
     def _reject(self, chunk: OpenChunk, reject: Reject) -> None:
@@ -310,20 +285,20 @@ class Worker:
             self._alone_steps += 1
         for output in outputs:
             shard_index = int(output.request_id.partition(":")[0])
-            opened = self._open_shards.get(shard_index)
+            opened = self._work.shards.get(shard_index)
             placed = opened.in_flight.pop(output.request_id, None) if opened else None
-            if placed is None:
+            if opened is None or placed is None:
                 continue  # aborted since: its shard or chunk was given up
-            self._changed_shards.add(shard_index)
+            opened.has_changed = True
             self._alone_steps = None
             assert isinstance(placed.row, Prompt), "a rejected row is never run"
-            self._complete(self._chunk_of(placed), placed, placed.row, output, None)
-        self._progress.update(self._tally.standing(self._open_metrics))
+            self._complete(self._work.chunk_of(placed), placed, placed.row, output, None)
+        self._progress.update(self._tally.standing(self._work.metrics))
 
     def _tell_leases(self) -> None:
         """Before a step that could kill the process: which rows are about to run."""
-        for index in list(self._open_shards):
-            opened = self._open_shards[index]
+        for index in list(self._work.shards):
+            opened = self._work.shards[index]
             if opened.lease.is_lost:
                 self._drop_shard(index)
                 self._held.add(index)
@@ -332,9 +307,9 @@ class Worker:
             row_ids = [placed.row.row_id for placed in opened.in_flight.values() if placed.row.row_id]
             if self._alone_steps is not None and row_ids:
                 opened.lease.set_alone(row_ids[0], self._alone_steps)
-            elif index in self._changed_shards:
+            elif opened.has_changed:
                 opened.lease.set_in_flight(row_ids)
-        self._changed_shards.clear()
+            opened.has_changed = False
 
     def _row_done(self, chunk: OpenChunk) -> None:
         chunk.num_done += 1
@@ -345,8 +320,8 @@ class Worker:
 
     def _commit(self, chunk: OpenChunk) -> None:
         key = (chunk.shard, chunk.chunk)
-        opened = self._open_shards[chunk.shard]
-        if next(iter(self._open_chunks)) == key:
+        opened = self._work.shards[chunk.shard]
+        if next(iter(self._work.chunks)) == key:
             self._meter.settle(chunk.metrics)
         chunk.metrics.count_requests(self._ledger.storage.take_requests())
         try:
@@ -356,7 +331,7 @@ class Worker:
         except InputError as error:  # the shard's content changed: never mix old rows and new ones
             self._fail_shard(chunk.shard, error)
             return
-        del self._open_chunks[key]
+        del self._work.chunks[key]
         if is_ours:
             self._tally.commit(chunk.metrics)
         opened.num_missing -= 1
@@ -373,29 +348,21 @@ class Worker:
             self._take(item)
 
     def _drain(self) -> None:
-        """Finish the chunks whose rows are all here already, as far as time allows, and leave the rest."""
+        """Finish the chunks whose rows are all here already, as far as time allows; of the rest save how far
+        its rows have come.
+        """
         self._reader.close()
-        for key, chunk in list(self._open_chunks.items()):
-            if chunk.num_seen < chunk.num_rows or chunk.num_alone:
-                self._abandon(key)
+        cut_short = [
+            self._work.abandon(key)
+            for key, chunk in list(self._work.chunks.items())
+            if chunk.num_seen < chunk.num_rows or chunk.num_alone
+        ]
         reserve = min(2.0, 0.2 * max(self._stop.seconds_left, 0.0))  # for the last commits
         while self._engine.has_unfinished and self._stop.seconds_left > reserve + self._meter.step_seconds:
             self._step()
-        for key in list(self._open_chunks):
-            self._abandon(key)
-        for opened in self._open_shards.values():
+        cut_short += [self._work.abandon(key) for key in list(self._work.chunks)]
+        for each in cut_short if self._stop.is_asked else []:
+            if each.rows and self._stop.seconds_left > 0:
+                self._ledger.save_partials(each.lease, each.chunk, each.attempt, each.rows)
+        for opened in self._work.shards.values():
             opened.lease.release()
-
-    def _abandon(self, key: tuple[int, int]) -> None:
-        chunk = self._open_chunks.pop(key)
-        opened = self._open_shards[chunk.shard]
-        for request_id, placed in list(opened.in_flight.items()):
-            if chunk.start <= placed.place < chunk.stop:
-                self._engine.abort_request(request_id)
-                del opened.in_flight[request_id]
-                self._changed_shards.add(chunk.shard)
-        chunk.writer.abandon()
-
-    @property
-    def _open_metrics(self) -> list[Metrics]:
-        return [chunk.metrics for chunk in self._open_chunks.values()]
