@@ -92,7 +92,7 @@ class Lease:
         once, but where heartbeats are dear those that ended may stay on record until the next one.
         """
         rows = frozenset(row_ids)
-        if self._storage.heartbeats_are_dear and self._alone_progress is None and rows <= self._told:
+        if self._storage.requests_are_dear and self._alone_progress is None and rows <= self._told:
             self._in_flight = rows
             return
         self._tell(rows, None)

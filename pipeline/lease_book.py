@@ -185,7 +185,7 @@ class LeaseBook:
         return unchanged >= self._takeover_s
 
     def _beat(self) -> None:
-        looks = 1 if self._storage.heartbeats_are_dear else LOOKS_PER_BEAT
+        looks = 1 if self._storage.requests_are_dear else LOOKS_PER_BEAT
         num_looks = 0
         while not self._stop.wait(self._heartbeat_s / looks):
             num_looks += 1

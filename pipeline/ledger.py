@@ -34,21 +34,24 @@ output folder of its own; what was there stays as it is.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError, OutputError, TidemillError
 from pipeline.claims import is_inside
-from pipeline.commits import CommitRecord, FileRef, publish_file, publish_record, retrying
+from pipeline.commits import CommitRecord, FileRef, pack_metrics, publish_file, publish_record, retrying
 from pipeline.finalise import Finaliser, MetricsMerge
 from pipeline.fingerprint import Fingerprint, canonical_json, readable_json
 from pipeline.job_file import begin_run
 from pipeline.lease import Lease, Suspects
 from pipeline.lease_book import HEARTBEAT_S, TAKEOVER_S, LeaseBook
 from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
+from pipeline.metrics import Metrics, counts_of
 from pipeline.partials import PartialRow, Partials
 from pipeline.partials import to_bytes as partials_to_bytes
 from pipeline.plan import RunPlan
@@ -90,7 +93,7 @@ class Ledger:
         self._spool_dir = spool_dir
         self.leases = leases
         self._finaliser = Finaliser(self._state, plan, spool_dir, merge_metrics)
-        self._num_attempts: dict[tuple[int, int], int] = {}
+        self._num_attempts: dict[int, Counter[int]] = {}  # by shard and chunk
         self._partials: dict[int, Partials] = {}
         self._whole: set[int] = set()  # finished shards whose files were all found
         self._broken: set[int] = set()  # and those that lack one
@@ -162,6 +165,8 @@ class Ledger:
         return [shard.index for shard in self.plan.shards if shard.index not in self._whole]
 
     def _has_all_files(self, record: ShardRecord) -> bool:
+        if self.storage.requests_are_dear:
+            return True  # it would be four requests a shard at each start; mode=verify looks
         for kind, ref in record.files.items():
             size = retrying(lambda ref=ref: self.storage.size(ref.path))
             if size is None:
@@ -225,6 +230,20 @@ class Ledger:
         ]
         return sum_counts(count for part in parts for count in part)
 
+    def metrics_so_far(self) -> Metrics:
+        """What is counted of all that is committed, by whoever: of a finished shard its metrics/ say it."""
+        finished = self._state.finished()
+        total = Metrics()
+        for index in range(self.plan.num_shards):
+            file = finished[index].files.get("metrics") if index in finished else None
+            data = None if file is None else self._state.read(file.path)
+            if data is not None:
+                total.merge(counts_of(json.loads(data)))
+            else:
+                for record in self._state.committed(index).values():
+                    total.merge(Metrics.from_json(record.metrics))
+        return total
+
     def window(self, shard: int, start: int) -> WindowOrder | None:
         """The recorded order of the window that begins at row `start`; None when it is not planned yet."""
         return self._state.window(shard, start)
@@ -245,9 +264,9 @@ class Ledger:
     def writer(self, lease: Lease, chunk: int, window: WindowOrder) -> ChunkWriter:
         """A writer for one attempt at a chunk of a settled window; the times in trace/ count from now."""
         start, stop = self.plan.chunk_bounds(lease.shard, chunk)
-        key = (lease.shard, chunk)
-        self._num_attempts[key] = self._num_attempts.get(key, 0) + 1
-        again = f"-{self._num_attempts[key]}" if self._num_attempts[key] > 1 else ""
+        attempts = self._num_attempts.setdefault(lease.shard, Counter())
+        attempts[chunk] += 1
+        again = f"-{attempts[chunk]}" if attempts[chunk] > 1 else ""
         return ChunkWriter(
             self._spool_dir,
             shard=lease.shard,
@@ -313,7 +332,7 @@ class Ledger:
             counts=dict(files.counts),
             duplicate_keys=files.duplicate_keys,
             input_version=dict(input_version),
-            metrics=dict(files.metrics),
+            packed_metrics=pack_metrics(files.metrics),
         ).to_bytes()
         path = self._state.commit_path(lease.shard, files.chunk)
         stored = publish_record(self.storage, path, record)
@@ -359,6 +378,8 @@ class Ledger:
                 retrying(lambda path=path: self.storage.discard(path))
         for path in self._partials.pop(shard).paths if shard in self._partials else ():
             retrying(lambda path=path: self.storage.discard(path))
+        self._state.forget_commits(shard)
+        self._num_attempts.pop(shard, None)
         self._whole.add(shard)
         self._broken.discard(shard)
         return stored

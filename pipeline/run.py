@@ -219,11 +219,7 @@ def _conclude(
     seconds: float,
 ) -> ExitCode:
     """Say how it ended, and turn that into the exit code."""
-    overall = Metrics.sum(
-        Metrics.from_json(record.metrics)
-        for shard in range(ledger.plan.num_shards)
-        for record in ledger.committed(shard).values()
-    )
+    overall = ledger.metrics_so_far()
     rows_total, url = ledger.plan.num_rows, ledger.storage.url
     code = _exit_code(settings, overall, rows_total, result, is_finished, stop)
     rows = f"{overall.rows_in:,} of {rows_total:,} rows are committed"

@@ -26,7 +26,7 @@ class RunState:
         self.storage = storage
         self.fingerprint = fingerprint
         self.folder = f"_state/{fingerprint}"
-        self._commits: dict[tuple[int, int], CommitRecord] = {}
+        self._commits: dict[int, dict[int, CommitRecord]] = {}  # by shard and chunk
         self._shards: dict[int, ShardRecord] = {}
         self._last_window: WindowOrder | None = None  # the orders of a large shard are not all held
 
@@ -105,15 +105,19 @@ class RunState:
 
     def commit(self, shard: int, chunk: int) -> CommitRecord:
         """A chunk's commit record, which is there."""
-        if (shard, chunk) not in self._commits:
+        if chunk not in self._commits.get(shard, ()):
             data = self.read(self.commit_path(shard, chunk)) or b""
             self.remember_commit(shard, chunk, data)
-        return self._commits[shard, chunk]
+        return self._commits[shard][chunk]
 
     def remember_commit(self, shard: int, chunk: int, data: bytes) -> None:
         """Take note of a commit record that is known to be stored, so that it need not be read."""
         place = f"{self.storage.url}/{self.commit_path(shard, chunk)}"
-        self._commits[shard, chunk] = CommitRecord.from_bytes(data, place)
+        self._commits.setdefault(shard, {})[chunk] = CommitRecord.from_bytes(data, place)
+
+    def forget_commits(self, shard: int) -> None:
+        """Hold the shard's commit records no longer: it is finished."""
+        self._commits.pop(shard, None)
 
     def finished(self) -> dict[int, ShardRecord]:
         """The records of finished shards, in order."""

@@ -8,6 +8,7 @@ while the last rows of this one finish, so several chunks are open at once and m
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ class Worker:
         # As many waiting as running: the scheduler always has a next row, and others if that one must wait.
         self._max_unfinished = 2 * max_num_seqs
         # Rows are told to the lease before they run: many at a time, where each time is a request to a store.
-        is_dear = ledger.storage.heartbeats_are_dear
+        is_dear = ledger.storage.requests_are_dear
         self._refill_below = self._max_unfinished - (max_num_seqs // 2 if is_dear else 0)
 
         self._wanted = WantedPrefixes(
@@ -134,6 +135,8 @@ class Worker:
                 lease = self._ledger.claim(index)
                 if lease is None and not self._ledger.is_known_finished(index):
                     self._held.add(index)
+                    # Others are at work: begin elsewhere than they did.
+                    self._unclaimed.rotate(random.randrange(len(self._unclaimed) + 1))
             elif (lease := self._held.next_lease()) is None:
                 return
             if lease is not None:

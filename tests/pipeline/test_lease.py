@@ -142,9 +142,9 @@ def test_rows_in_flight_are_told_before_they_run(storage: LocalStorage):
     leases.close()
 
 
-def test_where_heartbeats_are_dear_they_name_no_row_too_few_and_are_few(storage: LocalStorage):
+def test_where_requests_are_dear_they_name_no_row_too_few_and_are_few(storage: LocalStorage):
     class Dear(LocalStorage):
-        heartbeats_are_dear = True
+        requests_are_dear = True
         num_beats = 0
 
         def overwrite_heartbeat(self, path: str, data: bytes) -> None:
