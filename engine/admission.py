@@ -184,10 +184,10 @@ class Admission:
         self._table.take(request)
         if request.num_preemptions == 0:
             request.first_scheduled_time = now
-            request.num_cached_tokens = request.num_computed
+            request.num_cached_tokens = min(request.num_computed, request.prompt_len)
             if found.num_readable:
                 self.num_prefix_queries += request.prompt_len
-                self.num_prefix_hits += request.num_computed
+                self.num_prefix_hits += request.num_cached_tokens
 
     def _find(self, request: Request) -> _Found:
         """What the prefix cache has of the request."""

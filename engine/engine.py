@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.checkpoints import LoadedModel, encode_text, render_chat
 from engine.config import EngineConfig
+from engine.drawn import DrawnTokens, begin_with
 from engine.duplicates import Duplicates, Follower, duplicate_key
 from engine.errors import ConfigError, RequestError
 from engine.inputs import Chat, Prompts, TokenIds, as_list, checked_tokens, is_token_ids, sampling_of_each
@@ -170,6 +171,7 @@ class Engine:
         identity: str | None = None,
         cache_salt: str | None = None,
         expected_output_len: int | None = None,
+        drawn: Sequence[DrawnTokens] | None = None,
         stream: bool = False,
     ) -> None:
         """Queue a prompt, as token ids or as text or a chat.
@@ -185,6 +187,7 @@ class Engine:
             expected_output_len: tokens it will probably generate, at least 1: so much memory is kept for it
                 once it runs (default: one page more than its prompt's). More running requests than fit would
                 take each other's pages. It changes no output.
+            drawn: tokens of each sample to go on from (`drawn_tokens` of an earlier engine).
             stream: `step` gives an output whenever the text grows, not only the last one.
 
         Raises:
@@ -233,6 +236,8 @@ class Engine:
             )
             for index in range(params.n)
         ]
+        if drawn is not None:
+            begin_with(requests, drawn, self.model_config.vocab_size)
         for request in requests:  # the first is refused if any is: they differ in their index alone
             self._scheduler.add(request, now)
         group = self._groups[request_id] = RequestGroup(requests, text, self.tokenizer, stream)
@@ -282,6 +287,12 @@ class Engine:
             return True
         self._growing.difference_update(self._scheduler.abort(request_id, time.monotonic()))
         return True
+
+    def drawn_tokens(self, request_id: str) -> tuple[DrawnTokens, ...] | None:
+        """What an engine to come can go on from, a sample each (`add_request`); None for a request that is
+        not unfinished, or is given another one's result."""
+        group = self._groups.get(request_id)
+        return None if group is None else tuple(map(DrawnTokens.of, group.output("").outputs))
 
     def pin_prefix(self, token_ids: TokenIds, cache_salt: str | None = None) -> None:
         """Say that prompts to come begin with these tokens: their full pages, once computed, are evicted only

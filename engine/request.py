@@ -52,6 +52,8 @@ class Request:
     max_total_len: int
     """Prompt and output tokens together stop here."""
     sample_index: int = 0
+    num_given: int = 0
+    """Output tokens that it began with (engine/drawn.py)."""
     priority: int = 0
     """Lower runs sooner, under the priority policy."""
     eos_token_ids: frozenset[int] = frozenset()

@@ -26,6 +26,9 @@ class RequestGroup:
         self.grows = stream or bool(requests[0].sampling.stop)
         """Its text is wanted token by token: `push` each one."""
         self._texts = [self._new_text() for _ in requests] if self.grows else []
+        for request, text in zip(requests, self._texts, strict=False):
+            for token in request.output_token_ids:  # given
+                text.push([token])
         self._num_open = len(requests)
 
     def push(self, request: Request) -> str:

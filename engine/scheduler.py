@@ -61,7 +61,8 @@ class Scheduler:
     def add(self, request: Request, now: float | None = None) -> None:
         """Queue a new request. Raises RequestError when it could never run, with the numbers."""
         limits = self.settings
-        if request.status is not RequestStatus.WAITING or request.num_computed or request.output_token_ids:
+        is_new = request.status is RequestStatus.WAITING and request.num_output_tokens == request.num_given
+        if not is_new or request.num_computed:
             raise ValueError(f"request {request.request_id!r} was given to a scheduler before")
         if request.sample_index in self._unfinished.get(request.request_id, ()):
             raise RequestError(

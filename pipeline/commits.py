@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 import time
+import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -64,11 +65,18 @@ class CommitRecord:
     counts: Mapping[str, int]
     duplicate_keys: bytes
     input_version: Mapping[str, Any]
-    metrics: Mapping[str, Any]
+    packed_metrics: bytes
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Unpacked at each look: a shard has thousands of records, which are held until it is finished."""
+        return json.loads(zlib.decompress(self.packed_metrics))
 
     def to_bytes(self) -> bytes:
         keys = b64encode(self.duplicate_keys).decode("ascii")
-        return canonical_json({"commit_version": COMMIT_VERSION, **asdict(self), "duplicate_keys": keys})
+        fields = {name: value for name, value in asdict(self).items() if name != "packed_metrics"}
+        fields |= {"duplicate_keys": keys, "metrics": self.metrics}
+        return canonical_json({"commit_version": COMMIT_VERSION, **fields})
 
     @classmethod
     def from_bytes(cls, data: bytes, place: str) -> CommitRecord:
@@ -79,12 +87,17 @@ class CommitRecord:
                 raise OutputError(f"{place}: a commit record of version {version}, this is {COMMIT_VERSION}")
             for kind in ("data", "trace", "rejects"):
                 value[kind] = FileRef(**value[kind]) if value[kind] is not None else None
+            value["packed_metrics"] = pack_metrics(value.pop("metrics"))
             value["duplicate_keys"] = b64decode(value["duplicate_keys"], validate=True)
             if len(value["duplicate_keys"]) % KEY_BYTES:
                 raise damaged(place)
             return cls(**value)
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(place) from error
+
+
+def pack_metrics(metrics: Mapping[str, Any]) -> bytes:
+    return zlib.compress(canonical_json(metrics), 1)
 
 
 def damaged(place: str) -> OutputError:

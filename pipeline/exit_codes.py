@@ -22,7 +22,11 @@ class ExitCode(IntEnum):
     DAMAGED = 4, "mode=verify found something missing or damaged; mode=repair makes it again"
     RETRY_LATER = 75, "a passing fault, or work left that another process holds: start the same command again"
     STOPPED_AT_ONCE = 130, "a second Ctrl-C; committed chunks are kept, the same command resumes"
-    DRAINED = 143, "stopped by SIGTERM or Ctrl-C after committing what was complete; the same command resumes"
+    DRAINED = (
+        143,
+        "stopped by SIGTERM, Ctrl-C or a preemption notice after committing what was complete; the same "
+        "command resumes",
+    )
 
 
 def help_lines() -> list[str]:

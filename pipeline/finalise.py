@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pipeline.run_state import RunState
 from pipeline.schema import data_schema, trace_schema
 from pipeline.storage import explain
 
-MetricsMerge = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+MetricsMerge = Callable[[Iterable[Mapping[str, Any]]], Mapping[str, Any]]
 
 
 class Finaliser:
@@ -151,7 +151,7 @@ class Finaliser:
 
     def _metrics(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
         records = [record for window in windows for record in window.records]
-        merged = self._merge_metrics([record.metrics for record in records])
+        merged = self._merge_metrics(record.metrics for record in records)
         spool.write_text(
             json.dumps(merged, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
         )

@@ -1,6 +1,7 @@
 """`mode=gc`: what dead workers left behind, found and, if told so, removed.
 
-Attempts at chunks that no commit record names, temporary files, uploads in parts that nobody goes on with.
+Attempts at chunks that no commit record names, rows cut short of chunks that are committed, temporary files,
+uploads in parts that nobody goes on with.
 Only what is older than a given age is taken, since a younger one may be an attempt that is about to be
 committed.
 """
@@ -60,3 +61,14 @@ def _attempts(state: RunState, min_age_s: float) -> Iterator[str]:
         for name, age in sorted(ages.items()):
             if age >= min_age_s and f"{folder}/{name}" not in kept:
                 yield f"{folder}/{name}"
+        yield from _partials(state, shard, min_age_s)
+
+
+def _partials(state: RunState, shard: int, min_age_s: float) -> Iterator[str]:
+    """Rows that were cut short, of chunks that are committed by now."""
+    folder = state.path("partials", f"{shard:05d}")
+    ages = retrying(lambda: state.storage.ages(folder))
+    committed = {f"{chunk:05d}" for chunk in state.committed_chunks(shard)} if ages else set()
+    for name, age in sorted(ages.items()):
+        if age >= min_age_s and name.partition("-")[0] in committed:
+            yield f"{folder}/{name}"

@@ -1,114 +1,60 @@
-"""Leases: one worker at a time on a shard, so that work is not done twice. Safety never rests on them.
+"""Leases: one worker at a time on a chunk, so that work is not done twice. Safety never rests on them.
 
-    claims/<shard>/<epoch>.json       created once: who took the shard; a take-over creates the next epoch
-    claims/<shard>/<epoch>.released   created once: its holder gave the shard back
-    heartbeats/<shard>/<epoch>.json   overwritten by the holder: a nonce, and the rows in flight
-
-A holder is dead when it certainly ended on this machine, or when its nonce has not changed for
-`takeover_s` of the observer's own watching. No clocks of two machines are compared.
+Who takes a shard (an *epoch*) has all of it. A worker without work asks it for a *part* of what it has not
+begun, and is let the chunks that the holder names: nobody takes what another may have begun. What is on
+record of this is in pipeline/claims.py, who takes leases in pipeline/lease_book.py.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import TidemillError
-from pipeline.commits import parse_record, publish_record, retrying
+from pipeline.claims import Claim, Ranges, claim_path, epoch_key, heartbeat_path, is_inside, read_claims
+from pipeline.commits import damaged, parse_record, publish_record, retrying
 from pipeline.fingerprint import canonical_json
 from pipeline.process_identity import ProcessIdentity
 from pipeline.storage import Storage
-
-logger = logging.getLogger(__name__)
-
-HEARTBEAT_S = 20.0
-TAKEOVER_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One epoch of a shard."""
-
-    shard: int
-    epoch: int
-    owner: ProcessIdentity
-    is_released: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """The last words of an epoch. `alone_progress`: set when the only row in flight ran alone, its steps
-    so far.
-    """
-
-    nonce: str
-    in_flight: frozenset[str]
-    alone_progress: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Suspects:
     """Row ids implicated in the deaths of a shard's former workers (see pipeline/suspects.py)."""
 
-    isolate: frozenset[str]  # run these with nothing else in flight
-    quarantined: frozenset[str]  # reject these with reason `quarantined`
+    isolate: frozenset[str] = frozenset()  # run these with nothing else in flight
+    quarantined: frozenset[str] = frozenset()  # reject these with reason `quarantined`
 
 
-def claims_folder(state: str, shard: int) -> str:
-    return f"{state}/claims/{shard:05d}"
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks for a part: the process, and the attempt that it will make."""
 
-
-def _claim_path(state: str, shard: int, epoch: int) -> str:
-    return f"{claims_folder(state, shard)}/{epoch:06d}.json"
-
-
-def _released_path(state: str, shard: int, epoch: int) -> str:
-    return f"{claims_folder(state, shard)}/{epoch:06d}.released"
-
-
-def _heartbeat_path(state: str, shard: int, epoch: int) -> str:
-    return f"{state}/heartbeats/{shard:05d}/{epoch:06d}.json"
-
-
-def epochs(storage: Storage, state: str, shard: int) -> dict[int, bool]:
-    """Every epoch of a shard in order, with whether it was released."""
-    names = retrying(lambda: storage.list(claims_folder(state, shard)))
-    found = sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
-    return {epoch: f"{epoch:06d}.released" in names for epoch in found}
-
-
-def read_claim(storage: Storage, state: str, shard: int, epoch: int, is_released: bool) -> Claim:
-    path = _claim_path(state, shard, epoch)
-    value = parse_record(retrying(lambda: storage.read(path)) or b"", f"{storage.url}/{path}")
-    return Claim(shard, epoch, ProcessIdentity.from_json(value["owner"]), is_released)
-
-
-def read_heartbeat(storage: Storage, state: str, shard: int, epoch: int) -> Heartbeat | None:
-    """The last heartbeat of an epoch; None before its first, or when a power cut spoilt it."""
-    path = _heartbeat_path(state, shard, epoch)
-    data = retrying(lambda: storage.read(path))
-    if data is None:
-        return None
-    try:
-        value = json.loads(data)
-        return Heartbeat(value["nonce"], frozenset(value["in_flight"]), value["alone_progress"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    attempt: str
+    owner: ProcessIdentity
 
 
 class Lease:
-    """Get one from `Ledger.claim`. Its heartbeat is written by the ledger's thread and by `set_in_flight`."""
+    """Get one from `Ledger.claim`. Its heartbeat is written by the ledger's thread and by `set_in_flight`.
 
-    def __init__(self, storage: Storage, state: str, shard: int, epoch: int, attempt: str):
-        self.shard = shard
-        self.epoch = epoch
-        self.attempt = attempt
+    `others`: chunks that are not to be run under it, because others hold them.
+    """
+
+    def __init__(self, storage: Storage, state: str, claim: Claim, others: Ranges = ()):
+        self.shard = claim.shard
+        self.epoch = claim.epoch
+        self.key = claim.key
+        self.attempt = claim.attempt
+        self.others = others
+        self.asks: tuple[str, ...] = ()
+        """Parts that others ask for, as of the last look."""
+        self._chunks = claim.chunks
+        self._answered: set[str] = set()
+        self._is_full = False
         self._storage = storage
         self._state = state
         self._lock = threading.Lock()
@@ -127,12 +73,26 @@ class Lease:
     def is_held(self) -> bool:
         return not self._is_lost and not self._is_released
 
+    @property
+    def is_first(self) -> bool:
+        """Nobody held the shard before."""
+        return self.key == epoch_key(1)
+
+    @property
+    def is_part(self) -> bool:
+        return self._chunks is not None
+
+    def covers(self, chunk: int) -> bool:
+        """Whether the chunk is to be run under this lease."""
+        is_own = self._chunks is None or is_inside(chunk, self._chunks)
+        return is_own and not is_inside(chunk, self.others)
+
     def set_in_flight(self, row_ids: Iterable[str]) -> None:
         """Say which of the shard's rows the engine is about to run, before it runs them; written out at
         once, but where heartbeats are dear those that ended may stay on record until the next one.
         """
         rows = frozenset(row_ids)
-        if self._storage.heartbeats_are_dear and self._alone_progress is None and rows <= self._told:
+        if self._storage.requests_are_dear and self._alone_progress is None and rows <= self._told:
             self._in_flight = rows
             return
         self._tell(rows, None)
@@ -158,105 +118,62 @@ class Lease:
                 "alone_progress": self._alone_progress,
                 "time": time.time(),  # for people; nothing compares it
             }
-            path = _heartbeat_path(self._state, self.shard, self.epoch)
+            path = heartbeat_path(self._state, self.shard, self.key)
             retrying(lambda: self._storage.overwrite_heartbeat(path, json.dumps(content).encode()))
             self._told = told
 
     def look(self) -> None:
-        """Find out whether a later epoch exists."""
-        if max(epochs(self._storage, self._state, self.shard), default=self.epoch) > self.epoch:
+        """Find out whether somebody took it over, and what is asked of its holder."""
+        claims = read_claims(self._storage, self._state, self.shard)
+        if claims.has(self.key, "dead") if self.is_part else claims.latest > self.epoch:
             self._is_lost = True
+        asks = () if self._is_full else claims.asks(self.key)
+        self.asks = tuple(ask for ask in asks if ask not in self._answered)
+
+    def asker(self, part: str) -> Asker | None:
+        """Who asks for a part; None when that process is gone, which is put on record."""
+        path = claim_path(self._state, self.shard, part, "ask")
+        place = f"{self._storage.url}/{path}"
+        value = parse_record(retrying(lambda: self._storage.read(path)) or b"", place)
+        try:
+            asker = Asker(value["attempt"], ProcessIdentity.from_json(value["owner"]))
+        except (KeyError, TypeError) as error:
+            raise damaged(place) from error
+        if not asker.owner.is_gone():
+            return asker
+        mark(self._storage, self._state, self.shard, part, "dead")
+        self._forget(part)
+        return None
+
+    def let(self, part: str, asker: Asker, chunks: Ranges) -> None:
+        """Let chunks to who asked. Nothing of them may have been begun, nor be begun from now on."""
+        record = {
+            "shard": self.shard,
+            "epoch": self.epoch,
+            "attempt": asker.attempt,
+            "owner": asker.owner.to_json(),
+            "chunks": chunks,
+        }
+        publish_record(self._storage, claim_path(self._state, self.shard, part), canonical_json(record))
+        self._forget(part)
+
+    def let_no_more(self) -> None:
+        """Tell all who ask that nothing is left that is not begun."""
+        mark(self._storage, self._state, self.shard, self.key, "full")
+        self._is_full, self.asks = True, ()
+
+    def _forget(self, part: str) -> None:
+        """It is answered, though a look at the record that began before may still say otherwise."""
+        self._answered.add(part)
+        self.asks = tuple(ask for ask in self.asks if ask != part)
 
     def release(self) -> None:
-        """Give the shard back, so that the next claim need not wait; safe to call twice."""
+        """Give the shard, or the part, back, so that the next claim need not wait; safe to call twice."""
         if not self._is_released:
-            path = _released_path(self._state, self.shard, self.epoch)
-            publish_record(self._storage, path, canonical_json({"attempt": self.attempt}))
+            mark(self._storage, self._state, self.shard, self.key, "released")
             self._is_released = True
 
 
-class LeaseBook:
-    """Takes leases for one process and keeps them alive."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        state: str,
-        *,
-        owner: ProcessIdentity,
-        heartbeat_s: float = HEARTBEAT_S,
-        takeover_s: float = TAKEOVER_S,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._storage = storage
-        self._state = state
-        self._owner = owner
-        self._heartbeat_s = heartbeat_s
-        self._takeover_s = takeover_s
-        self._clock = clock
-        self._held: list[Lease] = []
-        self._watched: dict[tuple[int, int], tuple[str, float, float]] = {}
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def claim(self, shard: int) -> Lease | None:
-        """The shard's lease, or None while another worker that may be alive holds it."""
-        known = epochs(self._storage, self._state, shard)
-        latest = max(known, default=0)
-        if latest and not known[latest]:
-            holder = read_claim(self._storage, self._state, shard, latest, False)
-            if not self._is_dead(holder):
-                return None
-        attempt = uuid.uuid4().hex
-        record = canonical_json(
-            {"shard": shard, "epoch": latest + 1, "attempt": attempt, "owner": self._owner.to_json()}
-        )
-        if publish_record(self._storage, _claim_path(self._state, shard, latest + 1), record) != record:
-            return None
-        lease = Lease(self._storage, self._state, shard, latest + 1, attempt)
-        lease.beat()
-        self._held = [*(held for held in self._held if held.is_held), lease]
-        self._start_thread()
-        return lease
-
-    def _is_dead(self, claim: Claim) -> bool:
-        if claim.owner.is_gone():
-            return True
-        heartbeat = read_heartbeat(self._storage, self._state, claim.shard, claim.epoch)
-        nonce = heartbeat.nonce if heartbeat else ""
-        now = self._clock()
-        key = (claim.shard, claim.epoch)
-        seen = self._watched.get(key)
-        if seen is None or seen[0] != nonce:
-            self._watched[key] = (nonce, now, 0.0)
-            return False
-        # An observer that was itself stopped for a while has not watched: a gap counts for two heartbeats
-        # at most.
-        unchanged = seen[2] + min(now - seen[1], 2 * self._heartbeat_s)
-        self._watched[key] = (nonce, now, unchanged)
-        return unchanged >= self._takeover_s
-
-    def _start_thread(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._beat, name="tidemill-heartbeat", daemon=True)
-            self._thread.start()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self._heartbeat_s):
-            for lease in [lease for lease in self._held if lease.is_held]:
-                try:
-                    lease.beat()
-                    lease.look()
-                except TidemillError as error:
-                    # Missed heartbeats cost at most a take-over; the worker meets the same fault by itself.
-                    logger.warning("heartbeat of shard %d: %s", lease.shard, error)
-
-    def close(self, release: bool = True) -> None:
-        """Stop the heartbeat and, if told so, give back every lease still held."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        held, self._held = [lease for lease in self._held if lease.is_held], []
-        for lease in held if release else []:
-            lease.release()
+def mark(storage: Storage, state: str, shard: int, key: str, kind: str) -> None:
+    """Put on record that a claim is `released`, `dead` or `full`; harmless to repeat."""
+    publish_record(storage, claim_path(state, shard, key, kind), canonical_json({kind: key}))

@@ -9,7 +9,7 @@ The intended order of calls, by a worker of one process (several may run at once
             lease = ledger.claim(shard)              # None: somebody else holds it, come back later
             if lease is None: continue
             suspects = ledger.suspects(shard)        # rows to reject as `quarantined`, rows to run alone
-            for chunk in ledger.missing_chunks(shard):
+            for chunk in ledger.chunks_to_run(lease):    # all that are missing, but for what others hold
                 window = ledger.window(shard, start) or ledger.settle_window(planned)
                 writer = ledger.writer(lease, chunk, window)
                 ... lease.set_in_flight(row_ids)     # whenever they change, before the next engine.step()
@@ -34,18 +34,26 @@ output folder of its own; what was there stays as it is.
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError, OutputError, TidemillError
-from pipeline.commits import CommitRecord, FileRef, publish_file, publish_record, retrying
+from pipeline.claims import is_inside
+from pipeline.commits import CommitRecord, FileRef, pack_metrics, publish_file, publish_record, retrying
 from pipeline.finalise import Finaliser, MetricsMerge
 from pipeline.fingerprint import Fingerprint, canonical_json, readable_json
 from pipeline.job_file import begin_run
-from pipeline.lease import HEARTBEAT_S, TAKEOVER_S, Lease, LeaseBook, Suspects
+from pipeline.lease import Lease, Suspects
+from pipeline.lease_book import HEARTBEAT_S, TAKEOVER_S, LeaseBook
 from pipeline.manifest import ShardRecord, check_balance, manifest, sum_counts
+from pipeline.metrics import Metrics, counts_of
+from pipeline.partials import PartialRow, Partials
+from pipeline.partials import to_bytes as partials_to_bytes
 from pipeline.plan import RunPlan
 from pipeline.process_identity import ProcessIdentity
 from pipeline.row_order import WindowOrder, order_path
@@ -53,6 +61,8 @@ from pipeline.run_state import MANIFEST, RunState
 from pipeline.storage import Storage
 from pipeline.suspects import find_suspects
 from pipeline.writer import CHUNK_SUFFIXES, ChunkFiles, ChunkWriter
+
+logger = logging.getLogger(__name__)
 
 
 class InputChanged(InputError):
@@ -81,9 +91,12 @@ class Ledger:
         self.is_fork = is_fork
         self._state = RunState(storage, fingerprint)
         self._spool_dir = spool_dir
-        self._leases = leases
+        self.leases = leases
         self._finaliser = Finaliser(self._state, plan, spool_dir, merge_metrics)
-        self._num_attempts: dict[tuple[int, int], int] = {}
+        self._num_attempts: dict[int, Counter[int]] = {}  # by shard and chunk
+        self._partials: dict[int, Partials] = {}
+        self._whole: set[int] = set()  # finished shards whose files were all found
+        self._broken: set[int] = set()  # and those that lack one
 
     @classmethod
     def open(
@@ -140,11 +153,20 @@ class Ledger:
         self.close(release=orderly)
 
     def unfinished(self) -> list[int]:
-        """Indices of the shards without (all of) their final files."""
-        done = self._state.finished()
-        return [s.index for s in self.plan.shards if s.index not in done or not self._is_whole(done[s.index])]
+        """Indices of the shards without (all of) their final files; each finished one is looked at once."""
+        for index, record in self._state.finished().items():
+            if index in self._whole:
+                continue
+            if self._has_all_files(record):
+                self._whole.add(index)
+                self._broken.discard(index)
+            else:
+                self._broken.add(index)
+        return [shard.index for shard in self.plan.shards if shard.index not in self._whole]
 
-    def _is_whole(self, record: ShardRecord) -> bool:
+    def _has_all_files(self, record: ShardRecord) -> bool:
+        if self.storage.requests_are_dear:
+            return True  # it would be four requests a shard at each start; mode=verify looks
         for kind, ref in record.files.items():
             size = retrying(lambda ref=ref: self.storage.size(ref.path))
             if size is None:
@@ -157,10 +179,25 @@ class Ledger:
         return True
 
     def claim(self, shard: int) -> Lease | None:
-        """Take the shard's lease, or None while another live worker holds it (ask again some seconds
-        later).
+        """Take the shard's lease, or None: others that are alive do all that is left of it (ask again some
+        seconds later), or it is finished (`is_known_finished` says so).
         """
-        return self._leases.claim(shard)
+        seen = self.leases.look(shard)
+        if seen.is_held or (seen.claims.latest and self._is_finished(shard)):
+            return None
+        if seen.parts:
+            held = [each for part in seen.parts for each in part.chunks or ()]
+            if all(is_inside(chunk, held) for chunk in self.missing_chunks(shard)):
+                return None  # also where none is missing: who made the last one finalises the shard
+        return self.leases.take(seen)
+
+    def _is_finished(self, shard: int) -> bool:
+        """Whether another worker has finished the shard, since it was found unfinished."""
+        return shard not in self._broken and self._state.is_finished(shard)
+
+    def is_known_finished(self, shard: int) -> bool:
+        """Whether the shard was found finished; looks for nothing."""
+        return shard not in self._broken and self._state.knows_finished(shard)
 
     def suspects(self, shard: int) -> Suspects:
         """Rows implicated in the deaths of the former workers of a shard that is ours now."""
@@ -172,8 +209,12 @@ class Ledger:
 
     def missing_chunks(self, shard: int) -> list[int]:
         """The chunks still to be made, in order."""
-        done = self._state.committed(shard)
+        done = set(self._state.committed_chunks(shard))
         return [chunk for chunk in range(self.plan.num_chunks(shard)) if chunk not in done]
+
+    def chunks_to_run(self, lease: Lease) -> list[int]:
+        """The chunks still to be made under a lease, in order."""
+        return [chunk for chunk in self.missing_chunks(lease.shard) if lease.covers(chunk)]
 
     def counts(self) -> dict[str, int]:
         """What is committed of the whole run: rows, ok, rejected, duplicates, samples, tokens.
@@ -188,6 +229,20 @@ class Ledger:
             for shard in self.plan.shards
         ]
         return sum_counts(count for part in parts for count in part)
+
+    def metrics_so_far(self) -> Metrics:
+        """What is counted of all that is committed, by whoever: of a finished shard its metrics/ say it."""
+        finished = self._state.finished()
+        total = Metrics()
+        for index in range(self.plan.num_shards):
+            file = finished[index].files.get("metrics") if index in finished else None
+            data = None if file is None else self._state.read(file.path)
+            if data is not None:
+                total.merge(counts_of(json.loads(data)))
+            else:
+                for record in self._state.committed(index).values():
+                    total.merge(Metrics.from_json(record.metrics))
+        return total
 
     def window(self, shard: int, start: int) -> WindowOrder | None:
         """The recorded order of the window that begins at row `start`; None when it is not planned yet."""
@@ -209,9 +264,9 @@ class Ledger:
     def writer(self, lease: Lease, chunk: int, window: WindowOrder) -> ChunkWriter:
         """A writer for one attempt at a chunk of a settled window; the times in trace/ count from now."""
         start, stop = self.plan.chunk_bounds(lease.shard, chunk)
-        key = (lease.shard, chunk)
-        self._num_attempts[key] = self._num_attempts.get(key, 0) + 1
-        again = f"-{self._num_attempts[key]}" if self._num_attempts[key] > 1 else ""
+        attempts = self._num_attempts.setdefault(lease.shard, Counter())
+        attempts[chunk] += 1
+        again = f"-{attempts[chunk]}" if attempts[chunk] > 1 else ""
         return ChunkWriter(
             self._spool_dir,
             shard=lease.shard,
@@ -224,6 +279,22 @@ class Ledger:
             with_token_ids=self.plan.with_token_ids,
             attempt=f"{lease.epoch:04d}-{lease.attempt[:12]}{again}",
         )
+
+    def partials(self, shard: int) -> Partials:
+        """What was saved of the shard's rows by workers that were stopped."""
+        self._partials[shard] = Partials(self._state, shard)
+        return self._partials[shard]
+
+    def save_partials(self, lease: Lease, chunk: int, attempt: str, rows: Sequence[PartialRow]) -> None:
+        """Save how far an attempt at a chunk had come, for whoever goes on with it.
+
+        A fault of the store only costs what would have been saved.
+        """
+        path = self._state.path("partials", f"{lease.shard:05d}", f"{chunk:05d}-{attempt}.json")
+        try:
+            publish_record(self.storage, path, partials_to_bytes(self.fingerprint, lease.shard, rows))
+        except TidemillError as error:
+            logger.warning("%d rows cut short are not saved: %s", len(rows), error)
 
     def commit_chunk(self, lease: Lease, files: ChunkFiles, *, input_version: Mapping[str, Any]) -> bool:
         """Publish an attempt. True: it counts; False: another attempt at the chunk already did, ours is
@@ -261,7 +332,7 @@ class Ledger:
             counts=dict(files.counts),
             duplicate_keys=files.duplicate_keys,
             input_version=dict(input_version),
-            metrics=dict(files.metrics),
+            packed_metrics=pack_metrics(files.metrics),
         ).to_bytes()
         path = self._state.commit_path(lease.shard, files.chunk)
         stored = publish_record(self.storage, path, record)
@@ -305,6 +376,12 @@ class Ledger:
             path = self._state.path("chunks", f"{shard:05d}", name)
             if path not in kept:
                 retrying(lambda path=path: self.storage.discard(path))
+        for path in self._partials.pop(shard).paths if shard in self._partials else ():
+            retrying(lambda path=path: self.storage.discard(path))
+        self._state.forget_commits(shard)
+        self._num_attempts.pop(shard, None)
+        self._whole.add(shard)
+        self._broken.discard(shard)
         return stored
 
     def finish(self) -> dict[str, Any] | None:
@@ -319,7 +396,7 @@ class Ledger:
 
     def close(self, release: bool = True) -> None:
         """Stop the heartbeat and release the leases still held; safe to call twice."""
-        self._leases.close(release)
+        self.leases.close(release)
 
 
 def _content(record: ShardRecord) -> dict[str, Any]:

@@ -271,10 +271,22 @@ def merge_chunks(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     `attempts` lists who made the shard and on what, in the order of their first chunk, with chunk counts.
     """
-    summaries = list(summaries)
     attempts: dict[str, dict[str, Any]] = {}
+    total = Metrics()
     for summary in summaries:
         facts = summary["facts"]
         attempts.setdefault(facts["attempt"], {**facts, "chunks": 0})["chunks"] += 1
-    total = Metrics.sum(Metrics.from_json(summary) for summary in summaries)
+        total.merge(Metrics.from_json(summary))
     return {**summarise(total), "attempts": list(attempts.values())}
+
+
+def counts_of(summary: Mapping[str, Any]) -> Metrics:
+    """What a shard's metrics/ counted of its rows, without what was timed."""
+    return Metrics(
+        rejected=dict(summary["rejected_by_reason"]),
+        finish_reasons=dict(summary["finish_reasons"]),
+        **{name: summary[name] for name in _ROW_COUNTS},
+    )
+
+
+_ROW_COUNTS = ("rows_in", "rows_ok", "samples", "prompt_tokens", "cached_tokens", "generated_tokens")

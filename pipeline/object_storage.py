@@ -113,7 +113,7 @@ class ObjectStorage(Storage):
     with which a store that knows no conditional requests is used all the same.
     """
 
-    heartbeats_are_dear = True
+    requests_are_dear = True
 
     def __init__(self, client: ObjectClient, folder: str, *, is_single_writer: bool = False):
         self._client = client

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from engine.drawn import DrawnTokens
 from engine.outputs import EngineStats, RequestOutput
 from engine.sampling_params import SamplingParams
 from pipeline.lease import Lease
+from pipeline.ledger import Ledger
 from pipeline.metrics import Metrics
-from pipeline.planned_reading import PlacedRow
+from pipeline.partials import PartialRow, Partials
+from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.rows import Prompt, Reject
 from pipeline.shards import Shard
 from pipeline.suspects import Suspects
@@ -37,6 +40,7 @@ class EngineLike(Protocol):
         sampling: SamplingParams,
         identity: str,
         expected_output_len: int | None,
+        drawn: Sequence[DrawnTokens] | None,
     ) -> Any: ...
 
     def pin_prefix(self, token_ids: Sequence[int]) -> Any:
@@ -48,6 +52,10 @@ class EngineLike(Protocol):
         ...
 
     def step(self) -> list[RequestOutput]: ...
+
+    def drawn_tokens(self, request_id: str) -> Sequence[DrawnTokens] | None:
+        """What another engine can go on from, a sample each; None where there is nothing."""
+        ...
 
     def abort_request(self, request_id: str) -> Any: ...
 
@@ -64,6 +72,8 @@ class OpenChunk:
     stop: int
     writer: ChunkWriter
     metrics: Metrics = field(default_factory=Metrics)
+    begun: Mapping[str, PartialRow] = field(default_factory=dict)  # what was saved of its rows, by id
+    done: list[PartialRow | None] = field(default_factory=list)  # what may be saved of those in the writer
     num_seen: int = 0  # rows taken from the reader
     num_done: int = 0  # rows in the writer
     num_alone: int = 0  # rows waiting to be run with nothing else in flight
@@ -83,13 +93,117 @@ class OpenChunk:
 
 @dataclass(slots=True)
 class OpenShard:
-    """A shard this worker holds the lease of."""
+    """A shard, or a part of one, that this worker holds the lease of."""
 
     shard: Shard
     lease: Lease
-    suspects: Suspects
-    num_missing: int  # chunks not committed
+    suspects: Suspects = field(default_factory=Suspects)
+    partials: Partials | None = None  # what others saved of its rows
+    assignment: Assignment | None = None  # what its rows are read for
+    todo: set[int] = field(default_factory=set)  # chunks to be run here and not begun
+    num_missing: int = 0  # chunks to be run here and not committed
+    has_let: bool = False
     in_flight: dict[str, PlacedRow] = field(default_factory=dict)  # by request id
+    has_changed: bool = False  # rows in flight since the lease was told
+
+    @property
+    def is_untouched(self) -> bool:
+        """Nobody else has ever worked on it."""
+        return self.lease.is_first and not self.has_let
+
+    @property
+    def is_shared(self) -> bool:
+        """Others run chunks of the shard too."""
+        return self.has_let or self.lease.is_part or bool(self.lease.others)
+
+    def begin(self, chunks: Sequence[int], assignment: Assignment) -> None:
+        """These chunks are to be run, as the assignment says."""
+        self.todo, self.num_missing, self.assignment = set(chunks), len(chunks), assignment
+
+    def give_up(self, chunk: int, places: tuple[int, int]) -> None:
+        """Another worker will run a chunk that is not begun."""
+        assert self.assignment is not None, "a chunk is to be run, so its rows are assigned"
+        self.todo.remove(chunk)
+        self.num_missing -= 1
+        self.has_let = True
+        self.assignment.withdraw(*places)
+
+
+@dataclass(frozen=True, slots=True)
+class CutShort:
+    """A chunk that was given up: whose it was, and how far its rows had come."""
+
+    lease: Lease
+    chunk: int
+    attempt: str
+    rows: tuple[PartialRow, ...]
+
+
+class OpenWork:
+    """The shards and chunks that a worker has open."""
+
+    def __init__(self, ledger: Ledger, engine: EngineLike):
+        self._ledger = ledger
+        self._engine = engine
+        self.shards: dict[int, OpenShard] = {}
+        self.chunks: dict[tuple[int, int], OpenChunk] = {}  # oldest first
+
+    @property
+    def metrics(self) -> list[Metrics]:
+        """Of each open chunk."""
+        return [chunk.metrics for chunk in self.chunks.values()]
+
+    def wants(self, placed: PlacedRow) -> bool:
+        """False for what was read ahead of a shard that was dropped, or a chunk that was let, since."""
+        index, chunk = placed.row.shard_index, self._number_of(placed)
+        opened = self.shards.get(index)
+        if opened is None or placed.assignment is not opened.assignment:
+            return False
+        return chunk in opened.todo or (index, chunk) in self.chunks
+
+    def chunk_of(self, placed: PlacedRow) -> OpenChunk:
+        """The chunk that a wanted row is in; opened if this is the first of its rows."""
+        number = self._number_of(placed)
+        key = (placed.row.shard_index, number)
+        if key not in self.chunks:
+            start, stop = self._ledger.plan.chunk_bounds(*key)
+            opened = self.shards[placed.row.shard_index]
+            opened.todo.discard(number)
+            self.chunks[key] = OpenChunk(
+                *key,
+                start=start,
+                stop=stop,
+                writer=self._ledger.writer(opened.lease, number, placed.window),
+                begun=opened.partials.of_chunk(number) if opened.partials else {},
+            )
+        return self.chunks[key]
+
+    def abandon(self, key: tuple[int, int]) -> CutShort:
+        """Give up a chunk; how far its rows have come."""
+        chunk = self.chunks.pop(key)
+        opened = self.shards[chunk.shard]
+        rows = list(chunk.done)
+        for request_id, placed in list(opened.in_flight.items()):
+            if chunk.start <= placed.place < chunk.stop:
+                drawn = self._engine.drawn_tokens(request_id)
+                assert isinstance(placed.row, Prompt), "a rejected row is never run"
+                rows.append(PartialRow.of(placed.row, drawn or ()))
+                self._engine.abort_request(request_id)
+                del opened.in_flight[request_id]
+                opened.has_changed = True
+        chunk.writer.abandon()
+        return CutShort(
+            opened.lease, chunk.chunk, chunk.writer.attempt, tuple(row for row in rows if row is not None)
+        )
+
+    def drop(self, index: int) -> None:
+        """Stop working on a shard: nothing of it that is not committed will be."""
+        for key in [key for key in self.chunks if key[0] == index]:
+            self.abandon(key)
+        self.shards.pop(index).lease.release()
+
+    def _number_of(self, placed: PlacedRow) -> int:
+        return placed.place // self._ledger.plan.chunk_rows
 
 
 def merge_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -42,18 +42,32 @@ class Windows(Protocol):
     def settle_window(self, planned: WindowOrder) -> WindowOrder: ...
 
 
-@dataclass(frozen=True, slots=True)
 class Assignment:
-    """Half-open ranges of places of a shard of `num_rows` rows that are still to be run, in order."""
+    """Half-open ranges of places of a shard of `num_rows` rows that are still to be run, in order.
 
-    shard: Shard
-    num_rows: int
-    ranges: tuple[tuple[int, int], ...]
+    Known by itself, not by its values: the same places may be assigned again. Read in other threads than the
+    one that withdraws.
+    """
+
+    def __init__(self, shard: Shard, num_rows: int, ranges: tuple[tuple[int, int], ...]):
+        self.shard = shard
+        self.num_rows = num_rows
+        self.ranges = ranges
+        self.settled_stop = 0
+        """Places before this one are in windows whose order is on record."""
+        self._withdrawn: tuple[tuple[int, int], ...] = ()
 
     def inside(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of the ranges that lie in [start, stop)."""
         cut = ((max(a, start), min(b, stop)) for a, b in self.ranges)
         return [(a, b) for a, b in cut if a < b]
+
+    def withdraw(self, start: int, stop: int) -> None:
+        """Another worker runs these places: those that are not read yet need not be."""
+        self._withdrawn = (*self._withdrawn, (start, stop))
+
+    def is_withdrawn(self, place: int) -> bool:
+        return any(start <= place < stop for start, stop in self._withdrawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +77,8 @@ class PlacedRow:
     row: Prompt | Reject
     place: int
     window: WindowOrder
+    assignment: Assignment | None = None
+    """What it was read for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +127,10 @@ class PlannedReader:
                     return
                 window = self._windows.settle_window(planned)
                 if window.sha256 == planned.sha256:
-                    ranges = assignment.inside(start, window.stop)
-                    yield self._spooled(window, ranges, spool, lambda position, first=start: position - first)
+                    assignment.settled_stop = window.stop
+                    yield self._spooled(
+                        window, assignment, spool, lambda position, first=start: position - first
+                    )
                     start = window.stop
                     continue
                 spool.close()  # another worker's order counts, and may end elsewhere
@@ -120,10 +138,11 @@ class PlannedReader:
             elif window is None:
                 rest = WindowOrder(shard=shard.index, start=start, stop=num_rows)
                 window = self._windows.settle_window(rest)
+            assignment.settled_stop = window.stop
             ranges = assignment.inside(window.start, window.stop)
             if ranges and window.planned is None:
                 first = ranges[0][0]
-                yield self._streamed(window, ranges, source or self._read(shard, first, num_rows), shard)
+                yield self._streamed(window, assignment, source or self._read(shard, first, num_rows))
                 source = None  # the portion's from here on
             elif ranges:
                 positions = [place for a, b in ranges for place in window.positions(a, b)]
@@ -132,7 +151,7 @@ class PlannedReader:
                 if spool is None:
                     return
                 numbers = {position: number for number, position in enumerate(sorted(positions))}
-                yield self._spooled(window, ranges, spool, numbers.__getitem__)
+                yield self._spooled(window, assignment, spool, numbers.__getitem__)
             start = window.stop
 
     def _read(self, shard: Shard, start: int, stop: int) -> Iterator[SourceRow | Reject]:
@@ -175,17 +194,19 @@ class PlannedReader:
     def _spooled(
         self,
         window: WindowOrder,
-        ranges: Sequence[tuple[int, int]],
+        assignment: Assignment,
         spool: PromptSpool,
         number_of: Callable[[int], int],
     ) -> Portion:
         """Rows from a spool; `number_of` says where in it the row at a position is."""
         _ = window.groups  # found here, in this thread's time
+        ranges = assignment.inside(window.start, window.stop)
 
         def rows() -> Iterator[PlacedRow]:
             for a, b in ranges:
                 for place, position in zip(range(a, b), window.positions(a, b), strict=True):
-                    yield PlacedRow(spool.read(number_of(position)), place, window)
+                    if not assignment.is_withdrawn(place):
+                        yield PlacedRow(spool.read(number_of(position)), place, window, assignment)
             spool.close()
 
         return Portion(_num_rows(ranges), rows())
@@ -218,26 +239,32 @@ class PlannedReader:
         return spool
 
     def _streamed(
-        self,
-        window: WindowOrder,
-        ranges: Sequence[tuple[int, int]],
-        source: Iterator[SourceRow | Reject],
-        shard: Shard,
+        self, window: WindowOrder, assignment: Assignment, source: Iterator[SourceRow | Reject]
     ) -> Portion:
+        """Rows in input order, where place and position are the same."""
         # One pass from the first wanted row to the last: beginning anew for each range would read a JSONL
         # file from its first line every time.
+        ranges = assignment.inside(window.start, window.stop)
         last = ranges[-1][1]
-        wanted = (row for row in source if any(a <= row.position < b for a, b in ranges))
+        position = -1
 
-        def rows() -> Iterator[PlacedRow]:
-            position = -1
-            while batch := list(islice(wanted, BATCH_ROWS)):
-                for row in self._build(batch):
-                    position = row.position
-                    yield PlacedRow(row, position, window)
+        def wanted() -> Iterator[SourceRow | Reject]:
+            nonlocal position
+            for row in source:
+                position = row.position
+                is_wanted = any(a <= position < b for a, b in ranges)
+                if is_wanted and not assignment.is_withdrawn(position):
+                    yield row
                 if position == last - 1:
                     return
-            raise _too_short(shard)
+
+        def rows() -> Iterator[PlacedRow]:
+            following = wanted()
+            while batch := list(islice(following, BATCH_ROWS)):
+                for row in self._build(batch):
+                    yield PlacedRow(row, row.position, window, assignment)
+            if position < last - 1:
+                raise _too_short(assignment.shard)
 
         return Portion(_num_rows(ranges), rows())
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from engine.errors import OutputError, RetryLater
 from pipeline.commits import retrying
-from pipeline.lease import TAKEOVER_S, LeaseBook
+from pipeline.lease_book import TAKEOVER_S, LeaseBook
 from pipeline.manifest import part_name
 from pipeline.plan import RunPlan
 from pipeline.process_identity import ProcessIdentity

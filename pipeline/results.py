@@ -24,8 +24,8 @@ import pyarrow as pa
 
 from engine.errors import OutputError
 from pipeline.chunk_merge import committed_windows, merged_rejects, merged_tables
+from pipeline.claims import read_claim, read_claims
 from pipeline.commits import CommitRecord, FileRef, parse_record, retrying
-from pipeline.lease import epochs, read_claim
 from pipeline.manifest import ShardRecord, sum_counts
 from pipeline.metrics import merge_chunks
 from pipeline.parquet_files import READ_ROWS, read_tables
@@ -177,12 +177,11 @@ class Run:
         return states
 
     def _holder(self, shard: int) -> str | None:
-        known = epochs(self._storage, self._state.folder, shard)
-        latest = max(known, default=0)
-        if not latest or known[latest]:
-            return None
-        owner = read_claim(self._storage, self._state.folder, shard, latest, False).owner
-        return None if owner.is_gone() else f"{owner.host} process {owner.pid}"
+        """Who may be at work on a shard: the process that took it, and those that it let parts to."""
+        claims = read_claims(self._storage, self._state.folder, shard)
+        owners = [read_claim(self._storage, self._state.folder, shard, key).owner for key in claims.open_keys]
+        alive = [f"{owner.host} process {owner.pid}" for owner in owners if not owner.is_gone()]
+        return ", ".join(dict.fromkeys(alive)) or None
 
     def _finished(self) -> dict[int, ShardRecord]:
         """Finished shards, from the manifest if there is one: _state may have been removed since."""

@@ -30,6 +30,7 @@ from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
 from pipeline.plan import RunPlan
 from pipeline.planned_reading import PlannedReader
+from pipeline.preemption import NoticeWatch, notice_of
 from pipeline.progress import Progress
 from pipeline.prompts import PromptBuilder
 from pipeline.read_ahead import ReadAhead
@@ -39,6 +40,7 @@ from pipeline.signals import HandleSignals, StopRequest
 from pipeline.spool import open_spool
 from pipeline.storage import Storage, open_storage
 from pipeline.summary import Outcome, summary_lines
+from pipeline.watchdog import StepWatchdog
 from pipeline.worker import Worker, WorkResult
 
 LoadModel = Callable[[Settings], Any]
@@ -122,6 +124,8 @@ def run_job(
     with ExitStack() as stack:
         stop = stack.enter_context(HandleSignals(stop or StopRequest(settings.drain_seconds)))
         join_processes(settings.engine)
+        preemption = settings.preemption
+        stack.enter_context(NoticeWatch(notice_of(preemption), stop, preemption.poll_seconds))
         platform = select_platform(settings.engine.platform)
         lockstep = connect_processes(settings)
         if lockstep is not None:
@@ -213,7 +217,7 @@ def _work(
     print(f"engine: {facts.device}", file=sys.stderr, flush=True)
     stop.begin_work()
     planned = PlannedReader(builder, settings.input, ledger, spool, ledger.plan.chunk_rows)
-    with ReadAhead(planned) as reader:
+    with StepWatchdog(settings.step_timeout_s) as watchdog, ReadAhead(planned) as reader:
         worker = Worker(
             ledger,
             shards,
@@ -222,6 +226,7 @@ def _work(
             stop,
             partial(Progress, settings.progress, line_seconds=settings.progress_line_seconds),
             facts,
+            watchdog,
             max_num_seqs=settings.engine.max_num_seqs * stats.num_replicas,
             page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
@@ -238,11 +243,7 @@ def _conclude(
     seconds: float,
 ) -> ExitCode:
     """Say how it ended, and turn that into the exit code."""
-    overall = Metrics.sum(
-        Metrics.from_json(record.metrics)
-        for shard in range(ledger.plan.num_shards)
-        for record in ledger.committed(shard).values()
-    )
+    overall = ledger.metrics_so_far()
     rows_total, url = ledger.plan.num_rows, ledger.storage.url
     code = _exit_code(settings, overall, rows_total, result, is_finished, stop)
     rows = f"{overall.rows_in:,} of {rows_total:,} rows are committed"

@@ -26,7 +26,7 @@ class RunState:
         self.storage = storage
         self.fingerprint = fingerprint
         self.folder = f"_state/{fingerprint}"
-        self._commits: dict[tuple[int, int], CommitRecord] = {}
+        self._commits: dict[int, dict[int, CommitRecord]] = {}  # by shard and chunk
         self._shards: dict[int, ShardRecord] = {}
         self._last_window: WindowOrder | None = None  # the orders of a large shard are not all held
 
@@ -105,15 +105,19 @@ class RunState:
 
     def commit(self, shard: int, chunk: int) -> CommitRecord:
         """A chunk's commit record, which is there."""
-        if (shard, chunk) not in self._commits:
+        if chunk not in self._commits.get(shard, ()):
             data = self.read(self.commit_path(shard, chunk)) or b""
             self.remember_commit(shard, chunk, data)
-        return self._commits[shard, chunk]
+        return self._commits[shard][chunk]
 
     def remember_commit(self, shard: int, chunk: int, data: bytes) -> None:
         """Take note of a commit record that is known to be stored, so that it need not be read."""
         place = f"{self.storage.url}/{self.commit_path(shard, chunk)}"
-        self._commits[shard, chunk] = CommitRecord.from_bytes(data, place)
+        self._commits.setdefault(shard, {})[chunk] = CommitRecord.from_bytes(data, place)
+
+    def forget_commits(self, shard: int) -> None:
+        """Hold the shard's commit records no longer: it is finished."""
+        self._commits.pop(shard, None)
 
     def finished(self) -> dict[int, ShardRecord]:
         """The records of finished shards, in order."""
@@ -122,6 +126,20 @@ class RunState:
     def finished_shards(self) -> list[int]:
         """The numbers of the shards that have a record."""
         return self._indices("shards")
+
+    def is_finished(self, shard: int) -> bool:
+        """Whether a shard has a record; looks for nothing but that one."""
+        if not self.knows_finished(shard):
+            path = self.shard_path(shard)
+            data = self.read(path)
+            if data is None:
+                return False
+            self._shards[shard] = ShardRecord.from_bytes(data, f"{self.storage.url}/{path}")
+        return True
+
+    def knows_finished(self, shard: int) -> bool:
+        """Whether a shard's record was read before."""
+        return shard in self._shards
 
     def finished_shard(self, shard: int) -> ShardRecord:
         """A finished shard's record, which is there."""

@@ -21,6 +21,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.sampling_params import SamplingParams
 from pipeline.parquet_files import MAX_GROUP_ROWS
+from pipeline.preemption import PreemptionSettings
 from pipeline.progress import ProgressStyle
 from pipeline.prompts import PromptSettings
 from pipeline.shards import InputSettings
@@ -120,15 +121,18 @@ class Settings:
     mode: Mode = "run"
     max_reject_fraction: float = 0.1
     drain_seconds: float = 10.0
+    step_timeout_s: float = 600.0
     progress: ProgressStyle = "auto"
     progress_line_seconds: float = 30.0
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     gc: GcSettings = field(default_factory=GcSettings)
+    preemption: PreemptionSettings = field(default_factory=PreemptionSettings)
 
     def __post_init__(self) -> None:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
         _in_range("drain_seconds", self.drain_seconds, 0.0, 86_400.0)
+        _in_range("step_timeout_s", self.step_timeout_s, 0.1, 86_400.0)
         _in_range("progress_line_seconds", self.progress_line_seconds, 0.1, 86_400.0)
         if self.output.path is None and self.mode != "plan":
             raise ConfigError("output.path is missing: name the folder for the results, output.path=…")
@@ -146,6 +150,7 @@ HARMLESS = frozenset(
         "mode",
         "max_reject_fraction",
         "drain_seconds",
+        "step_timeout_s",
         "progress",
         "progress_line_seconds",
         "resume.on_change",
@@ -153,6 +158,10 @@ HARMLESS = frozenset(
         "plan.measure",
         "gc.remove",
         "gc.min_age_hours",
+        "preemption.notice",
+        "preemption.file",
+        "preemption.metadata_url",
+        "preemption.poll_seconds",
         "input.path",
         "input.order",
         "model.source",

@@ -103,19 +103,20 @@ class HandleSignals:
         while True:
             ready, _, _ = select.select([self._reader], [], [], timeout)
             if not ready:
-                _end_now(ExitCode.DRAINED, "stopped before the end of a long step")
+                end_now(ExitCode.DRAINED, "stopped before the end of a long step")
             numbers = self._reader.recv(64)
             if not numbers:
                 return
             for number in numbers:
                 if number == signal.SIGINT and self._stop.is_asked:
-                    _end_now(ExitCode.STOPPED_AT_ONCE, "stopped at once")
+                    end_now(ExitCode.STOPPED_AT_ONCE, "stopped at once")
                 elif number in self._previous:
                     self._stop.ask(signal.Signals(number).name)
                     timeout = max(self._stop.seconds_left + GRACE_SECONDS, 0.0)
 
 
-def _end_now(code: ExitCode, why: str) -> None:
+def end_now(code: ExitCode, why: str) -> None:
+    """End the process where it stands, saying why."""
     sys.stderr.write(f"\n{why}: committed chunks are kept, the same command resumes\n")
     sys.stderr.flush()
     os._exit(code)

@@ -38,10 +38,11 @@ class PassingFault(RetryLater):
 class Storage(ABC):
     """One output folder. Methods raise OutputError (cannot ever work), or RetryLater (may work later).
 
-    heartbeats_are_dear: each is a request to a store, so they are not to be written before every step.
+    requests_are_dear: each operation is a request to a store, so heartbeats are not to be written before
+    every step, nor all finished files to be looked at.
     """
 
-    heartbeats_are_dear = False
+    requests_are_dear = False
 
     @property
     @abstractmethod

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.lease import Heartbeat, Suspects, epochs, read_heartbeat
+from pipeline.claims import Heartbeat, deaths, read_claims, read_heartbeat
+from pipeline.lease import Suspects
 from pipeline.storage import Storage
 
 NUM_DEATHS_AT_SAME_STEP = 3
@@ -22,14 +23,13 @@ NUM_DEATHS_AT_ANY_STEP = 6
 
 
 def find_suspects(storage: Storage, state: str, shard: int) -> Suspects:
-    """The suspects of a shard, from all its epochs but the latest, which is the asking worker's own."""
-    known = epochs(storage, state, shard)
-    latest = max(known, default=0)
+    """The suspects of a shard, from all its epochs but the latest, which is the asking worker's own or that
+    of the worker that lets it a part, and from the parts whose holders died.
+    """
     return judge(
         [
-            None if was_released else read_heartbeat(storage, state, shard, epoch)
-            for epoch, was_released in known.items()
-            if epoch < latest
+            None if was_released else read_heartbeat(storage, state, shard, key)
+            for key, was_released in deaths(read_claims(storage, state, shard))
         ]
     )
 

@@ -8,29 +8,34 @@ while the last rows of this one finish, so several chunks are open at once and m
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from engine.drawn import DrawnTokens
 from engine.errors import InputError, RequestError
 from engine.outputs import RequestOutput
 from pipeline.engine_meter import EngineMeter
 from pipeline.hints import KEPT_SHARE, OutputLengths, Templates, WantedPrefixes
+from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
-from pipeline.open_work import EngineLike, OpenChunk, OpenShard, merge_ranges, quarantine
+from pipeline.open_work import EngineLike, OpenChunk, OpenShard, OpenWork, merge_ranges, quarantine
+from pipeline.partials import PartialRow
 from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing
 from pipeline.read_ahead import Item, ReadAhead, ReadFailure
 from pipeline.rows import Prompt, Reject
 from pipeline.shards import Shard, current_version
+from pipeline.sharing import HeldShards, let_parts
 from pipeline.signals import StopRequest
 from pipeline.tally import Tally
+from pipeline.watchdog import StepWatchdog
 
 # Another process's lease is watched this long (a dead one on another machine is taken over after 120 s).
 HELD_PATIENCE_SECONDS = 150.0
-HELD_POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Worker:
         stop: StopRequest,
         progress: Callable[[Standing], Progress],
         facts: ChunkFacts,
+        watchdog: StepWatchdog,
         *,
         max_num_seqs: int,
         page_size: int,
@@ -67,12 +73,13 @@ class Worker:
         self._reader = reader
         self._stop = stop
         self._facts = facts
+        self._watchdog = watchdog
         self._clock = clock
         self._meter = EngineMeter(engine, max_num_seqs, clock)
         # As many waiting as running: the scheduler always has a next row, and others if that one must wait.
         self._max_unfinished = 2 * max_num_seqs
         # Rows are told to the lease before they run: many at a time, where each time is a request to a store.
-        is_dear = ledger.storage.heartbeats_are_dear
+        is_dear = ledger.storage.requests_are_dear
         self._refill_below = self._max_unfinished - (max_num_seqs // 2 if is_dear else 0)
 
         self._wanted = WantedPrefixes(
@@ -82,12 +89,10 @@ class Worker:
         self._lengths = OutputLengths()
 
         self._unclaimed = deque(ledger.unfinished())
-        self._held: set[int] = set()
-        self._open_shards: dict[int, OpenShard] = {}
-        self._open_chunks: dict[tuple[int, int], OpenChunk] = {}  # oldest first
+        self._held = HeldShards(ledger, clock)
+        self._work = OpenWork(ledger, engine)
         self._alone: deque[PlacedRow] = deque()
         self._alone_steps: int | None = None  # steps of the row that runs alone now
-        self._changed_shards: set[int] = set()  # whose rows in flight changed since their lease was told
         self._failed: dict[int, InputError] = {}
         self._tally = Tally(ledger.counts(), ledger.plan.num_rows, max_reject_fraction)
         self._progress = progress(self._tally.standing([]))
@@ -95,10 +100,11 @@ class Worker:
     def run(self) -> WorkResult:
         """Work until nothing is left, a drain is asked for, or too many rows are rejected."""
         held_since: float | None = None
-        while not self._stop.is_asked and not self._tally.is_over_limit(self._open_metrics):
+        while not self._stop.is_asked and not self._tally.is_over_limit(self._work.metrics):
             self._assign()
             self._admit()
             if self._engine.has_unfinished:
+                held_since = None
                 self._step()
             elif not self._reader.is_exhausted:
                 self._wait_for_rows()
@@ -110,11 +116,9 @@ class Worker:
                 held_since = self._clock() if held_since is None else held_since
                 if self._clock() - held_since > HELD_PATIENCE_SECONDS:
                     break
-                self._sleep(HELD_POLL_SECONDS)
-                self._unclaimed.extend(sorted(self._held))
-                self._held.clear()
-        too_many = self._tally.is_over_limit(self._open_metrics)
-        rows_rejected = self._tally.standing(self._open_metrics).rows_rejected
+                time.sleep(0.1)
+        too_many = self._tally.is_over_limit(self._work.metrics)
+        rows_rejected = self._tally.standing(self._work.metrics).rows_rejected
         if self._stop.is_asked or too_many:
             self._drain()
         self._wanted.release_all()
@@ -124,40 +128,61 @@ class Worker:
     # Shards: claim, assign, give up.
 
     def _assign(self) -> None:
-        """Claim the next shard once the reader is through with the last one."""
-        while self._unclaimed and self._reader.wants_assignment:
-            index = self._unclaimed.popleft()
-            lease = self._ledger.claim(index)
-            if lease is None:
-                self._held.add(index)
-                continue
-            missing = self._ledger.missing_chunks(index)
-            self._open_shards[index] = OpenShard(
-                self._shards[index], lease, self._ledger.suspects(index), len(missing)
-            )
-            if missing:
-                plan = self._ledger.plan
-                ranges = merge_ranges([plan.chunk_bounds(index, chunk) for chunk in missing])
-                num_rows = plan.shards[index].num_rows
-                self._reader.assign(Assignment(self._shards[index], num_rows, ranges))
-            else:
-                self._finalise(index)
+        """Claim the next shard, or a part of another's, once the reader is through with the last one."""
+        while self._reader.wants_assignment:
+            if self._unclaimed:
+                index = self._unclaimed.popleft()
+                lease = self._ledger.claim(index)
+                if lease is None and not self._ledger.is_known_finished(index):
+                    self._held.add(index)
+                    # Others are at work: begin elsewhere than they did.
+                    self._unclaimed.rotate(random.randrange(len(self._unclaimed) + 1))
+            elif (lease := self._held.next_lease()) is None:
+                return
+            if lease is not None:
+                self._open(lease)
+
+    def _open(self, lease: Lease) -> None:
+        self._work.shards[lease.shard] = OpenShard(self._shards[lease.shard], lease)
+        self._begin(lease.shard, self._ledger.chunks_to_run(lease))
+
+    def _begin(self, index: int, chunks: Sequence[int]) -> None:
+        """Have the rows of these chunks read; where there are none, see how to end."""
+        if not chunks:
+            self._end_shard(index)
+            return
+        plan, opened = self._ledger.plan, self._work.shards[index]
+        if not opened.is_untouched:  # by others, who may have died or left rows half done
+            opened.suspects = self._ledger.suspects(index)
+            opened.partials = self._ledger.partials(index)
+        ranges = merge_ranges([plan.chunk_bounds(index, chunk) for chunk in chunks])
+        assignment = Assignment(self._shards[index], plan.shards[index].num_rows, ranges)
+        opened.begin(chunks, assignment)
+        self._reader.assign(assignment)
+
+    def _end_shard(self, index: int) -> None:
+        """All of ours is committed: finalise the shard, unless others are still at it."""
+        opened = self._work.shards[index]
+        if opened.is_shared and (missing := self._ledger.missing_chunks(index)):
+            self._ledger.leases.look_again(opened.lease)
+            chunks = [chunk for chunk in missing if opened.lease.covers(chunk)]
+            if chunks:  # of a part whose holder died
+                self._begin(index, chunks)
+                return
+            self._held.add(index)
+        else:
+            self._ledger.finalise_shard(index)
+        self._work.shards.pop(index).lease.release()
 
     def _drop_shard(self, index: int) -> None:
-        """Stop working on a shard: nothing of it that is not committed will be."""
-        opened = self._open_shards.pop(index)
-        for request_id in opened.in_flight:
-            self._engine.abort_request(request_id)
+        self._work.drop(index)
         if self._alone_steps is not None and not self._engine.has_unfinished:
             self._alone_steps = None
         self._alone = deque(placed for placed in self._alone if placed.row.shard_index != index)
-        for key in [key for key in self._open_chunks if key[0] == index]:
-            self._open_chunks.pop(key).writer.abandon()
-        opened.lease.release()
 
     def _fail_shard(self, index: int, error: InputError) -> None:
         self._failed[index] = error
-        if index in self._open_shards:
+        if index in self._work.shards:
             self._drop_shard(index)
 
     # Rows: take, admit, complete.
@@ -166,7 +191,7 @@ class Worker:
         """Top up the engine from the reader; rows that killed their worker before are run alone."""
         if self._alone_steps is not None:
             return
-        wait_for_idle = any(chunk.waits_for_isolation for chunk in self._open_chunks.values())
+        wait_for_idle = any(chunk.waits_for_isolation for chunk in self._work.chunks.values())
         if self._alone and (wait_for_idle or self._reader.is_exhausted):
             if not self._engine.has_unfinished:
                 self._start_alone()
@@ -186,11 +211,11 @@ class Worker:
             self._fail_shard(item.shard_index, item.error)
             return
         row = item.row
+        if not self._work.wants(item):
+            return
         self._wanted.take(item)
-        opened = self._open_shards.get(row.shard_index)
-        if opened is None:
-            return  # read ahead of a shard that was dropped since
-        chunk = self._chunk_of(item)
+        opened = self._work.shards[row.shard_index]
+        chunk = self._work.chunk_of(item)
         chunk.num_seen += 1
         if isinstance(row, Reject):
             self._reject(chunk, row)
@@ -202,19 +227,9 @@ class Worker:
         else:
             self._submit(chunk, opened, item, row)
 
-    def _chunk_of(self, placed: PlacedRow) -> OpenChunk:
-        plan = self._ledger.plan
-        number = placed.place // plan.chunk_rows
-        key = (placed.row.shard_index, number)
-        if key not in self._open_chunks:
-            start, stop = plan.chunk_bounds(*key)
-            lease = self._open_shards[placed.row.shard_index].lease
-            writer = self._ledger.writer(lease, number, placed.window)
-            self._open_chunks[key] = OpenChunk(*key, start=start, stop=stop, writer=writer)
-        return self._open_chunks[key]
-
     def _submit(self, chunk: OpenChunk, opened: OpenShard, placed: PlacedRow, prompt: Prompt) -> None:
         request_id = f"{prompt.shard_index}:{prompt.position}"
+        begun = chunk.begun.get(prompt.row_id)
         try:
             self._engine.add_request(
                 request_id,
@@ -224,19 +239,20 @@ class Worker:
                 expected_output_len=self._lengths.expected(
                     self._templates.of(placed), prompt.sampling.max_tokens
                 ),
+                drawn=begun.samples if begun is not None and begun.fits(prompt) else None,
             )
         except RequestError as error:
             self._complete(chunk, placed, prompt, None, error)
             return
         opened.in_flight[request_id] = placed
-        self._changed_shards.add(prompt.shard_index)
+        opened.has_changed = True
 
     def _start_alone(self) -> None:
         placed = self._alone.popleft()
         assert isinstance(placed.row, Prompt), "a rejected row is never run"
-        chunk = self._chunk_of(placed)
+        chunk = self._work.chunk_of(placed)
         chunk.num_alone -= 1
-        opened = self._open_shards[placed.row.shard_index]
+        opened = self._work.shards[placed.row.shard_index]
         self._submit(chunk, opened, placed, placed.row)
         self._alone_steps = 0 if opened.in_flight else None
 
@@ -256,6 +272,7 @@ class Worker:
             chunk.metrics.complete(output, placed.window.achievable(placed.place), template)
             for sample in output.outputs:
                 self._lengths.add(template, len(sample.token_ids))
+            chunk.done.append(PartialRow.of(prompt, tuple(map(DrawnTokens.of, output.outputs))))
         self._row_done(chunk)
 
     def _reject(self, chunk: OpenChunk, reject: Reject) -> None:
@@ -265,35 +282,37 @@ class Worker:
 
     def _step(self) -> None:
         self._tell_leases()
-        outputs = self._meter.step()
+        with self._watchdog.watched():
+            outputs = self._meter.step()
         if self._alone_steps is not None:
             self._alone_steps += 1
         for output in outputs:
             shard_index = int(output.request_id.partition(":")[0])
-            opened = self._open_shards.get(shard_index)
+            opened = self._work.shards.get(shard_index)
             placed = opened.in_flight.pop(output.request_id, None) if opened else None
-            if placed is None:
+            if opened is None or placed is None:
                 continue  # aborted since: its shard or chunk was given up
-            self._changed_shards.add(shard_index)
+            opened.has_changed = True
             self._alone_steps = None
             assert isinstance(placed.row, Prompt), "a rejected row is never run"
-            self._complete(self._chunk_of(placed), placed, placed.row, output, None)
-        self._progress.update(self._tally.standing(self._open_metrics))
+            self._complete(self._work.chunk_of(placed), placed, placed.row, output, None)
+        self._progress.update(self._tally.standing(self._work.metrics))
 
     def _tell_leases(self) -> None:
         """Before a step that could kill the process: which rows are about to run."""
-        for index in list(self._open_shards):
-            opened = self._open_shards[index]
+        for index in list(self._work.shards):
+            opened = self._work.shards[index]
             if opened.lease.is_lost:
                 self._drop_shard(index)
                 self._held.add(index)
                 continue
+            let_parts(opened, self._ledger.plan)
             row_ids = [placed.row.row_id for placed in opened.in_flight.values() if placed.row.row_id]
             if self._alone_steps is not None and row_ids:
                 opened.lease.set_alone(row_ids[0], self._alone_steps)
-            elif index in self._changed_shards:
+            elif opened.has_changed:
                 opened.lease.set_in_flight(row_ids)
-        self._changed_shards.clear()
+            opened.has_changed = False
 
     def _row_done(self, chunk: OpenChunk) -> None:
         chunk.num_done += 1
@@ -304,8 +323,8 @@ class Worker:
 
     def _commit(self, chunk: OpenChunk) -> None:
         key = (chunk.shard, chunk.chunk)
-        opened = self._open_shards[chunk.shard]
-        if next(iter(self._open_chunks)) == key:
+        opened = self._work.shards[chunk.shard]
+        if next(iter(self._work.chunks)) == key:
             self._meter.settle(chunk.metrics)
         chunk.metrics.count_requests(self._ledger.storage.take_requests())
         try:
@@ -315,16 +334,12 @@ class Worker:
         except InputError as error:  # the shard's content changed: never mix old rows and new ones
             self._fail_shard(chunk.shard, error)
             return
-        del self._open_chunks[key]
+        del self._work.chunks[key]
         if is_ours:
             self._tally.commit(chunk.metrics)
         opened.num_missing -= 1
         if opened.num_missing == 0:
-            self._finalise(chunk.shard)
-
-    def _finalise(self, index: int) -> None:
-        self._ledger.finalise_shard(index)
-        self._open_shards.pop(index).lease.release()
+            self._end_shard(chunk.shard)
 
     # Waiting and stopping.
 
@@ -335,35 +350,22 @@ class Worker:
         if item is not None:
             self._take(item)
 
-    def _sleep(self, seconds: float) -> None:
-        until = self._clock() + seconds
-        while self._clock() < until and not self._stop.is_asked:
-            time.sleep(0.1)
-
     def _drain(self) -> None:
-        """Finish the chunks whose rows are all here already, as far as time allows, and leave the rest."""
+        """Finish the chunks whose rows are all here already, as far as time allows; of the rest save how far
+        its rows have come.
+        """
         self._reader.close()
-        for key, chunk in list(self._open_chunks.items()):
-            if chunk.num_seen < chunk.num_rows or chunk.num_alone:
-                self._abandon(key)
+        cut_short = [
+            self._work.abandon(key)
+            for key, chunk in list(self._work.chunks.items())
+            if chunk.num_seen < chunk.num_rows or chunk.num_alone
+        ]
         reserve = min(2.0, 0.2 * max(self._stop.seconds_left, 0.0))  # for the last commits
         while self._engine.has_unfinished and self._stop.seconds_left > reserve + self._meter.step_seconds:
             self._step()
-        for key in list(self._open_chunks):
-            self._abandon(key)
-        for opened in self._open_shards.values():
+        cut_short += [self._work.abandon(key) for key in list(self._work.chunks)]
+        for each in cut_short if self._stop.is_asked else []:
+            if each.rows and self._stop.seconds_left > 0:
+                self._ledger.save_partials(each.lease, each.chunk, each.attempt, each.rows)
+        for opened in self._work.shards.values():
             opened.lease.release()
-
-    def _abandon(self, key: tuple[int, int]) -> None:
-        chunk = self._open_chunks.pop(key)
-        opened = self._open_shards[chunk.shard]
-        for request_id, placed in list(opened.in_flight.items()):
-            if chunk.start <= placed.place < chunk.stop:
-                self._engine.abort_request(request_id)
-                del opened.in_flight[request_id]
-                self._changed_shards.add(chunk.shard)
-        chunk.writer.abandon()
-
-    @property
-    def _open_metrics(self) -> list[Metrics]:
-        return [chunk.metrics for chunk in self._open_chunks.values()]

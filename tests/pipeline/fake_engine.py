@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.drawn import DrawnTokens
 from engine.errors import RequestError
 from engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput, TokenLogprob
 from engine.sampling_params import SamplingParams
@@ -73,9 +74,15 @@ class _Running:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     arrival: float
+    offsets: list[int]  # tokens that each sample began with
     num_steps: int = 0
     first_scheduled: float | None = None
     first_token: float | None = None
+
+    @property
+    def num_drawn(self) -> list[int]:
+        """Tokens of each sample, or more where it ended before the others."""
+        return [offset + self.num_steps for offset in self.offsets]
 
 
 def _logprob(token: int) -> TokenLogprob:
@@ -110,6 +117,7 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.num_pages = 1024
         self.max_in_flight = 0
+        self.num_given = 0  # tokens that requests went on from
         self.pinned: Counter[tuple[int, ...]] = Counter()
         self.expected: dict[str, int] = {}
         self._crash_on = frozenset(crash_on)
@@ -134,6 +142,7 @@ class FakeEngine:
         priority: int = 0,
         identity: str | None = None,
         expected_output_len: int | None = None,
+        drawn: Sequence[DrawnTokens] | None = None,
     ) -> None:
         if expected_output_len is not None:
             assert 1 <= expected_output_len <= sampling.max_tokens
@@ -148,7 +157,14 @@ class FakeEngine:
             raise RequestError("duplicate_id", f"request {request_id!r} is already running")
         prompt_ids = tuple(prompt_token_ids)
         tokens = [self._tokens(prompt_ids, sampling, identity or request_id, i) for i in range(sampling.n)]
-        self._waiting.append(_Running(tokens, request_id, prompt_ids, sampling, self._clock()))
+        offsets = [0] * sampling.n
+        if drawn is not None:
+            assert sampling.prompt_logprobs is None
+            offsets = [len(each.token_ids) for each in drawn]
+            for own, each in zip(tokens, drawn, strict=True):
+                assert tuple(own[: len(each.token_ids)]) == each.token_ids, "another row's tokens"
+            self.num_given += sum(offsets)
+        self._waiting.append(_Running(tokens, request_id, prompt_ids, sampling, self._clock(), offsets))
 
     def _tokens(
         self, prompt: tuple[int, ...], sampling: SamplingParams, identity: str, index: int
@@ -186,8 +202,12 @@ class FakeEngine:
                 self._crash(each.request_id)
             if each.first_token is None:
                 each.first_token = self._clock()
-            self._generated_tokens += sum(len(tokens) >= each.num_steps for tokens in each.output_tokens)
-            if each.num_steps >= max(len(tokens) for tokens in each.output_tokens):
+            self._generated_tokens += sum(
+                len(tokens) >= drawn for tokens, drawn in zip(each.output_tokens, each.num_drawn, strict=True)
+            )
+            if all(
+                drawn >= len(tokens) for tokens, drawn in zip(each.output_tokens, each.num_drawn, strict=True)
+            ):
                 self._running.remove(each)
                 finished.append(self._output(each))
         return finished
@@ -229,6 +249,19 @@ class FakeEngine:
         if not self.pinned[tuple(token_ids)]:
             raise ValueError("a prefix is released that is not pinned")
         self.pinned[tuple(token_ids)] -= 1
+
+    def drawn_tokens(self, request_id: str) -> tuple[DrawnTokens, ...] | None:
+        for each in self._waiting + self._running:
+            if each.request_id == request_id:
+                wants_logprobs = each.sampling.logprobs is not None
+                tokens = [
+                    tuple(tokens[: min(drawn, len(tokens) - 1)])
+                    for tokens, drawn in zip(each.output_tokens, each.num_drawn, strict=True)
+                ]
+                return tuple(
+                    DrawnTokens(t, tuple(map(_logprob, t)) if wants_logprobs else None) for t in tokens
+                )
+        return None
 
     def abort_request(self, request_id: str) -> None:
         self._waiting = [each for each in self._waiting if each.request_id != request_id]

@@ -220,7 +220,7 @@ class FaultyStorage(Storage):
 
     def __init__(self, inner: Storage, fail_at: int | None = None, mode: str = "crash before"):
         self.inner = inner
-        self.heartbeats_are_dear = inner.heartbeats_are_dear
+        self.requests_are_dear = inner.requests_are_dear
         self.fail_at = fail_at
         self.mode = mode
         self.num_operations = 0

@@ -16,7 +16,7 @@ from engine.duplicates import duplicate_key as engine_key
 from engine.errors import OutputError
 from engine.packed_tokens import pack_tokens
 from engine.sampling_params import SamplingParams
-from pipeline.commits import CommitRecord, FileRef
+from pipeline.commits import CommitRecord, FileRef, pack_metrics
 from pipeline.exact_duplicates import KEY_BYTES, duplicate_key, num_duplicates
 from pipeline.exit_codes import ExitCode
 from pipeline.results import open_run
@@ -149,7 +149,7 @@ def test_a_commit_record_keeps_its_keys_and_says_when_they_are_damaged():
     file = FileRef("a", "0" * 64, 1)
     record = CommitRecord(
         shard=0, chunk=0, attempt="a", start=0, stop=2, order="o", data=file, trace=file, rejects=None,
-        counts={}, duplicate_keys=bytes(range(16)), input_version={}, metrics={},
+        counts={}, duplicate_keys=bytes(range(16)), input_version={}, packed_metrics=pack_metrics({}),
     )  # fmt: skip
     assert CommitRecord.from_bytes(record.to_bytes(), "place") == record
     value = json.loads(record.to_bytes())

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import RetryLater
-from pipeline.lease import Heartbeat, Lease, LeaseBook, epochs, read_heartbeat
+from pipeline.claims import Heartbeat, read_claims, read_heartbeat
+from pipeline.lease import Lease
+from pipeline.lease_book import LeaseBook
 from pipeline.local_storage import LocalStorage
 from pipeline.process_identity import ProcessIdentity
 from pipeline.suspects import NUM_DEATHS_AT_ANY_STEP, NUM_DEATHS_AT_SAME_STEP, judge
@@ -61,7 +63,7 @@ def test_one_holder_at_a_time_until_released(storage: LocalStorage):
     lease.release()
     lease.release()
     assert must(second.claim(3)).epoch == 2
-    assert epochs(storage, "s", 3) == {1: True, 2: False}
+    assert read_claims(storage, "s", 3).epochs == {1: True, 2: False}
     first.close()
     second.close()
 
@@ -72,7 +74,7 @@ def test_a_process_gone_from_this_machine_is_succeeded_at_once(storage: LocalSto
     assert must(heir.claim(0)).epoch == 2
     dead.close(release=False)
     heir.close()
-    assert epochs(storage, "s", 0) == {1: False, 2: True}
+    assert read_claims(storage, "s", 0).epochs == {1: False, 2: True}
 
 
 def test_a_silent_holder_elsewhere_is_succeeded_after_the_rule(storage: LocalStorage):
@@ -107,12 +109,12 @@ def test_an_observer_that_was_stopped_has_not_watched(storage: LocalStorage):
 def test_the_heartbeat_thread_keeps_a_lease_alive_and_sees_it_lost(storage: LocalStorage):
     holder = book(storage, gone_process(), heartbeat_s=0.02)
     lease = must(holder.claim(0))
-    first = read_heartbeat(storage, "s", 0, 1)
+    first = read_heartbeat(storage, "s", 0, "000001")
     assert first is not None
     deadline = time.monotonic() + 10
-    while read_heartbeat(storage, "s", 0, 1) == first and time.monotonic() < deadline:
+    while read_heartbeat(storage, "s", 0, "000001") == first and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert read_heartbeat(storage, "s", 0, 1) != first
+    assert read_heartbeat(storage, "s", 0, "000001") != first
     assert not lease.is_lost
     heir = book(storage)
     must(heir.claim(0))
@@ -121,28 +123,28 @@ def test_the_heartbeat_thread_keeps_a_lease_alive_and_sees_it_lost(storage: Loca
     assert lease.is_lost
     holder.close()
     heir.close()
-    assert epochs(storage, "s", 0) == {1: False, 2: True}, "a lost lease is not released"
+    assert read_claims(storage, "s", 0).epochs == {1: False, 2: True}, "a lost lease is not released"
 
 
 def test_rows_in_flight_are_told_before_they_run(storage: LocalStorage):
     leases = book(storage)
     lease = must(leases.claim(0))
     lease.set_in_flight(["b", "a"])
-    told = read_heartbeat(storage, "s", 0, 1)
+    told = read_heartbeat(storage, "s", 0, "000001")
     assert told is not None
     assert (told.in_flight, told.alone_progress) == ({"a", "b"}, None)
     lease.set_in_flight(["a", "b"])
-    assert read_heartbeat(storage, "s", 0, 1) == told, "nothing new to tell"
+    assert read_heartbeat(storage, "s", 0, "000001") == told, "nothing new to tell"
     lease.set_alone("a", 4)
-    told = read_heartbeat(storage, "s", 0, 1)
+    told = read_heartbeat(storage, "s", 0, "000001")
     assert told is not None
     assert (told.in_flight, told.alone_progress) == ({"a"}, 4)
     leases.close()
 
 
-def test_where_heartbeats_are_dear_they_name_no_row_too_few_and_are_few(storage: LocalStorage):
+def test_where_requests_are_dear_they_name_no_row_too_few_and_are_few(storage: LocalStorage):
     class Dear(LocalStorage):
-        heartbeats_are_dear = True
+        requests_are_dear = True
         num_beats = 0
 
         def overwrite_heartbeat(self, path: str, data: bytes) -> None:
@@ -156,14 +158,14 @@ def test_where_heartbeats_are_dear_they_name_no_row_too_few_and_are_few(storage:
     for step in range(40):  # ten come when five are left, and one goes each step
         running = rows[step : 5 + 5 * (1 + step // 5)]
         lease.set_in_flight(running)
-        told = read_heartbeat(dear, "s", 0, 1)
+        told = read_heartbeat(dear, "s", 0, "000001")
         assert told is not None
         assert set(running) <= told.in_flight
     assert dear.num_beats == 1 + 7, "at the claim, and when rows came"
     lease.set_alone(rows[0], 0)
     lease.set_alone(rows[0], 1)
     lease.set_in_flight([rows[1]])
-    told = read_heartbeat(dear, "s", 0, 1)
+    told = read_heartbeat(dear, "s", 0, "000001")
     assert told is not None
     assert (told.in_flight, told.alone_progress) == ({rows[1]}, None)
     leases.close()
@@ -173,7 +175,7 @@ def test_a_heartbeat_spoilt_by_a_power_cut_is_none(storage: LocalStorage):
     leases = book(storage, gone_process())
     must(leases.claim(0))
     storage.overwrite_heartbeat("s/heartbeats/00000/000001.json", b"")
-    assert read_heartbeat(storage, "s", 0, 1) is None
+    assert read_heartbeat(storage, "s", 0, "000001") is None
     heir = book(storage)
     assert heir.claim(0) is not None
     leases.close(release=False)

@@ -285,7 +285,7 @@ def test_a_shard_that_another_process_holds_is_left_to_it(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(worker, "HELD_PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "HELD_POLL_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.sharing.HELD_POLL_SECONDS", 0.0)
     settings = job_settings(shards, tmp_path / "out")
     stop = StopRequest(5.0)
     # A first start leaves a plan behind; then this test holds a lease as a process that lives would.

@@ -33,7 +33,7 @@ TEMPLATES = ["classify what follows, in one word: ", "translate to French, with 
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     monkeypatch.setattr("pipeline.commits._FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr("pipeline.worker.HELD_POLL_SECONDS", 0.01)
+    monkeypatch.setattr("pipeline.sharing.HELD_POLL_SECONDS", 0.01)
 
 
 @pytest.fixture

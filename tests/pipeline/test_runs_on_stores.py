@@ -68,7 +68,7 @@ def test_any_number_of_workers_make_the_same_bytes(
     """With leases kept nothing is made twice. With leases broken (each takes the others for dead) every chunk
     is fought over, and commit records decide.
     """
-    monkeypatch.setattr("pipeline.worker.HELD_POLL_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.sharing.HELD_POLL_SECONDS", 0.1)
     shards = write_shards(tmp_path / "in")
     assert run_fake(job_settings(shards, tmp_path / "disk")) is ExitCode.DONE
     owner = ProcessIdentity.of_this_process() if is_polite else None
@@ -105,7 +105,7 @@ def test_a_run_behind_faults_makes_the_same_bytes(
 ):
     """Two workers at once, on a store that fails in every way; the pipeline tries again, not botocore."""
     monkeypatch.setattr("pipeline.s3_client._TRIES_A_REQUEST", 1)
-    monkeypatch.setattr("pipeline.worker.HELD_POLL_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.sharing.HELD_POLL_SECONDS", 0.1)
     shards = write_shards(tmp_path / "in")
     assert run_fake(job_settings(shards, tmp_path / "disk")) is ExitCode.DONE
     proxy.sometimes(share, *faults)

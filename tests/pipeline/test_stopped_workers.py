@@ -34,12 +34,12 @@ WORKER = """
 import sys, time
 from functools import partial
 from pathlib import Path
-from pipeline import worker
+from pipeline import sharing
 from pipeline.ledger import Ledger
 from pipeline.run import run_job
 from tests.pipeline.job_helpers import fake_engine, fake_model, job_settings
 
-worker.HELD_POLL_SECONDS = 0.1
+sharing.HELD_POLL_SECONDS = 0.1
 
 def slow_engine(loaded, settings):
     engine = fake_engine(loaded, settings)
