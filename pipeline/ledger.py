@@ -35,7 +35,7 @@ output folder of its own; what was there stays as it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Ledger:
         self._leases = leases
         self._finaliser = Finaliser(self._state, plan, spool_dir, merge_metrics)
         self._num_attempts: dict[tuple[int, int], int] = {}
+        self._to_rebuild: frozenset[int] = frozenset()  # finished, and a file of theirs is gone
 
     @classmethod
     def open(
@@ -142,7 +143,19 @@ class Ledger:
     def unfinished(self) -> list[int]:
         """Indices of the shards without (all of) their final files."""
         done = self._state.finished()
-        return [s.index for s in self.plan.shards if s.index not in done or not self._is_whole(done[s.index])]
+        self._to_rebuild = frozenset(shard for shard, record in done.items() if not self._is_whole(record))
+        return [s.index for s in self.plan.shards if s.index not in done or s.index in self._to_rebuild]
+
+    def is_finished(self, shard: int) -> bool:
+        """Whether a shard of `unfinished` was finished since; one request to a store."""
+        if shard in self._to_rebuild:
+            return False
+        return retrying(lambda: self.storage.size(self._state.shard_path(shard))) is not None
+
+    def not_finished(self, shards: Iterable[int]) -> list[int]:
+        """Those of `unfinished` that nobody has finished since, in the order given; one look at all records."""
+        done = set(self._state.finished_shards()) - self._to_rebuild
+        return [shard for shard in shards if shard not in done]
 
     def _is_whole(self, record: ShardRecord) -> bool:
         for kind, ref in record.files.items():
@@ -181,11 +194,13 @@ class Ledger:
         Of an unfinished shard the duplicates are those inside each chunk.
         """
         finished = self._state.finished()
+        claimed = set(self._state.list("claims"))  # of the others there is nothing
         parts = [
             [finished[shard.index].counts]
             if shard.index in finished
             else [record.counts for record in self._state.committed(shard.index).values()]
             for shard in self.plan.shards
+            if shard.index in finished or f"{shard.index:05d}" in claimed
         ]
         return sum_counts(count for part in parts for count in part)
 

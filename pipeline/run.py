@@ -201,6 +201,7 @@ def _work(
             max_num_seqs=settings.engine.max_num_seqs,
             page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
+            place=settings.worker,
         )
         return worker.run()
 

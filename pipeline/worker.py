@@ -24,6 +24,7 @@ from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing
 from pipeline.read_ahead import Item, ReadAhead, ReadFailure
 from pipeline.rows import Prompt, Reject
+from pipeline.shard_order import WorkerSettings, order_of
 from pipeline.shards import Shard, current_version
 from pipeline.signals import StopRequest
 from pipeline.tally import Tally
@@ -59,6 +60,7 @@ class Worker:
         max_num_seqs: int,
         page_size: int,
         max_reject_fraction: float,
+        place: WorkerSettings = WorkerSettings(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
     ):
         self._ledger = ledger
@@ -81,7 +83,7 @@ class Worker:
         self._templates = Templates()
         self._lengths = OutputLengths()
 
-        self._unclaimed = deque(ledger.unfinished())
+        self._unclaimed = deque(order_of(ledger.unfinished(), place))
         self._held: set[int] = set()
         self._open_shards: dict[int, OpenShard] = {}
         self._open_chunks: dict[tuple[int, int], OpenChunk] = {}  # oldest first
@@ -127,6 +129,9 @@ class Worker:
         """Claim the next shard once the reader is through with the last one."""
         while self._unclaimed and self._reader.wants_assignment:
             index = self._unclaimed.popleft()
+            if self._ledger.is_finished(index):  # by another worker since; then others may be too
+                self._unclaimed = deque(self._ledger.not_finished(self._unclaimed))
+                continue
             lease = self._ledger.claim(index)
             if lease is None:
                 self._held.add(index)
