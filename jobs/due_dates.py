@@ -27,7 +27,7 @@ def name_of(moment: datetime, every: Every) -> str:
 
 
 def beginning(date: str, every: Every) -> datetime:
-    """When a date begins, without a time zone. Raises ConfigError when it is not written as `name_of` would."""
+    """When a date begins, without a time zone. Raises ConfigError unless it is written as `name_of` would."""
     _, suffix, form = _FORMS[every]
     try:
         found = datetime.strptime(date + suffix, form)

@@ -146,7 +146,7 @@ def _identity(storage: Storage) -> dict[str, Any]:
     """Which run it is: where, and what its manifest holds."""
     data = retrying(lambda: storage.read(MANIFEST))
     if data is None:
-        raise OutputError(f"{storage.url} holds no {MANIFEST}, so no finished run; start its job, then publish")
+        raise OutputError(f"{storage.url} holds no {MANIFEST}, so no finished run; start its job first")
     return {"output": storage.url, "manifest_sha256": hashlib.sha256(data).hexdigest()}
 
 

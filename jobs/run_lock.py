@@ -3,8 +3,8 @@
     _schedule/claims/00000/…  _schedule/heartbeats/00000/…     as a shard's (pipeline/lease.py)
     _schedule/cancel/<epoch>.json                              created once: the holder is asked to end
 
-The lease is made by exclusive create, so it works on disks and in buckets, and it outlives no holder: one that
-died here is followed at once, one that died elsewhere after two minutes without a heartbeat.
+The lease is made by exclusive create, so it works on disks and in buckets, and it outlives no holder: one
+that died here is followed at once, one that died elsewhere after two minutes without a heartbeat.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class RunLock:
 
     @contextmanager
     def running(self, date: str, stop: StopRequest) -> Iterator[None]:
-        """Say that `date` runs, and ask `stop` for a drain when somebody asks for the lock or has taken it."""
+        """Say that `date` runs; ask `stop` for a drain when somebody asks for the lock or has taken it."""
         lease = self._lease
         assert lease is not None, "take the lock first"
         lease.set_in_flight([date])

@@ -19,8 +19,8 @@ MAX_KEPT_TEXTS = 1_000_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatistics:
     """mean_length: generated tokens a sample. finish_reasons: the share of samples that ended so.
-    duplicate_rate: the share of samples whose text, if it has any, an earlier one had. empty_rate: the share of
-    samples without a text, or with blanks alone. reject_rate: the share of rows that could not be run.
+    duplicate_rate: the share of samples whose text, if it has any, an earlier one had. empty_rate: the share
+    of samples without a text, or with blanks alone. reject_rate: the share of rows that could not be run.
     """
 
     rows: int
@@ -66,8 +66,8 @@ class RepeatedTexts:
     """The share of texts that an earlier one had, in bounded memory.
 
     Beyond `max_kept` different texts only those count whose hash ends in a zero bit, then in two, and so on:
-    a text and its repetitions stay or go together, so the rate among those that stay is that of all, up to the
-    chance of which ones they are.
+    a text and its repetitions stay or go together, so the rate among those that stay is that of all, up to
+    the chance of which ones they are.
     """
 
     def __init__(self, max_kept: int = MAX_KEPT_TEXTS):

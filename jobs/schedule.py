@@ -1,7 +1,7 @@
-"""`python -m jobs.schedule 'output.path=…/{date}' <overrides>`: the job of each date that is due, and no other.
+"""`python -m jobs.schedule 'output.path=…/{date}' <overrides>`: the job of each date that is due.
 
-To be started by anything that starts things now and then (jobs/schedules/ has recipes). `{date}` stands for the
-date in every override. A date is one run however often it is started: a finished one is left alone, an
+To be started by anything that starts things now and then (jobs/schedules/ has recipes). `{date}` stands for
+the date in every override. A date is one run however often it is started: a finished one is left alone, an
 unfinished one goes on where it was. Missed dates are caught up with, oldest first.
 """
 
@@ -43,8 +43,8 @@ class ScheduleSettings:
     up with, the newest. lag: how many dates to stay behind the clock. timezone: in which dates begin.
     overlap: while another date of the schedule runs: skip (leave it to the next start), queue (wait), or
     cancel (ask it to stop; what it committed is kept, and it is caught up with). launcher: run, in this
-    process, or ray, on a cluster (ray.* as for python -m jobs.ray). publish: put each finished run through the
-    gate of python -m jobs.publish (publish.* as there).
+    process, or ray, on a cluster (ray.* as for python -m jobs.ray). publish: put each finished run through
+    the gate of python -m jobs.publish (publish.* as there).
     """
 
     every: Every = "day"
@@ -108,7 +108,7 @@ class Schedule:
         paths = [each.partition("=")[2] for each in self.arguments if each.startswith("output.path=")]
         path = paths[-1].strip("'\"") if paths else ""
         if DATE not in path:
-            raise ConfigError(f"output.path={path or '???'}: a schedule needs {DATE} in it, a folder for each date")
+            raise ConfigError(f"output.path={path or '???'}: it needs {DATE} in it, a folder for each date")
         return path.partition(DATE)[0].rpartition("/")[0] or "."
 
 
@@ -119,12 +119,12 @@ def run_schedule(
 
     `launch` runs a job. Raises TidemillError for what the user must see to before any date is run.
     """
+    storage = open_storage(schedule.folder)
     dates = schedule.settings.dates(now)
     todo = [date for date in dates if not _is_over(schedule, date)]
     if not todo:
         print(f"Nothing is due: {', '.join(dates) or 'no date yet'} finished before.", flush=True)
         return ExitCode.DONE
-    storage = open_storage(schedule.folder)
     storage.check()
     with lock or RunLock(storage) as held:
         if not _take(held, schedule.settings, todo, poll_s):
@@ -173,7 +173,7 @@ def _has_manifest(storage: Storage) -> bool:
 
 
 def _take(lock: RunLock, settings: ScheduleSettings, todo: Sequence[str], poll_s: float) -> bool:
-    """Take the lock as the overlap policy says. False: another start is at work, and this one has nothing to do."""
+    """Take the lock as the overlap policy says. False: another start is at work, and this one ends."""
     seen: dict[int, str] = {}  # the first nonce of each holder
     asked: set[int] = set()
     while not lock.take():

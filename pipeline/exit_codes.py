@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of `python -m pipeline.run` and of what starts it; `meaning` is the sentence that the help text shows."""
+    """Exit codes of `python -m pipeline.run` and of what starts it; `meaning` is what the help text shows."""
 
     meaning: str
 

@@ -153,7 +153,7 @@ class Ledger:
         return retrying(lambda: self.storage.size(self._state.shard_path(shard))) is not None
 
     def not_finished(self, shards: Iterable[int]) -> list[int]:
-        """Those of `unfinished` that nobody has finished since, in the order given; one look at all records."""
+        """Those of `unfinished` that nobody finished since, in the order given; one look at all records."""
         done = set(self._state.finished_shards()) - self._to_rebuild
         return [shard for shard in shards if shard not in done]
 

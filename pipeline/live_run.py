@@ -1,7 +1,7 @@
 """How far a run in progress is, for somebody who watches it: read again and again, each record once.
 
-A look lists the folder of claims, and of each shard that was claimed and is not whole yet the commits: no more
-folders than workers, however many shards there are. Only the first look goes over everything.
+A look lists the folder of claims, and of each shard that was claimed and is not whole yet the commits: no
+more folders than workers, however many shards there are. Only the first look goes over everything.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class LiveRun:
         )
 
     def outcome(self, seconds: float) -> Outcome:
-        """For the summary; rates are over `seconds`, for the times of several workers do not add up to one."""
+        """For the summary; rates are over `seconds`, for several workers' times do not add up to one."""
         here = Metrics.sum([self.here])
         here.wall_seconds = here.compile_seconds = 0.0
         return Outcome(

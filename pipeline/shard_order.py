@@ -3,9 +3,9 @@
     3 workers, shards 0 … 8:  worker 0 takes 0 1 2, worker 1 takes 3 4 5, worker 2 takes 6 7 8;
     then what is left of the others' parts, each from its end.
 
-A part is a run of neighbours: shards that were written together begin alike more often than not, so a worker's
-prefix cache holds the templates of the shard before. The order balances nothing by itself: a shard belongs to
-whoever leases it first, and who is done early takes from the others.
+A part is a run of neighbours: shards that were written together begin alike more often than not, so a
+worker's prefix cache holds the templates of the shard before. The order balances nothing by itself: a shard
+belongs to whoever leases it first, and who is done early takes from the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WorkerSettings:
             raise ConfigError(f"worker.count={self.count}: must be at least 1")
         if not 0 <= self.index < self.count:
             raise ConfigError(
-                f"worker.index={self.index}: workers are numbered from 0, so with worker.count={self.count} it "
+                f"worker.index={self.index}: workers count from 0, so with worker.count={self.count} it "
                 f"must be from 0 to {self.count - 1}"
             )
 

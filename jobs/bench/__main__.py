@@ -2,8 +2,8 @@
 
 Without a command it measures this engine on W1 and W2. `compare` sets it against its peers, `growth` shows
 what a row costs as there are more, and a token as its context grows, `host` measures the host's part of a
-step, `profile` where the device's part of it goes, `groups` when reading a shared prefix once pays, `scaling` what
-workers on one run cost each other.
+step, `profile` where the device's part of it goes, `groups` when reading a shared prefix once pays, `scaling`
+what workers on one run cost each other.
 """
 
 from __future__ import annotations

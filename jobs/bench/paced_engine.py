@@ -22,10 +22,11 @@ class _Running:
 
 
 class PacedEngine:
-    """Every step takes `step_seconds` and gives each of `max_num_seqs` requests a token; `max_tokens` end one.
+    """Every step takes `step_seconds` and gives each of `max_num_seqs` requests a token; `max_tokens` end
+    one.
 
-    As on an accelerator, the next step is under way while the host works on the last one's results: a host that
-    takes less than a step's time costs nothing.
+    As on an accelerator, the next step is under way while the host works on the last one's results: a host
+    that takes less than a step's time costs nothing.
     """
 
     num_pages = 1024

@@ -1,8 +1,8 @@
 """`python -m jobs.bench scaling`: does a run go n times as fast with n workers?
 
-Workers are processes with an engine of a fixed speed, so what is measured is what they cost each other: claims,
-commits, requests to one store, the end of the run. The output goes to a new folder inside --output, a local one or
-one of a bucket (s3://…). Timed from when all workers are ready until the run is finished.
+Workers are processes with an engine of a fixed speed, so what is measured is what they cost each other:
+claims, commits, requests to one store, the end of the run. The output goes to a new folder inside --output, a
+local one or one of a bucket (s3://…). Timed from when all workers are ready until the run is finished.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
 class Point:
     """A run with so many workers. `efficiency`: its speed over that of so many times one worker's.
 
-    seconds: until it was finished. engine_seconds: what the engine alone would take. requests: to the store, by
-    kind, of all chunks together.
+    seconds: until it was finished. engine_seconds: what the engine alone would take. requests: to the store,
+    by kind, of all chunks together.
     """
 
     workers: int

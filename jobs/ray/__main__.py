@@ -1,4 +1,4 @@
-"""`python -m jobs.ray <overrides of pipeline.run> ray.num_workers=4 ray.address=auto`: the job on a Ray cluster.
+"""`python -m jobs.ray <overrides of pipeline.run> ray.num_workers=4 ray.address=auto`: the job on Ray.
 
 The same overrides mean the same run as under `python -m pipeline.run`, and either goes on with what the other
 began. `--help` lists them all.

@@ -1,4 +1,4 @@
-"""The driver: starts the workers, shows how far they are, and says how it ended. It holds no state of the run.
+"""The driver: starts the workers, shows how far they are, says how it ended. It holds no state of the run.
 
 It may die at any time: Ray ends its workers, and the same command again goes on from the ledger.
 """
@@ -84,7 +84,9 @@ class Crew:
     def run(self) -> tuple[str, str] | None:
         """Where the run is and which, as soon as a worker knows."""
         asked = [member.actor.run.remote() for member in self._members]
-        answered, _ = self._ray.wait(asked, num_returns=len(asked), timeout=POLL_SECONDS) if asked else ([], [])
+        if not asked:
+            return None
+        answered, _ = self._ray.wait(asked, num_returns=len(asked), timeout=POLL_SECONDS)
         for answer in answered:
             try:
                 found = self._ray.get(answer)
@@ -111,8 +113,8 @@ def run_on_ray(
 ) -> ExitCode:
     """Run the job with `cluster.num_workers` workers, or go on with it; prints one summary.
 
-    The callables are those of `run_job`, called in the workers; `stop` asks for a drain. Raises TidemillError for what the user must
-    see to before anything is started.
+    The callables are those of `run_job`, called in the workers; `stop` asks for a drain. Raises TidemillError
+    for what the user must see to before anything is started.
     """
     started = time.monotonic()
     open_output(settings.output).check()

@@ -14,11 +14,11 @@ LOCAL = "local"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaySettings:
     """num_workers: processes that share the run, each with an engine and accelerators of its own. address: of
-    the cluster's head (host:port), auto for the cluster that this machine belongs to, local to start one here,
-    bound to the loopback. cpus_per_worker, gpus_per_worker, tpus_per_worker: what Ray sets aside for each;
-    null is one GPU or TPU chip where engine.platform says gpu or tpu, and none otherwise. resources: other
-    resources for each, by the names that the cluster gave them. max_restarts: how often Ray starts a worker
-    anew after it or its machine died; -1 is without end.
+    the cluster's head (host:port), auto for the cluster that this machine belongs to, local to start one
+    here, bound to the loopback. cpus_per_worker, gpus_per_worker, tpus_per_worker: what Ray sets aside for
+    each; null is one GPU or TPU chip where engine.platform says gpu or tpu, and none otherwise. resources:
+    other resources for each, by the names that the cluster gave them. max_restarts: how often Ray starts a
+    worker anew after it or its machine died; -1 is without end.
     """
 
     num_workers: int = 1
@@ -43,8 +43,9 @@ class RaySettings:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"ray.{name}={value:g}: must not be negative")
-        if self.cpus_per_worker == 0 and not any((self.gpus_per_worker, self.tpus_per_worker, self.resources)):
-            raise ConfigError("ray.cpus_per_worker=0 leaves nothing to place workers by: set another resource")
+        others = (self.gpus_per_worker, self.tpus_per_worker, self.resources)
+        if self.cpus_per_worker == 0 and not any(others):
+            raise ConfigError("ray.cpus_per_worker=0 leaves nothing to place workers by: set another one")
 
     def placement(self, settings: Settings) -> dict[str, object]:
         """Options of an actor: what Ray sets aside for it."""

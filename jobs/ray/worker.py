@@ -1,7 +1,7 @@
 """The process of one worker: the pipeline's own, run inside a Ray actor.
 
-All that workers know of each other is in the output's ledger, as without Ray. What Ray adds is where they run,
-and that a dead one is started again.
+All that workers know of each other is in the output's ledger, as without Ray. What Ray adds is where they
+run, and that a dead one is started again.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class WorkerEnd:
 
 
 class RayWorker:
-    """Made an actor by the driver. `work` takes as long as the run; the other methods answer meanwhile, from a
-    second thread.
+    """Made an actor by the driver. `work` takes as long as the run; the other methods answer meanwhile, from
+    a second thread.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RayWorker:
         return ledger
 
     def run(self) -> tuple[str, str] | None:
-        """The output (a fork's folder, if it is one) and the fingerprint of the run; None before it is begun."""
+        """The output (of a fork, its folder) and the fingerprint of the run; None before it is begun."""
         return self._run
 
     def drain(self, cause: str) -> None:

@@ -66,9 +66,9 @@ def test_one_and_two_workers_make_the_same_run(tmp_path: Path, capsys: pytest.Ca
     alone, both = data["points"]
     assert alone["efficiency"] == 1.0
     assert both["efficiency"] == pytest.approx(alone["seconds"] / (2 * both["seconds"]))
-    # The engine's time, but for a first step that is under way already.
-    assert alone["seconds"] > 0.9 * alone["engine_seconds"] == pytest.approx(0.9 * 4 * 2 * 0.4)
-    assert both["seconds"] < alone["seconds"]
+    assert alone["engine_seconds"] == pytest.approx(4 * 2 * 0.4)
+    # But for a first step that is under way already. How much longer it takes is what is measured.
+    assert all(point["seconds"] > 0.9 * point["engine_seconds"] for point in (alone, both))
     runs = [open_run(path) for path in (tmp_path / "out").iterdir()]
     assert [run.counts()["rows"] for run in runs] == [4 * 2 * 16] * 2
     assert all(run.is_finished for run in runs)

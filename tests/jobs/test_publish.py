@@ -1,4 +1,4 @@
-"""The publish gate: a run is marked once, after a comparison with the one before, and not beyond the limits."""
+"""The publish gate: a run is marked once, after a comparison with the last one, within the limits."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_force_publishes_and_says_so(shards: Path, tmp_path: Path):
     [
         ({"mean_length": 126.0}, "length: 126.0 tokens a sample after 100.0, a change of 26.0%"),
         ({"mean_length": 74.0}, "length: 74.0"),
-        ({"finish_reasons": {"stop": 0.79, "length": 0.21}}, "finish reason 'length': 21.0% after 10.0%, 11.0 points"),
+        ({"finish_reasons": {"stop": 0.79, "length": 0.21}}, "finish reason 'length': 21.0% after 10.0%"),
         ({"finish_reasons": {"stop": 0.75, "length": 0.1, "abort": 0.15}}, "finish reason 'abort'"),
         ({"duplicate_rate": 0.07}, "duplicate rate: 7.0% after 1.0%, 6.0 points apart"),
         ({"empty_rate": 0.03}, "empty rate: 3.0% after 0.0%"),

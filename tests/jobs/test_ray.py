@@ -1,4 +1,4 @@
-"""The job on a Ray cluster of two nodes on this machine: whatever is killed, the bytes are those of one process.
+"""The job on a Ray cluster of two nodes here: whatever is killed, the bytes are those of one process.
 
 The first test is quick; the others need TIDEMILL_CHAOS=1. All need the extra `ray`.
 """
@@ -45,11 +45,15 @@ def wanted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return final_bytes(output)
 
 
+# One for all clusters: Ray reads it once a process.
+TOKEN = secrets.token_hex(32)
+
+
 @pytest.fixture
 def cluster(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head without room for workers, and two nodes with room for one each, behind a token."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", str(repository))  # for Ray's workers
     from ray.cluster_utils import Cluster
@@ -67,11 +71,14 @@ def cluster(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 class Driver:
     """A driver's process."""
 
-    def __init__(self, shards: Path, output: Path, address: str, repository: Path, *more: str):
+    def __init__(
+        self, shards: Path, output: Path, address: str, repository: Path, *more: str, **environment: str
+    ):
         self.output = output
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.jobs.ray_job", str(shards), str(output), address, "2", *more],
             cwd=repository,
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -89,14 +96,15 @@ class Driver:
         assert self.process.poll() is None, self.end()
 
     def worker_pids(self) -> set[int]:
-        """Of the workers that hold a shard now."""
+        """Of the workers that live and hold a shard now."""
         storage = open_storage(str(self.output))
         (fingerprint,) = storage.list("_state")
         state, pids = f"_state/{fingerprint}", set()
         for name in storage.list(f"{state}/claims"):
             known = epochs(storage, state, int(name))
             if known and not known[max(known)]:
-                pids.add(read_claim(storage, state, int(name), max(known), False).owner.pid)
+                owner = read_claim(storage, state, int(name), max(known), False).owner
+                pids |= set() if owner.is_gone() else {owner.pid}
         return pids
 
 
@@ -104,14 +112,17 @@ class Driver:
 def start(shards: Path, cluster: Any, repository: Path, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
-    def start(*more: str) -> Driver:
-        drivers.append(Driver(shards, tmp_path / "out", cluster.address, repository, *more))
+    def start(*more: str, **environment: str) -> Driver:
+        output = tmp_path / "out"
+        drivers.append(Driver(shards, output, cluster.address, repository, *more, **environment))
         return drivers[-1]
 
     yield start
     for driver in drivers:
         driver.process.kill()
         driver.process.wait()
+        assert driver.process.stdout is not None
+        driver.process.stdout.close()
 
 
 def wait_until(has_come: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -148,17 +159,19 @@ def test_a_worker_that_is_killed_is_started_again(
     start: Callable[..., Driver], wanted: dict[str, bytes], tmp_path: Path
 ):
     driver = start()
-    killed = 0
+    killed: set[int] = set()
     for number in (3, 12, 20):
         driver.wait_for_commits(number)
         wait_until(lambda: bool(driver.worker_pids()))
-        os.kill(min(driver.worker_pids()), signal.SIGKILL)
-        killed += 1
+        victim = min(driver.worker_pids())
+        os.kill(victim, signal.SIGKILL)
+        killed.add(victim)
     said = driver.end()
     assert driver.process.returncode == ExitCode.DONE, said
     assert num_workers(driver.output) > 2
     check(driver.output, wanted, tmp_path)
-    print(f"{killed} workers killed, {num_workers(driver.output)} processes made the output")
+    assert len(killed) == 3
+    print(f"{len(killed)} workers killed, {num_workers(driver.output)} processes made the output")
 
 
 @chaos
@@ -221,9 +234,8 @@ def test_another_configuration_is_refused_as_without_ray(start: Callable[..., Dr
 
 
 @chaos
-def test_the_cluster_demands_its_token(start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    driver = start()
+def test_the_cluster_demands_its_token(start: Callable[..., Driver]):
+    driver = start(RAY_AUTH_TOKEN=secrets.token_hex(32))
     said = driver.end()
     assert driver.process.returncode in (ExitCode.BAD_CONFIG, ExitCode.RETRY_LATER), said
     assert not driver.output.exists()
@@ -234,7 +246,7 @@ def test_a_cluster_started_for_the_run_listens_on_the_loopback_alone(
     shards: Path, wanted: dict[str, bytes], tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PYTHONPATH", str(repository))
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     driver = Driver(shards, tmp_path / "out", "local", repository)
     driver.wait_for_commits(1)
     public = listening_elsewhere(driver.process.pid)

@@ -1,4 +1,4 @@
-"""The recipes for Kubernetes, systemd, cron and Airflow: valid where they go, and the commands in them compose."""
+"""The recipes for Kubernetes, systemd, cron and Airflow: valid where they go, their commands compose."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_crontab_composes(repository: Path):
 def test_the_systemd_units_are_accepted_and_compose(repository: Path, tmp_path: Path):
     folder = repository / "jobs" / "schedules"
     service = (folder / "tidemill.service").read_text()
-    command = re.search(r"^ExecStart=(.*(?:\\\n.*)*)", service, re.MULTILINE)
+    command = re.search(r"^ExecStart=((?:.*\\\n)*.*)", service, re.MULTILINE)
     assert command is not None
     check_schedule(shlex.split(command[1].replace("\\\n", " ").partition("-m jobs.schedule")[2]))
     analyze = shutil.which("systemd-analyze")

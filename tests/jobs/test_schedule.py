@@ -20,6 +20,7 @@ from jobs.publish import PublishSettings
 from jobs.run_lock import RunLock
 from jobs.schedule import Schedule, ScheduleSettings, main, run_schedule
 from jobs.sections import take_section
+from pipeline.compose import compose
 from pipeline.exit_codes import ExitCode
 from pipeline.process_identity import ProcessIdentity
 from pipeline.results import open_run
@@ -32,6 +33,18 @@ from tests.pipeline.job_helpers import fake_engine, fake_model, final_bytes, wri
 
 NOW = datetime(2026, 11, 28, 3, tzinfo=UTC)
 ELSEWHERE = ProcessIdentity("elsewhere", "another boot", "1", 1, "1")
+
+
+@pytest.fixture(autouse=True)
+def compose_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra composes for one at a time; here threads stand for the processes that are started."""
+    turn = threading.Lock()
+
+    def composed(*arguments: Any) -> Any:
+        with turn:
+            return compose(*arguments)
+
+    monkeypatch.setattr("jobs.schedule.compose", composed)
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -58,7 +71,7 @@ def schedule_of(tmp_path: Path, place: str, *more: str, dates: tuple[str, ...] =
 
 
 class Launches:
-    """Runs jobs with the fake engine, and remembers of which dates. `before_step` is called before each step."""
+    """Runs jobs with the fake engine and remembers their dates. `before_step` is called before each step."""
 
     def __init__(self, before_step: Callable[[], None] = lambda: None):
         self.dates: list[str] = []

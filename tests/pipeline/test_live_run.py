@@ -1,4 +1,4 @@
-"""Watching a run: what is seen adds up to what the run counts, and a look costs no more than there is to see."""
+"""Watching a run: what is seen adds up to what the run counts, and a look costs what there is to see."""
 
 from __future__ import annotations
 
