@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of `python -m pipeline.run`; `meaning` is the sentence that the help text shows."""
+    """Exit codes of `python -m pipeline.run` and of what starts it; `meaning` is what the help text shows."""
 
     meaning: str
 
@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
     BAD_CONFIG = 2, "bad configuration or environment; nothing was started"
     TOO_MANY_REJECTS = 3, "finished with rejects over max_reject_fraction; everything generated is kept"
     DAMAGED = 4, "mode=verify found something missing or damaged; mode=repair makes it again"
+    NOT_PUBLISHED = 5, "jobs.publish: the run differs from the last published one by more than the limits"
     RETRY_LATER = 75, "a passing fault, or work left that another process holds: start the same command again"
     STOPPED_AT_ONCE = 130, "a second Ctrl-C; committed chunks are kept, the same command resumes"
     DRAINED = (

@@ -222,11 +222,13 @@ class Ledger:
         Of an unfinished shard the duplicates are those inside each chunk.
         """
         finished = self._state.finished()
+        claimed = set(self._state.list("claims"))  # of the others there is nothing
         parts = [
             [finished[shard.index].counts]
             if shard.index in finished
             else [record.counts for record in self._state.committed(shard.index).values()]
             for shard in self.plan.shards
+            if shard.index in finished or f"{shard.index:05d}" in claimed
         ]
         return sum_counts(count for part in parts for count in part)
 

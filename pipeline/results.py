@@ -112,12 +112,12 @@ class Run:
         return self._dicts("trace", columns)
 
     def _dicts(self, kind: Kind, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-        for table in self._tables(kind, columns):
+        for table in self.tables(kind, columns):
             yield from table.to_pylist()
 
     def to_arrow(self, kind: Kind = "rows", columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a kind as one table."""
-        tables = list(self._tables(kind, columns))
+        tables = list(self.tables(kind, columns))
         if tables:
             return pa.concat_tables(tables, promote_options="default")
         return self._schema(kind, columns).empty_table()
@@ -204,7 +204,7 @@ class Run:
             raise OutputError(f"{self.path} has no plan; its _state folder was removed or never written")
         return plan
 
-    def _tables(self, kind: Kind, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    def tables(self, kind: Kind, columns: Sequence[str] | None) -> Iterator[pa.Table]:
         self._schema(kind, columns)  # an unknown column is an error also when there are no rows
         names = None if columns is None else list(columns)
         for shard, finished in self._shards():

@@ -230,6 +230,7 @@ def _work(
             max_num_seqs=settings.engine.max_num_seqs * stats.num_replicas,
             page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
+            place=settings.worker,
         )
         return worker.run()
 

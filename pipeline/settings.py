@@ -24,6 +24,7 @@ from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.preemption import PreemptionSettings
 from pipeline.progress import ProgressStyle
 from pipeline.prompts import PromptSettings
+from pipeline.shard_order import WorkerSettings
 from pipeline.shards import InputSettings
 from pipeline.typed_config import build, known_keys, unknown_key
 
@@ -125,6 +126,7 @@ class Settings:
     progress: ProgressStyle = "auto"
     progress_line_seconds: float = 30.0
     resume: ResumeSettings = field(default_factory=ResumeSettings)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     gc: GcSettings = field(default_factory=GcSettings)
     preemption: PreemptionSettings = field(default_factory=PreemptionSettings)
@@ -154,6 +156,8 @@ HARMLESS = frozenset(
         "progress",
         "progress_line_seconds",
         "resume.on_change",
+        "worker.index",
+        "worker.count",
         "plan.json",
         "plan.measure",
         "gc.remove",

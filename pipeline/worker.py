@@ -28,6 +28,7 @@ from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing
 from pipeline.read_ahead import Item, ReadAhead, ReadFailure
 from pipeline.rows import Prompt, Reject
+from pipeline.shard_order import WorkerSettings, order_of
 from pipeline.shards import Shard, current_version
 from pipeline.sharing import HeldShards, let_parts
 from pipeline.signals import StopRequest
@@ -65,6 +66,7 @@ class Worker:
         max_num_seqs: int,
         page_size: int,
         max_reject_fraction: float,
+        place: WorkerSettings = WorkerSettings(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.monotonic,
     ):
         self._ledger = ledger
@@ -88,7 +90,8 @@ class Worker:
         self._templates = Templates()
         self._lengths = OutputLengths()
 
-        self._unclaimed = deque(ledger.unfinished())
+        self._has_place = place.count > 1
+        self._unclaimed = deque(order_of(ledger.unfinished(), place))
         self._held = HeldShards(ledger, clock)
         self._work = OpenWork(ledger, engine)
         self._alone: deque[PlacedRow] = deque()
@@ -135,8 +138,8 @@ class Worker:
                 lease = self._ledger.claim(index)
                 if lease is None and not self._ledger.is_known_finished(index):
                     self._held.add(index)
-                    # Others are at work: begin elsewhere than they did.
-                    self._unclaimed.rotate(random.randrange(len(self._unclaimed) + 1))
+                    if not self._has_place:  # others are at work: begin elsewhere than they did
+                        self._unclaimed.rotate(random.randrange(len(self._unclaimed) + 1))
             elif (lease := self._held.next_lease()) is None:
                 return
             if lease is not None:

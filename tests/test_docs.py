@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 
 from jobs.bench.__main__ import parser as bench_parser
+from jobs.publish import PublishSettings
+from jobs.ray.settings import RaySettings
+from jobs.schedule import ScheduleSettings
+from jobs.sections import take_section
 from pipeline.compose import compose, groups
 from pipeline.exit_codes import ExitCode
 from pipeline.schema import data_schema
 from pipeline.settings import KNOWN_KEYS, Settings, from_config
+from pipeline.typed_config import known_keys
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SECTIONS = {"ray": RaySettings, "schedule": ScheduleSettings, "publish": PublishSettings}
+ALL_KEYS = [*KNOWN_KEYS, *(key for name, cls in SECTIONS.items() for key in known_keys(cls, name))]
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "jobs/demo/README.md"]
 FILE_SUFFIXES = (
     ".py",
@@ -68,6 +75,18 @@ def test_every_job_in_the_readme_composes():
         assert config is not None
         assert isinstance(from_config(config), Settings)
 
+@pytest.mark.parametrize("program", ["ray", "schedule", "publish"])
+def test_every_command_of_jobs_in_the_readme_composes(program: str):
+    found = commands(f"python -m jobs.{program}")
+    assert found
+    for rest in found:
+        for section, cls in SECTIONS.items():
+            _, rest = take_section(rest, section, cls)
+        config = compose([each.replace("{date}", "2026-11-28") for each in rest], KNOWN_KEYS)
+        assert config is not None
+        if program != "publish":
+            assert isinstance(from_config(config), Settings)
+
 
 def test_the_demo_in_the_readme_is_the_one_that_make_runs():
     jobs = [
@@ -95,7 +114,7 @@ def test_make_targets_and_bench_options_exist():
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_options_named_in_the_text_exist(name: str):
     options = {group: set(names) for group, names in groups().items()}
-    sections = {key.partition(".")[0] for key in KNOWN_KEYS}
+    sections = {key.partition(".")[0] for key in ALL_KEYS}
     for span in code_spans(name):
         span = span.strip("'")
         key, has_value, value = span.partition("=")
@@ -104,7 +123,7 @@ def test_options_named_in_the_text_exist(name: str):
         if key in options and has_value:
             assert value in options[key] or f"{key}.{value}" in KNOWN_KEYS, f"{name}: {span}"
         elif "." in key and (has_value or key.partition(".")[0] in sections):
-            known = key in KNOWN_KEYS or any(each.startswith(f"{key}.") for each in KNOWN_KEYS)
+            known = key in ALL_KEYS or any(each.startswith(f"{key}.") for each in ALL_KEYS)
             is_module = (REPOSITORY / key.replace(".", "/")).with_suffix(".py").is_file()
             assert known or is_module, f"{name}: {span}"
 

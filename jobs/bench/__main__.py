@@ -2,7 +2,8 @@
 
 Without a command it measures this engine on W1 and W2. `compare` sets it against its peers, `growth` shows
 what a row costs as there are more, and a token as its context grows, `host` measures the host's part of a
-step, `profile` where the device's part of it goes, `groups` when reading a shared prefix once pays.
+step, `profile` where the device's part of it goes, `groups` when reading a shared prefix once pays, `scaling`
+what workers on one run cost each other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import TidemillError
-from jobs.bench import compare, growth, own
+from jobs.bench import compare, growth, own, scaling
 
 # These read their own arguments.
 PROGRAMS = {"host": "jobs.bench.host", "profile": "jobs.bench.step_profile", "groups": "jobs.bench.groups"}
@@ -28,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", metavar="COMMAND")
     compare.add_arguments(commands.add_parser("compare", help="beside peers", description=compare.__doc__))
     growth.add_arguments(commands.add_parser("growth", help="cost as it grows", description=growth.__doc__))
+    several = commands.add_parser("scaling", help="many workers on one run", description=scaling.__doc__)
+    scaling.add_arguments(several)
     for name, what in (
         ("host", "the host's part of a step"),
         ("profile", "where a step's time goes"),
@@ -50,7 +53,8 @@ def main() -> int:
             print(comparison.table, end="")
             print(f"written to {options.out}")
             return 0
-        data = growth.run(options) if options.command == "growth" else own.run(options)
+        measure = {"growth": growth.run, "scaling": scaling.run}.get(options.command, own.run)
+        data = measure(options)
     except TidemillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

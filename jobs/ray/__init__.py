@@ -1,0 +1,1 @@
+"""One run spread over a Ray cluster: `python -m jobs.ray`."""
