@@ -86,7 +86,7 @@ class Engine:
         `options` are the fields of `EngineConfig`.
         """
         config = EngineConfig(**options)
-        select_platform(config.platform)
+        select_platform(config.platform, config.chip)
         return cls(load(source, revision=revision, dtype=config.dtype), config, takes_weights=True)
 
     # -- whole calls -------------------------------------------------------------------------------
@@ -324,6 +324,7 @@ class Engine:
             evictions=scheduler.num_evictions,
             compile_seconds=runner.compile_seconds,
             num_compiled=runner.num_compiled,
+            num_loaded=runner.num_loaded,
             device=runner.device_name,
             num_duplicates=self._duplicates.num_duplicates,
         )
@@ -377,7 +378,7 @@ class Engine:
         return group.output(delta) if group.stream and delta else None
 
     def _make_runner(self, loaded: LoadedModel, takes_weights: bool) -> StepRunner:
-        select_platform(self.config.platform)
+        select_platform(self.config.platform, self.config.chip)
         use_compilation_cache(self.config.compilation_cache_dir)
         # After the platform is chosen, so that importing this module starts no backend.
         from engine.runner import StepRunner

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from engine.compiled_steps import CompiledSteps
 from engine.plan import PageCopy
 from kernels.paged_attention import PageLayout, Pages
 
@@ -36,11 +38,15 @@ def make_copy(layout: PageLayout, num_layers: int) -> Any:
 class PageCopier:
     """The compiled copy of one runner, for up to `max_copies` a step; the pages are donated."""
 
-    def __init__(self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int):
+    def __init__(
+        self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int, saved: CompiledSteps
+    ):
         self._max_copies = max_copies
         kv_pages = jax.eval_shape(lambda: layout.empty(num_layers * num_pages))
         copy = jax.jit(make_copy(layout, num_layers), donate_argnums=0)
-        self._compiled = copy.lower(kv_pages, *self._arrays(())).compile()
+        arguments = (kv_pages, *self._arrays(()))
+        facts = {"layout": repr(layout), "layers": num_layers}
+        self._compiled = saved.compile("copy", partial(copy.lower, *arguments), arguments, kv_pages, facts)
 
     def run(self, kv_pages: Pages, copies: Sequence[PageCopy]) -> Pages:
         """Make a step's copies. Raises ValueError when there are more than were declared."""

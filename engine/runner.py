@@ -13,6 +13,7 @@ from engine.backends import Backends
 from engine.batch import BatchBuilder
 from engine.buckets import Bucket, choose_bucket, declare_buckets
 from engine.compilation import counting_compiles
+from engine.compiled_steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.errors import RetraceError
 from engine.group_costs import group_costs
@@ -82,12 +83,21 @@ class StepRunner:
             config.page_dtype,
         )
         self._num_layers = model_config.num_layers
+        self._saved = CompiledSteps(
+            config.compiled_steps_path, [self._device], is_trusted=config.compiled_steps_trusted
+        )
         packed = pack_model(model, config.weight_format, self.backends.linear, takes_weights=takes_weights)
         self._model = jax.device_put(packed, self._device)
         options = AttentionOptions(scale=attention_scale(model_config))
         self._step = jax.jit(
             make_step(options, self._layout, self.backends.linear), donate_argnums=2, static_argnums=0
         )
+        self._facts = {
+            "model": repr(model_config),
+            "dtypes": [config.dtype, config.weight_format, config.page_dtype],
+            "kernels": list(self.backends),
+            "attention": repr((options, self._layout)),
+        }
         self.buckets = declare_buckets(
             config.min_token_pad,
             config.max_num_batched_tokens,
@@ -116,8 +126,10 @@ class StepRunner:
             # so it is compiled for a few pages first where the device bounds memory.
             self.num_pages = fit(used_bytes=self._model.num_bytes + self._temporary_bytes(config))
             self._compiled = {bucket: self._compile(bucket, self.num_pages) for bucket in self.buckets}
-            self._copier = PageCopier(self._layout, self._num_layers, self.num_pages, config.max_num_seqs)
-        self.num_compiled = count.num_compiled
+            self._copier = PageCopier(
+                self._layout, self._num_layers, self.num_pages, config.max_num_seqs, self._saved
+            )
+        self.num_compiled, self.num_loaded = count.num_compiled, self._saved.num_loaded
         self._kv_pages = self._empty_pages()
         self.num_computed_tokens = 0
         self.num_padded_tokens = 0
@@ -173,7 +185,14 @@ class StepRunner:
     def _compile(self, bucket: Bucket, num_pages: int) -> Any:
         kv_pages = jax.eval_shape(lambda: self._layout.empty(self._num_layers * num_pages))
         arrays, shape = self._batch.idle_arrays(bucket), self._batch.shape(bucket)
-        return self._step.lower(shape, self._model, kv_pages, arrays).compile()
+        arguments = (self._model, kv_pages, arrays)
+        return self._saved.compile(
+            f"step-{bucket.num_tokens}-{bucket.num_logits}",
+            partial(self._step.lower, shape, *arguments),
+            arguments,
+            (kv_pages, StepOutputs(*StepOutputs._fields)),
+            self._facts | {"shape": list(shape)},
+        )
 
     def _temporary_bytes(self, config: EngineConfig) -> int:
         """Bytes of the largest step's temporaries, where the number of pages depends on them."""
