@@ -28,6 +28,7 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from engine.checkpoints.remote import without_secrets
+from engine.compilation import without_compilation_cache
 from engine.step_files import StepFiles, open_step_files
 
 FORMAT = 1
@@ -65,7 +66,7 @@ class CompiledSteps:
         self._devices = list(devices)
         self._files: StepFiles | None = None if path is None else open_step_files(path, is_trusted)
         self._where = "" if path is None else without_secrets(path)
-        self.num_loaded = 0
+        self.num_loaded = self.num_compiled = 0
 
     def compile(
         self,
@@ -90,7 +91,11 @@ class CompiledSteps:
         file = f"{name}-{hashlib.sha256(_json(facts)).hexdigest()[:32]}.step"
         compiled = self._load(file, facts, arguments, outputs)
         if compiled is None:
-            compiled = lower().compile()
+            # On a CPU, what came from JAX's own cache lacks functions once it is serialised again, and says so
+            # only when it runs.
+            with without_compilation_cache():
+                compiled = lower().compile()
+            self.num_compiled += 1
             self._files.write(file, _encoded(facts, serialize(compiled)[0]))
         return compiled
 

@@ -129,7 +129,8 @@ class StepRunner:
             self._copier = PageCopier(
                 self._layout, self._num_layers, self.num_pages, config.max_num_seqs, self._saved
             )
-        self.num_compiled, self.num_loaded = count.num_compiled, self._saved.num_loaded
+        self.num_compiled = count.num_compiled + self._saved.num_compiled
+        self.num_loaded = self._saved.num_loaded
         self._kv_pages = self._empty_pages()
         self.num_computed_tokens = 0
         self.num_padded_tokens = 0

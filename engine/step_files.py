@@ -37,8 +37,8 @@ def open_step_files(path: str, is_trusted: bool) -> StepFiles:
         return _LocalFiles(local)
     if not is_trusted:
         raise ConfigError(
-            f"engine.compiled_steps_path={without_secrets(path)}: a compiled step is code that is run as it is "
-            "read, and who may write to a store cannot be seen from here; if only people you would let run "
+            f"engine.compiled_steps_path={without_secrets(path)}: a compiled step is code that is run as it "
+            "is read, and who may write to a store cannot be seen from here; if only people you would let run "
             "code on this machine can, set engine.compiled_steps_trusted=true"
         )
     return _RemoteFiles(path)
@@ -84,7 +84,7 @@ def _refuse_others(folder: Path) -> None:
     _refuse_writable(folder, folder.stat())
     for above in folder.parents:
         found = above.stat()
-        # In a folder with the sticky bit, such as the system's temporary one, nobody can move what is not his.
+        # With the sticky bit, as in the system's temporary folder, nobody can move what is not his.
         if not found.st_mode & stat.S_ISVTX:
             _refuse_writable(above, found)
 

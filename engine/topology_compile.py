@@ -62,7 +62,12 @@ def compile_steps(plan: DevicePlan, *, only_largest: bool = False) -> Iterator[C
     Raises ConfigError with the compiler's words when one does not compile.
     """
     command = [sys.executable, "-m", "engine.topology_compile", *(["--only-largest"] if only_largest else [])]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        # libtpu lets one process in at a time, for the sake of chips that this one does not touch.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )

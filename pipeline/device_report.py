@@ -35,10 +35,11 @@ class DeviceReport:
         if plan.fits:
             return None
         needed = plan.weight_bytes + plan.temporary_bytes
+        sequence = -(-plan.max_model_len // plan.config.page_size) * plan.page_bytes
         return (
-            f"the model does not fit on {plan.topology.name}: a device has {plan.budget_bytes / _GIB:.2f} GiB "
-            f"for it; weights and temporaries take {needed / _GIB:.2f} and one sequence of "
-            f"{plan.max_model_len:,} tokens {-(-plan.max_model_len // plan.config.page_size) * plan.page_bytes / _GIB:.2f}. "
+            f"the model does not fit on {plan.topology.name}: a device has {plan.budget_bytes / _GIB:.2f} "
+            f"GiB for it; weights and temporaries take {needed / _GIB:.2f} and one sequence of "
+            f"{plan.max_model_len:,} tokens {sequence / _GIB:.2f}. "
             f"{self._remedy()}"
         )
 
@@ -110,16 +111,17 @@ class DeviceReport:
         found = [
             "",
             f"  chips     {topology.name}: {topology.num_chips} x {chip.name}, "
-            f"{topology.usable_bytes / _GIB:.2f} GiB a {each}, of which {plan.budget_bytes / _GIB:.2f} may be used",
-            f"  model     {_billions(plan.num_parameters)} parameters, weights in {plan.config.weight_format}, "
-            f"shared by {topology.num_devices}",
+            f"{topology.usable_bytes / _GIB:.2f} GiB a {each}, of which {plan.budget_bytes / _GIB:.2f} may be "
+            "used",
+            f"  model     {_billions(plan.num_parameters)} parameters, weights in "
+            f"{plan.config.weight_format}, shared by {topology.num_devices}",
             f"  memory    a {each}: weights {plan.weight_bytes / _GIB:.2f} GiB, temporaries "
             f"{plan.temporary_bytes / _GIB:.2f} ({source}), keys and values {plan.kv_bytes / _GIB:.2f}",
         ]
         if plan.fits:
             found.append(
-                f"  pages     {plan.num_pages:,} of {plan.config.page_size} tokens: {plan.num_tokens:,} tokens at a "
-                f"time, {plan.num_tokens // plan.max_model_len:,} sequences of {plan.max_model_len:,}"
+                f"  pages     {plan.num_pages:,} of {plan.config.page_size} tokens: {plan.num_tokens:,} tokens at "
+                f"a time, {plan.num_tokens // plan.max_model_len:,} sequences of {plan.max_model_len:,}"
             )
         else:
             found.append(f"  pages     DOES NOT FIT. {self._remedy()}")
@@ -133,7 +135,7 @@ class DeviceReport:
 
     def _step_lines(self) -> list[str]:
         found = [
-            f"  steps     least milliseconds at {self.steps[0].load.context:,.0f} tokens a sequence (roofline)",
+            f"  steps     least milliseconds (roofline) at {self.steps[0].load.context:,.0f} tokens a sequence",
             f"            {'tokens':>7} {'logits':>7} {'sequences':>9} {'compute':>9} {'memory':>9} "
             f"{'links':>9} {'step':>9}  bound         temporaries",
         ]
@@ -143,7 +145,8 @@ class DeviceReport:
             found.append(
                 f"            {step.bucket.num_tokens:>7,} {step.bucket.num_logits:>7,} "
                 f"{step.load.num_sequences:>9,} {time.compute * 1e3:>9.3f} {time.memory * 1e3:>9.3f} "
-                f"{time.interconnect * 1e3:>9.3f} {time.seconds * 1e3:>9.3f}  {time.bound:<12} {temporaries}".rstrip()
+                f"{time.interconnect * 1e3:>9.3f} {time.seconds * 1e3:>9.3f}  "
+                f"{time.bound:<12} {temporaries}".rstrip()
             )
         return found
 
@@ -154,7 +157,8 @@ class DeviceReport:
         price = "" if found.cost is None else f", {found.cost:,.2f} at plan.price_per_chip_hour"
         return [
             f"  time      at least {duration(found.seconds)} if every row generates its max_tokens: "
-            f"{found.num_steps:,} steps of {found.running:,} sequences; {found.chip_hours:,.2f} chip hours{price}"
+            f"{found.num_steps:,} steps of {found.running:,} sequences; {found.chip_hours:,.2f} chip "
+            f"hours{price}"
         ]
 
 

@@ -1,4 +1,4 @@
-"""The part of `mode=plan` that is about chips which need not be here: what fits, the steps, hours and cost."""
+"""The part of `mode=plan` about chips that need not be here: what fits, the steps, hours and cost."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _compile(settings: Settings, plan: DevicePlan) -> list[CompiledStep]:
         found.append(step)
         if settings.progress != "off":
             print(
-                f"compiled for {plan.topology.chip.name}: {step.num_tokens:,} tokens, {step.num_logits:,} logits, "
-                f"{step.num_pages:,} pages, in {step.compile_seconds:.0f} s",
+                f"compiled for {plan.topology.chip.name}: {step.num_tokens:,} tokens, {step.num_logits:,} "
+                f"logits, {step.num_pages:,} pages, in {step.compile_seconds:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -154,8 +154,8 @@ class Settings:
             chip = find_slice(self.plan.topology).chip.name
             if chip != self.engine.chip:
                 raise ConfigError(
-                    f"plan.topology={self.plan.topology} is of another chip than engine.chip={self.engine.chip}: "
-                    f"choose conf={profile_of(chip)}, or another topology"
+                    f"plan.topology={self.plan.topology} is of another chip than "
+                    f"engine.chip={self.engine.chip}: choose conf={profile_of(chip)}, or another topology"
                 )
         if self.engine.max_model_len is not None and self.sampling.max_tokens >= self.engine.max_model_len:
             raise ConfigError(

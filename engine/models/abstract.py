@@ -1,4 +1,4 @@
-"""A packed model with shapes in the place of arrays, and one chip's share of it: to compile for, and to count.
+"""A packed model with shapes in the place of arrays, and a chip's share of it: to compile for, and to count.
 
 Nothing is allocated, so a laptop can look at a model of any size.
 """

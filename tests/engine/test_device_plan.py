@@ -43,7 +43,7 @@ def test_parameters_are_those_the_models_are_known_by(name: str, expected: int, 
 
 def test_llama_8b_on_v4_8(tmp_path: Path) -> None:
     plan = plan_device(model_config("Llama-3.1-8B", tmp_path), BF16, find_slice("v4-8"), 131_072, TEMPORARIES)
-    # A chip of four has 8 query heads and 2 KV heads of 128, 3,584 of the MLP's 14,336, 32,064 of 128,256 words.
+    # A chip of four has 8 query heads, 2 KV heads of 128, 3,584 of the MLP's 14,336, 32,064 of 128,256 words.
     qkv, out = (8 + 2 * 2) * 128 * 4096, 4096 * 8 * 128
     gate_up, down = 2 * 3584 * 4096, 4096 * 3584
     layer = 2 * (qkv + out + gate_up + down) + 2 * 4096 * 4
