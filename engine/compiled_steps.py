@@ -91,8 +91,8 @@ class CompiledSteps:
         file = f"{name}-{hashlib.sha256(_json(facts)).hexdigest()[:32]}.step"
         compiled = self._load(file, facts, arguments, outputs)
         if compiled is None:
-            # On a CPU, what came from JAX's own cache lacks functions once it is serialised again, and says so
-            # only when it runs.
+            # On a CPU, what came from JAX's own cache lacks functions once it is serialised again, and says
+            # so only when it runs.
             with without_compilation_cache():
                 compiled = lower().compile()
             self.num_compiled += 1

@@ -48,7 +48,7 @@ def select_platform(name: str, chip: str | None = None) -> str:
 
 
 def _check_chip(jax: Any, chip: str | None) -> None:
-    """ConfigError unless JAX's devices are of this kind: a profile made for others would run badly or not fit."""
+    """ConfigError unless JAX's devices are of this kind: another's profile would run badly, or not fit."""
     devices = jax.devices()
     if chip is None or CHIPS[chip].is_kind(devices[0].device_kind):
         return

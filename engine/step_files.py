@@ -38,8 +38,8 @@ def open_step_files(path: str, is_trusted: bool) -> StepFiles:
     if not is_trusted:
         raise ConfigError(
             f"engine.compiled_steps_path={without_secrets(path)}: a compiled step is code that is run as it "
-            "is read, and who may write to a store cannot be seen from here; if only people you would let run "
-            "code on this machine can, set engine.compiled_steps_trusted=true"
+            "is read, and who may write to a store cannot be seen from here; if only people you would let "
+            "run code on this machine can, set engine.compiled_steps_trusted=true"
         )
     return _RemoteFiles(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from engine.device_plan import DevicePlan
@@ -68,6 +69,7 @@ class DeviceReport:
             },
             "temporaries_are": "estimated" if plan.is_estimate else "compiled",
             "not_compiled": self.not_compiled,
+            "compiler": f"libtpu {version('libtpu')}" if self.compiled else None,
             "pages": plan.num_pages,
             "concurrent_tokens": plan.num_tokens,
             "max_model_len": plan.max_model_len,
@@ -111,8 +113,8 @@ class DeviceReport:
         found = [
             "",
             f"  chips     {topology.name}: {topology.num_chips} x {chip.name}, "
-            f"{topology.usable_bytes / _GIB:.2f} GiB a {each}, of which {plan.budget_bytes / _GIB:.2f} may be "
-            "used",
+            f"{topology.usable_bytes / _GIB:.2f} GiB a {each}, of which "
+            f"{plan.budget_bytes / _GIB:.2f} may be used",
             f"  model     {_billions(plan.num_parameters)} parameters, weights in "
             f"{plan.config.weight_format}, shared by {topology.num_devices}",
             f"  memory    a {each}: weights {plan.weight_bytes / _GIB:.2f} GiB, temporaries "
@@ -120,8 +122,8 @@ class DeviceReport:
         ]
         if plan.fits:
             found.append(
-                f"  pages     {plan.num_pages:,} of {plan.config.page_size} tokens: {plan.num_tokens:,} tokens at "
-                f"a time, {plan.num_tokens // plan.max_model_len:,} sequences of {plan.max_model_len:,}"
+                f"  pages     {plan.num_pages:,} of {plan.config.page_size} tokens: {plan.num_tokens:,} "
+                f"tokens at a time, {plan.num_tokens // plan.max_model_len:,} sequences of {plan.max_model_len:,}"
             )
         else:
             found.append(f"  pages     DOES NOT FIT. {self._remedy()}")
@@ -135,7 +137,8 @@ class DeviceReport:
 
     def _step_lines(self) -> list[str]:
         found = [
-            f"  steps     least milliseconds (roofline) at {self.steps[0].load.context:,.0f} tokens a sequence",
+            f"  steps     least milliseconds (roofline) at {self.steps[0].load.context:,.0f} tokens "
+            "a sequence",
             f"            {'tokens':>7} {'logits':>7} {'sequences':>9} {'compute':>9} {'memory':>9} "
             f"{'links':>9} {'step':>9}  bound         temporaries",
         ]

@@ -86,9 +86,9 @@ class ResumeSettings:
 class PlanSettings:
     """json: also write the plan as JSON to this file; "-" prints it in the place of the report. measure: run
     a short warm-up to estimate the time. topology: plan for these chips too, wherever the plan is made: v4-8,
-    v5e-1, h100-8, ... compile: which of their steps, where the compiler is installed. price_per_chip_hour: for
-    the cost, in any currency. roofline_share: of the speed that the chips' peaks allow, what steps reach; 1
-    gives the least time there can be.
+    v5e-1, h100-8, ... compile: which of their steps, where the compiler is installed. price_per_chip_hour:
+    for the cost, in any currency. roofline_share: of the speed that the chips' peaks allow, what steps reach;
+    1 gives the least time there can be.
     """
 
     json: str | None = None

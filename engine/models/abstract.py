@@ -14,7 +14,7 @@ from flax import nnx
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.llama import abstract_llama
-from engine.models.packed import PackedModel, head_is_embedding, head_format_of
+from engine.models.packed import PackedModel, head_format_of, head_is_embedding
 from kernels.linear import PackedWeights, abstract_weights
 
 

@@ -24,6 +24,19 @@ CONFIG = EngineConfig(
 
 
 @needs_libtpu
+def test_the_one_step_of_a_small_engine_compiles_for_v5e(tmp_path: Path) -> None:
+    config = replace(CONFIG, max_num_batched_tokens=64)
+    plan = plan_device(model_config("SmolLM2-135M", tmp_path), config, find_slice("v5e-1"), 2048)
+    [step] = compile_steps(plan, only_largest=True)
+    assert (step.num_tokens, step.num_logits, step.num_pages) == (64, 64, 2 * 64)
+    # What the compiler lays out is what was counted, and the step's own numbers, masks and histories.
+    counted = plan.weight_bytes + step.num_pages * plan.page_bytes
+    assert counted <= step.argument_bytes <= counted + 10 * 2**20
+    assert step.temporary_bytes == pytest.approx(plan.temporary_bytes, rel=1.0), "the formula is near"
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_every_step_of_smollm2_compiles_for_v5e(tmp_path: Path) -> None:
     plan = plan_device(model_config("SmolLM2-135M", tmp_path), CONFIG, find_slice("v5e-1"), 2048)
     steps = list(compile_steps(plan))
