@@ -1,9 +1,9 @@
 """Accelerators as a plan needs to know them: memory, peak rates, links, and the slices they are rented in.
 
 Sources. TPUs: the "System architecture" tables of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; usable
-memory as libtpu 0.0.52 says it when a program does not fit ("Used … of 30.75G hbm"). GPUs: NVIDIA's data
-sheets of the A100 80GB SXM, H100 SXM and H200 SXM, dense rates; usable memory as CUDA reports it. All
-are what a vendor promises, not measured.
+memory as libtpu 0.0.52 says it when a program does not fit ("exceeds available HBM (30.75G)"). GPUs: NVIDIA's
+data sheets of the A100 80GB SXM, H100 SXM and H200 SXM, dense rates; usable memory about as CUDA reports it.
+All are what a vendor promises, not measured.
 """
 
 from __future__ import annotations
@@ -171,14 +171,14 @@ CHIPS = {
         _tpu("v5e", "TPU v5 lite", "TPU v5e", memory=16, usable=15.75, tera_flops=197,
              giga_bytes=819, link=50, slices=_SQUARES, ring_length=16),
         # 1,200 GB/s both ways over six links.
-        _tpu("v5p", "TPU v5p", "TPU v5", memory=95, usable=95, tera_flops=459, giga_bytes=2765, link=100,
+        _tpu("v5p", "TPU v5p", "TPU v5", memory=95.9, usable=95.73, tera_flops=459, giga_bytes=2765, link=100,
              slices=_CUBES, ring_length=4),
         # 800 GB/s both ways over four links.
-        _tpu("v6e", "TPU v6 lite", "TPU v6e", memory=32, usable=31.25, tera_flops=918,
+        _tpu("v6e", "TPU v6 lite", "TPU v6e", memory=32, usable=31.24, tera_flops=918,
              giga_bytes=1638, link=100, slices=_SQUARES, ring_length=16),
         # 1,200 GB/s both ways over six links; each half of a chip is a device.
-        _tpu("tpu7x", "TPU7x", "TPU v7x", memory=192, usable=190, tera_flops=2307, giga_bytes=7380, link=100,
-             slices=_CUBES, ring_length=4, devices=2),
+        _tpu("tpu7x", "TPU7x", "TPU v7x", memory=192, usable=189.48, tera_flops=2307, giga_bytes=7380,
+             link=100, slices=_CUBES, ring_length=4, devices=2),
         _gpu("a100", "NVIDIA A100", memory=80, usable=79.2, tera_flops=312, f32=19.5,
              giga_bytes=2039, link=300),
         _gpu("h100", "NVIDIA H100", memory=80, usable=79.2, tera_flops=989, f32=67,

@@ -83,10 +83,11 @@ class Roofline:
 
     def bytes_sent(self, load: StepLoad) -> float:
         """By each device: sums over the devices after the embedding, each attention and each MLP, as rings
-        make them (every part goes round twice), and the logits, gathered in f32.
+        make them (every part goes round twice), and its part of the logits in f32, since each device draws
+        for its part of the rows.
         """
         itemsize = 4 if self.dtype == "float32" else 2
         others = (self.num_sharing - 1) / self.num_sharing
         sums = (2 * self.model.num_layers + 1) * load.num_tokens * self.model.d_model * itemsize
-        logits = load.num_logits * self.model.vocab_size * 4
+        logits = load.num_logits * self.share.vocab_size * 4
         return others * (2 * sums + logits)

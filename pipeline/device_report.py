@@ -123,7 +123,8 @@ class DeviceReport:
         if plan.fits:
             found.append(
                 f"  pages     {plan.num_pages:,} of {plan.config.page_size} tokens: {plan.num_tokens:,} "
-                f"tokens at a time, {plan.num_tokens // plan.max_model_len:,} sequences of {plan.max_model_len:,}"
+                f"tokens at a time, {plan.num_tokens // plan.max_model_len:,} sequences of "
+                f"{plan.max_model_len:,}"
             )
         else:
             found.append(f"  pages     DOES NOT FIT. {self._remedy()}")

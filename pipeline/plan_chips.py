@@ -15,10 +15,7 @@ from pipeline.settings import Settings
 
 
 def plan_chips(settings: Settings, model: ModelConfig) -> DevicePlan | None:
-    """What of the model fits on the chips of `plan.topology`; None when none are named.
-
-    Raises ConfigError when they cannot share the model.
-    """
+    """What of the model fits on the chips of `plan.topology`; None when none are named."""
     if settings.plan.topology is None:
         return None
     length = settings.engine.model_len(model.max_position_embeddings)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from engine.errors import ConfigError
 from engine.models.config import ModelConfig
 from engine.models.llama import abstract_llama
 from engine.models.packed import PackedModel, head_format_of, head_is_embedding
 from kernels.linear import PackedWeights, abstract_weights
+from kernels.linear.quantise import GROUP
 
 
 def abstract_model(config: ModelConfig, weight_format: str, backend: str, dtype: str) -> PackedModel:
@@ -55,36 +55,25 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(packed))
 
 
-def share_of(config: ModelConfig, num_devices: int) -> ModelConfig:
+def share_of(config: ModelConfig, num_devices: int, weight_format: str) -> ModelConfig:
     """The part of a model that each of `num_devices` has under tensor parallelism: heads, MLP and vocabulary.
 
-    KV heads are replicated when there are fewer than devices. Special ids are left out: they are those of the
-    whole vocabulary. Raises ConfigError, with the numbers that would do, when the model cannot be cut so.
+    KV heads are repeated when there are fewer than devices. What does not divide is filled up with zeros, so
+    that all shares have one size; quantised weights are cut between their groups of inputs. Special ids are
+    left out: they are those of the whole vocabulary.
     """
     if num_devices == 1:
         return config
-    if not _divides(config, num_devices):
-        fitting = [number for number in range(1, config.num_heads + 1) if _divides(config, number)]
-        raise ConfigError(
-            f"{config.num_heads} query heads, {config.num_kv_heads} KV heads and an MLP of "
-            f"{config.intermediate_size} cannot be cut in {num_devices} equal shares: "
-            f"{', '.join(map(str, fitting))} devices can share this model"
-        )
+    devices_a_kv_head = max(1, num_devices // config.num_kv_heads)
+    kv_heads = -(-config.num_kv_heads // num_devices)
+    ratio = config.num_heads // config.num_kv_heads
+    unit = GROUP if weight_format in ("int8", "int4") else 1
     return replace(
         config,
-        num_heads=config.num_heads // num_devices,
-        num_kv_heads=max(1, config.num_kv_heads // num_devices),
-        intermediate_size=config.intermediate_size // num_devices,
+        num_heads=kv_heads * -(-ratio // devices_a_kv_head),
+        num_kv_heads=kv_heads,
+        intermediate_size=-(-config.intermediate_size // (num_devices * unit)) * unit,
         vocab_size=-(-config.vocab_size // num_devices),
         bos_token_id=None,
         eos_token_ids=(),
-    )
-
-
-def _divides(config: ModelConfig, number: int) -> bool:
-    kv_heads = config.num_kv_heads
-    return (
-        config.num_heads % number == 0
-        and config.intermediate_size % number == 0
-        and (kv_heads % number == 0 or number % kv_heads == 0)
     )

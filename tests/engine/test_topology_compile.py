@@ -32,7 +32,7 @@ def test_the_one_step_of_a_small_engine_compiles_for_v5e(tmp_path: Path) -> None
     # What the compiler lays out is what was counted, and the step's own numbers, masks and histories.
     counted = plan.weight_bytes + step.num_pages * plan.page_bytes
     assert counted <= step.argument_bytes <= counted + 10 * 2**20
-    assert step.temporary_bytes == pytest.approx(plan.temporary_bytes, rel=1.0), "the formula is near"
+    assert step.temporary_bytes <= plan.temporary_bytes, "the formula errs on the safe side"
 
 
 @needs_libtpu
@@ -52,7 +52,7 @@ def test_every_step_of_smollm2_compiles_for_v5e(tmp_path: Path) -> None:
         counted = compiled.weight_bytes + compiled.kv_bytes
         assert counted <= each.argument_bytes <= counted + 100 * 2**20
         assert each.argument_bytes + each.temporary_bytes <= compiled.topology.usable_bytes
-    assert first.temporary_bytes == pytest.approx(plan.temporary_bytes, rel=1.0), "the formula is near"
+    assert first.temporary_bytes <= plan.temporary_bytes
 
 
 @needs_libtpu
@@ -68,7 +68,7 @@ def test_a_share_of_a_large_model_compiles(
     plan = plan_device(model_config(name, tmp_path), config, find_slice(topology), 8192)
     [step] = compile_steps(plan, only_largest=True)
     assert step.num_tokens == 2048
-    assert step.temporary_bytes == pytest.approx(plan.temporary_bytes, rel=1.0)
+    assert step.temporary_bytes <= plan.temporary_bytes <= step.temporary_bytes + 0.05 * plan.budget_bytes
 
 
 @needs_libtpu
