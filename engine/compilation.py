@@ -47,6 +47,21 @@ def use_compilation_cache(folder: str | None) -> Path:
 
 
 @contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compile afresh inside the block."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    was = jax.config.values["jax_enable_compilation_cache"]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX decides once whether it uses its cache
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was)
+        compilation_cache.reset_cache()
+
+
+@contextmanager
 def counting_compiles() -> Iterator[CompileCount]:
     """Count what is compiled inside the block."""
     count = CompileCount()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.chips import CHIPS
 from engine.errors import ConfigError
 from engine.mesh import AXES
 
@@ -53,8 +54,17 @@ class EngineConfig:
     linear_backend: str = "auto"
     """The same for products with weights and for drawing tokens."""
     platform: str = "auto"
+    chip: str | None = None
+    """The kind of chip that must be there, such as "v4" or "h100" (`engine.chips.CHIPS`); None: any."""
     compilation_cache_dir: str | None = None
-    """Where compiled steps are kept between starts; None: `~/.cache/tidemill/compiled`."""
+    """JAX's own cache of compiled code, on a local disk; None: `~/.cache/tidemill/compiled`."""
+    compiled_steps_path: str | None = None
+    """A folder or fsspec URL that whole compiled steps are kept under, for starts that compile and trace
+    nothing, on other machines too; None: they are not kept. A local folder that others can write to is
+    refused: a compiled step is code."""
+    compiled_steps_trusted: bool = False
+    """The user's word that only people who may run code here can write to the store that
+    `compiled_steps_path` is in."""
     min_token_pad: int = 16
     """The smallest step that is compiled, a power of two from 8: fewer tokens are padded up to it."""
     sharding_axis_dims: tuple[int, ...] = (1, 1, 1, -1, 1)
@@ -91,13 +101,19 @@ class EngineConfig:
             ("attention_backend", ("auto", "cpu", "xla", "pallas_tpu", "pallas_gpu")),
             ("linear_backend", ("auto", "cpu", "xla")),
             ("platform", ("auto", "cpu", "gpu", "tpu")),
+            ("chip", (None, *CHIPS)),
         ):
             if getattr(self, name) not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r}: choose one of {known}")
+        if self.chip is not None and self.platform not in ("auto", CHIPS[self.chip].platform):
+            raise ConfigError(
+                f"engine.chip={self.chip} is a {CHIPS[self.chip].platform.upper()} and engine.platform is "
+                f"{self.platform}: make them agree, or leave the chip out"
+            )
         self._check_axis_dims()
         self._check_processes()
-        for name in ("enable_prefix_caching", "async_scheduling"):
+        for name in ("enable_prefix_caching", "async_scheduling", "compiled_steps_trusted"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r}: give true or false")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -341,6 +341,7 @@ class Engine:
             evictions=scheduler.num_evictions,
             compile_seconds=runner.compile_seconds,
             num_compiled=runner.num_compiled,
+            num_loaded=runner.num_loaded,
             device=runner.device_name,
             num_duplicates=self._duplicates.num_duplicates,
             num_replicas=self._num_replicas,

@@ -28,8 +28,8 @@ def num_pages_that_fit(
         device: a jax device.
         page_bytes: of one page over all layers.
         used_bytes: taken already, or to be: weights, and the largest temporaries of a step.
-        max_model_len: not more pages are made than `max_num_seqs` sequences of this length fill, twice over:
-            what is beyond the running ones serves the prefix cache.
+        max_model_len: not more pages are made than `max_num_seqs` sequences of this length fill, twice over
+            (`pages_in`): what is beyond the running ones serves the prefix cache.
         num_sharing: devices that have the host's memory in common, where it is theirs.
 
     Raises:
@@ -44,7 +44,7 @@ def num_pages_that_fit(
             limit = device_memory_bytes(device)
             budget = int(limit * config.hbm_utilization) - used_bytes
     pages_each = -(-max_model_len // config.page_size)
-    num_pages = min(max(0, budget) // page_bytes, 2 * config.max_num_seqs * pages_each)
+    num_pages = pages_in(budget, config, page_bytes, max_model_len)
     if num_pages < pages_each:
         raise ConfigError(
             f"the KV cache has room for {num_pages} pages of {config.page_size} tokens "
@@ -53,6 +53,12 @@ def num_pages_that_fit(
             "raise engine.kv_cache_bytes or engine.hbm_utilization, or lower engine.max_model_len"
         )
     return num_pages
+
+
+def pages_in(budget: int, config: EngineConfig, page_bytes: int, max_model_len: int) -> int:
+    """Pages that `budget` bytes hold, up to what twice `max_num_seqs` sequences of full length could use."""
+    pages_each = -(-max_model_len // config.page_size)
+    return min(max(0, budget) // page_bytes, 2 * config.max_num_seqs * pages_each)
 
 
 def device_memory_bytes(device: Any) -> int:

@@ -115,6 +115,8 @@ class EngineStats:
     """Tracing, compiling or reading back the declared steps at the start."""
     num_compiled: int
     """Steps that had to be compiled, not found in the compilation cache."""
+    num_loaded: int
+    """Steps read whole from `engine.compiled_steps_path`, neither traced nor compiled."""
     device: str
     num_duplicates: int
     """Requests that were given the result of another one, none of their tokens being computed."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from engine.compiled_steps import CompiledSteps
 from kernels.paged_attention import PageLayout, Pages
 
 if TYPE_CHECKING:
@@ -39,13 +41,21 @@ class PageCopier:
     """The compiled copy of one runner, for up to `max_copies` (`PageCopy`) a step; the pages are donated."""
 
     def __init__(
-        self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int, place: Placement
+        self,
+        layout: PageLayout,
+        num_layers: int,
+        num_pages: int,
+        max_copies: int,
+        place: Placement,
+        saved: CompiledSteps,
     ):
         self._max_copies = max_copies
         self._num_replicas = place.num_replicas
         kv_pages = place.abstract_pages(layout, num_layers * num_pages)
         copy = place.jit_copy(make_copy(layout, num_layers))
-        self._compiled = copy.lower(kv_pages, *self._arrays(())).compile()
+        arguments = (kv_pages, *self._arrays(()))
+        facts = {"layout": repr(layout), "layers": num_layers, "mesh": place.description}
+        self._compiled = saved.compile("copy", partial(copy.lower, *arguments), arguments, kv_pages, facts)
 
     def run(self, kv_pages: Pages, copies: Sequence[Any]) -> Pages:
         """Make a step's copies. Raises ValueError when there are more than were declared."""

@@ -11,6 +11,7 @@ import jax
 
 from engine.batch import BatchBuilder
 from engine.checkpoints.weights import StoredWeights
+from engine.compiled_steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.mesh import make_mesh
 from engine.models.config import ModelConfig
@@ -25,6 +26,8 @@ class Placement(Protocol):
 
     device: Any
     """One of the devices, for what is the same on all."""
+    devices: list[Any]
+    """All that run a step."""
     local_config: ModelConfig
     """The model's sizes as each device sees them."""
     num_replicas: int
@@ -66,7 +69,7 @@ class Placement(Protocol):
         ...
 
     def make_copier(
-        self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int
+        self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int, saved: CompiledSteps
     ) -> PageCopier: ...
 
 
@@ -91,6 +94,7 @@ class OneDevice:
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig):
         self.device = jax.devices()[0]
+        self.devices = [self.device]
         self.local_config = model_config
         self._config = config
 
@@ -117,5 +121,7 @@ class OneDevice:
     def make_batch(self, **options: Any) -> BatchBuilder:
         return BatchBuilder(device=self.device, **options)
 
-    def make_copier(self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int) -> PageCopier:
-        return PageCopier(layout, num_layers, num_pages, max_copies, self)
+    def make_copier(
+        self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int, saved: CompiledSteps
+    ) -> PageCopier:
+        return PageCopier(layout, num_layers, num_pages, max_copies, self, saved)

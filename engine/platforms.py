@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.chips import CHIPS, chip_of
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 
@@ -19,29 +20,31 @@ _REMEDY = {
 }
 
 
-def select_platform(name: str) -> str:
+def select_platform(name: str, chip: str | None = None) -> str:
     """Make JAX use `name` (`auto`, `cpu`, `gpu` or `tpu`) and return the platform it runs on.
 
     `auto` leaves the choice to JAX. Must come before the first array is made: JAX fixes its platform then.
-    Raises ConfigError, in one line, when the platform is unknown or this machine does not have it.
+    Raises ConfigError, in one line that names what JAX found, when the platform is unknown or this machine
+    does not have it, or does not have the `chip` of `engine.chips.CHIPS` that is asked for.
     """
     if name not in PLATFORMS:
         raise ConfigError(f"engine.platform={name!r}: choose one of {', '.join(PLATFORMS)}")
     import jax  # late: `--cfg job` and bad configurations must not wait for it
 
     if name == "auto":
-        return _default_platform(jax)
+        found = _default_platform(jax)
+        _check_chip(jax, chip)
+        return found
     if not _asked_for(jax):
         jax.config.update("jax_platforms", _JAX_NAMES[name])
     found = _platform_or_none(jax)
     if found != name:
-        if found is None:
-            _forget(jax)
-        seen = "none could be started" if found is None else f"JAX runs on {found!r}"
+        seen = _other_devices(jax) if found is None else f"JAX runs on {_describe(jax.devices())}"
         raise ConfigError(
             f"engine.platform={name} was asked for and this machine has no {name.upper()} for JAX ({seen}): "
             f"{_REMEDY[name]}"
         )
+    _check_chip(jax, chip)
     return name
 
 
@@ -65,6 +68,41 @@ def join_processes(config: EngineConfig) -> None:
     except (RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"engine.coordinator_address={address}: {text}") from error
+
+
+def _check_chip(jax: Any, chip: str | None) -> None:
+    """ConfigError unless JAX's devices are of this kind: another's profile would run badly, or not fit."""
+    devices = jax.devices()
+    if chip is None or CHIPS[chip].is_kind(devices[0].device_kind):
+        return
+    there = chip_of(devices[0].device_kind)
+    choice = (
+        "choose a profile made for that device" if there is None else f"choose conf={profile_of(there.name)}"
+    )
+    raise ConfigError(
+        f"engine.chip={chip} was asked for and JAX found {_describe(devices)}: {choice}, or engine.chip=null "
+        "to run with these settings all the same"
+    )
+
+
+def profile_of(chip: str) -> str:
+    """The hardware profile under `conf/conf` that is made for a chip of `engine.chips.CHIPS`."""
+    return f"{CHIPS[chip].platform}_{chip.removeprefix('tpu')}"
+
+
+def _describe(devices: list[Any]) -> str:
+    return f"{len(devices)} x {devices[0].platform} {devices[0].device_kind!r}"
+
+
+def _other_devices(jax: Any) -> str:
+    """What JAX finds where the platform asked for could not be started; JAX is then as it was."""
+    _forget(jax)
+    try:
+        return f"JAX found {_describe(jax.devices())}"
+    except (RuntimeError, AssertionError):  # as in `_platform_or_none`
+        return "JAX found no device at all"
+    finally:
+        _forget(jax)
 
 
 def _asked_for(jax: Any) -> str | None:

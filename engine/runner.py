@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from engine.backends import Backends
 from engine.buckets import Bucket, choose_bucket, declare_buckets
 from engine.compilation import counting_compiles
+from engine.compiled_steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.errors import RetraceError
 from engine.group_costs import group_costs
@@ -87,11 +88,21 @@ class StepRunner:
             config.page_dtype,
         )
         self._num_layers = model_config.num_layers
+        self._saved = CompiledSteps(
+            config.compiled_steps_path, self._place.devices, is_trusted=config.compiled_steps_trusted
+        )
         self._model = self._place.pack(model, self.backends.linear, takes_weights=takes_weights)
         options = AttentionOptions(scale=attention_scale(model_config))
         self._step = self._place.jit_step(
             make_step(options, self._layout, self.backends.linear, self._place.sample)
         )
+        self._facts = {
+            "model": repr(model_config),
+            "dtypes": [config.dtype, config.weight_format, config.page_dtype],
+            "kernels": list(self.backends),
+            "attention": repr((options, self._layout)),
+            "mesh": self._place.description,
+        }
         self.buckets = declare_buckets(
             config.min_token_pad,
             config.max_num_batched_tokens,
@@ -122,9 +133,10 @@ class StepRunner:
             self.num_pages = self._place.agree(fitting)
             self._compiled = {bucket: self._compile(bucket, self.num_pages) for bucket in self.buckets}
             self._copier = self._place.make_copier(
-                self._layout, self._num_layers, self.num_pages, config.max_num_seqs
+                self._layout, self._num_layers, self.num_pages, config.max_num_seqs, self._saved
             )
-        self.num_compiled = count.num_compiled
+        self.num_compiled = count.num_compiled + self._saved.num_compiled
+        self.num_loaded = self._saved.num_loaded
         give_back_freed_memory()
         self._kv_pages = self._place.empty_pages(self._layout, self._num_layers * self.num_pages)
         self.num_computed_tokens = 0
@@ -202,7 +214,14 @@ class StepRunner:
     def _compile(self, bucket: Bucket, num_pages: int) -> Any:
         kv_pages = self._place.abstract_pages(self._layout, self._num_layers * num_pages)
         arrays, shape = self._batch.idle_arrays(bucket), self._batch.shape(bucket)
-        return self._step.lower(shape, self._model, kv_pages, arrays).compile()
+        arguments = (self._model, kv_pages, arrays)
+        return self._saved.compile(
+            f"step-{bucket.num_tokens}-{bucket.num_logits}",
+            partial(self._step.lower, shape, *arguments),
+            arguments,
+            (kv_pages, StepOutputs(*StepOutputs._fields)),
+            self._facts | {"shape": list(shape)},
+        )
 
     def _temporary_bytes(self, config: EngineConfig) -> int:
         """Bytes of the largest step's temporaries, where the number of pages depends on them."""

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.batch import BatchBuilder
+from engine.compiled_steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.mesh import AXES, EXPERT_AXIS, REPLICA_AXES, TENSOR_AXIS
@@ -46,6 +47,10 @@ class MeshPlacement:
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, mesh: Mesh):
         check_experts(model_config, mesh)
+        if config.compiled_steps_path is not None and jax.process_count() > 1:
+            raise ConfigError(
+                "engine.compiled_steps_path: steps that several processes run together are not kept; leave it out"
+            )
         self._config = config
         self._mesh = mesh
         self._split = TensorSplit(model_config, mesh.shape[TENSOR_AXIS], config.weight_format)
@@ -53,6 +58,7 @@ class MeshPlacement:
         self.num_replicas = mesh.shape["dp"] * mesh.shape["fsdp"]
         self.num_sharing = len(mesh.local_devices)
         self.device = mesh.local_devices[0]
+        self.devices = list(mesh.devices.flat)
         self._inputs = NamedSharding(mesh, _EVERYWHERE)
         self._vocab_size = model_config.vocab_size
         sizes = "".join(f" {name}={mesh.shape[name]}" for name in AXES if mesh.shape[name] > 1)
@@ -112,8 +118,10 @@ class MeshPlacement:
         builders = [BatchBuilder(device=self._inputs, **options) for _ in range(self.num_replicas)]
         return ReplicaBatch(builders, self._inputs)
 
-    def make_copier(self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int) -> PageCopier:
-        return ReplicaPageCopier(layout, num_layers, num_pages, max_copies, self)
+    def make_copier(
+        self, layout: PageLayout, num_layers: int, num_pages: int, max_copies: int, saved: CompiledSteps
+    ) -> PageCopier:
+        return ReplicaPageCopier(layout, num_layers, num_pages, max_copies, self, saved)
 
     def _own_pages(self, layout: PageLayout, num_pages: int) -> Any:
         return self._map(lambda: layout.empty(num_pages), (), _OWN)

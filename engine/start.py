@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def load_for(config: EngineConfig, source: str, revision: str | None = None) -> LoadedModel:
     """Load a model for an engine of this config; on a mesh the engine itself reads the weights."""
     join_processes(config)
-    select_platform(config.platform)
+    select_platform(config.platform, config.chip)
     defers = make_mesh(config.sharding_axis_dims) is not None
     return load(source, revision=revision, dtype=config.dtype, defers_weights=defers)
 
@@ -33,7 +33,7 @@ def make_runner(
 ) -> tuple[StepRunner, Lockstep | None]:
     """The runner, and the connections to the processes that run its steps too, `lockstep` if given."""
     join_processes(config)
-    select_platform(config.platform)
+    select_platform(config.platform, config.chip)
     use_compilation_cache(config.compilation_cache_dir)
     # After the platform is chosen, so that importing this module starts no backend.
     from engine.runner import StepRunner

@@ -55,7 +55,9 @@ def _parts(settings: Settings, model: Any, shards: Sequence[Shard]) -> dict[str,
         vocab_size=model.config.vocab_size,
         id_index=None,
     )
-    return fingerprint_parts(settings, model, builder, shards, select_platform(settings.engine.platform))
+    return fingerprint_parts(
+        settings, model, builder, shards, select_platform(settings.engine.platform, settings.engine.chip)
+    )
 
 
 def _input_change(

@@ -1,7 +1,7 @@
 """`mode=plan`: read and tokenise everything, generate nothing, and say what a run would do.
 
-Only a short warm-up runs on the engine, to measure its speed; where the platform asked for is not there, the
-plan is given without an estimate of time.
+Only a short warm-up runs on the engine, to measure its speed, where the platform asked for is there. For the
+chips of `plan.topology` memory and time are worked out on any machine (`pipeline/plan_chips.py`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 
 from engine.errors import ConfigError, OutputError
 from engine.platforms import select_platform
+from pipeline.device_estimate import Work
 from pipeline.exit_codes import ExitCode
 from pipeline.id_index import IdIndex
 from pipeline.job_plan import make_plan
+from pipeline.plan_chips import plan_chips, report_chips
 from pipeline.plan_report import Estimate, Measured, RowsPlan, ShardPlan, as_json, report_lines
 from pipeline.planned_reading import BATCH_ROWS
 from pipeline.prompts import PromptBuilder
@@ -33,6 +35,9 @@ from pipeline.spool import open_spool
 PREFILL_STEPS = 4
 DECODE_STEPS = 8
 
+PLAN_VERSION = 2
+NO_TOKENIZER = "Plan: rows were not read, because the model comes without a tokenizer. Nothing was generated."
+
 
 def plan_job(
     settings: Settings,
@@ -43,44 +48,81 @@ def plan_job(
 ) -> ExitCode:
     """Print the plan of a job, and write it as JSON where `plan.json` says.
 
-    `load_text_side` gives the model's tokenizer and config alone, for a plan without a measurement.
+    `load_text_side` gives the model's tokenizer and config alone, for a plan without a measurement; without a
+    tokenizer (None) no row is read. Raises ConfigError, after the report, when the model does not fit the
+    planned chips.
     """
     with ExitStack() as stack:
         missing_platform = _missing_platform(settings)
         shards = list_shards(settings.input)
         measures = settings.plan.measure and missing_platform is None
         loaded = load_model(settings) if measures else load_text_side(settings)
-        id_index = None
-        if settings.input.id_column is not None:
-            spool = stack.enter_context(open_spool(settings.output.spool_dir))
-            id_index = stack.enter_context(IdIndex.build(spool / "ids.sqlite", shards, settings.input))
-        builder = PromptBuilder(
-            settings.prompt,
-            settings.input,
-            loaded.tokenizer,
-            settings.sampling,
-            settings.engine.model_len(loaded.config.max_position_embeddings),
-            vocab_size=loaded.config.vocab_size,
-            id_index=id_index,
-        )
-        make_plan(settings, shards)  # refuses what a run would refuse
-        shared = SharedPrefixes()
-        rows, sample = read_all(settings, shards, builder, shared)
+        chips = plan_chips(settings, loaded.config)
+        shared, rows, sample = SharedPrefixes(), None, []
+        if loaded.tokenizer is not None:
+            builder = _prompt_builder(settings, loaded, shards, stack)
+            make_plan(settings, shards)  # refuses what a run would refuse
+            rows, sample = read_all(settings, shards, builder, shared)
         measured = None
         if measures and sample:
             measured = measure(make_engine(loaded, settings), sample, settings.engine.max_num_seqs)
-    estimate = None if measured is None else estimate_run(settings, rows, shared, measured)
-    report = as_json(settings, rows, shared, measured, estimate)
-    if settings.plan.json is not None:
+    estimate = None if measured is None or rows is None else estimate_run(settings, rows, shared, measured)
+    devices = None if chips is None else report_chips(settings, chips, _work(rows, shared))
+    report = {
+        "plan_version": PLAN_VERSION,
+        "rows_read": rows is not None,
+        **as_json(settings, rows or RowsPlan(), shared, measured, estimate),
+        "device": None if devices is None else devices.as_json(),
+    }
+    lines = [NO_TOKENIZER]
+    if rows is not None:
+        why = missing_platform if devices is None else None
+        lines = report_lines(settings, rows, shared, measured, estimate, why)
+    if devices is not None:
+        lines += devices.lines()
+    if settings.plan.json == "-":
+        lines = [json.dumps(report, indent=1)]
+    elif settings.plan.json is not None:
         _write(Path(settings.plan.json), report)
-    print(*report_lines(settings, rows, shared, measured, estimate, missing_platform), sep="\n", flush=True)
+    print(*lines, sep="\n", flush=True)
+    if devices is not None and (refusal := devices.refusal()) is not None:
+        raise ConfigError(refusal)
     return ExitCode.DONE
+
+
+def _prompt_builder(
+    settings: Settings, loaded: Any, shards: Sequence[Shard], stack: ExitStack
+) -> PromptBuilder:
+    id_index = None
+    if settings.input.id_column is not None:
+        spool = stack.enter_context(open_spool(settings.output.spool_dir))
+        id_index = stack.enter_context(IdIndex.build(spool / "ids.sqlite", shards, settings.input))
+    return PromptBuilder(
+        settings.prompt,
+        settings.input,
+        loaded.tokenizer,
+        settings.sampling,
+        settings.engine.model_len(loaded.config.max_position_embeddings),
+        vocab_size=loaded.config.vocab_size,
+        id_index=id_index,
+    )
+
+
+def _work(rows: RowsPlan | None, shared: SharedPrefixes) -> Work | None:
+    if rows is None:
+        return None
+    return Work(
+        num_sequences=rows.num_sequences,
+        num_prompt_tokens=shared.num_tokens,
+        num_shared_tokens=shared.num_shared,
+        num_generated_tokens=rows.max_generated_tokens,
+    )
 
 
 def _missing_platform(settings: Settings) -> str | None:
     """Why the engine cannot be started here, or None."""
     try:
-        select_platform(settings.engine.platform)
+        select_platform(settings.engine.platform, settings.engine.chip)
     except ConfigError as error:
         return str(error)
     return None

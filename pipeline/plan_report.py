@@ -100,7 +100,6 @@ def as_json(
 ) -> dict[str, Any]:
     """The plan as JSON values; what was not measured is null."""
     return {
-        "plan_version": 1,
         "shards": [asdict(shard) for shard in rows.shards],
         "rows": rows.num_rows,
         "prompts": rows.num_prompts,
@@ -164,8 +163,7 @@ def report_lines(
         )
     if measured is None or estimate is None:
         why = missing_platform or ("no prompt can run" if settings.plan.measure else "plan.measure=false")
-        found.append(f"  time      not estimated: {why}")
-        return found
+        return found if settings.plan.topology else [*found, f"  time      not estimated: {why}"]
     found.append(f"  memory    {_memory(settings, rows, measured)}")
     found.append(f"  steps     at most about {estimate.steps:,}")
     found.append(

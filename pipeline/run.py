@@ -73,6 +73,16 @@ def load_text_side(settings: Settings) -> TextSide:
     return TextSide(load_tokenizer(source, revision=revision), load_config(source, revision=revision))
 
 
+def load_planned_side(settings: Settings) -> TextSide:
+    """The same for a plan for other chips, which can do without a tokenizer: then it is None."""
+    from engine.checkpoints import has_tokenizer, load_config
+
+    source, revision = settings.model.source, settings.model.revision
+    if settings.plan.topology is None or has_tokenizer(source, revision=revision):
+        return load_text_side(settings)
+    return TextSide(None, load_config(source, revision=revision))
+
+
 def describe_model(settings: Settings) -> TextSide:
     """The same with the fingerprint of the weights, which are read but not loaded."""
     from engine.checkpoints import model_fingerprint
@@ -126,7 +136,7 @@ def run_job(
         join_processes(settings.engine)
         preemption = settings.preemption
         stack.enter_context(NoticeWatch(notice_of(preemption), stop, preemption.poll_seconds))
-        platform = select_platform(settings.engine.platform)
+        platform = select_platform(settings.engine.platform, settings.engine.chip)
         lockstep = connect_processes(settings)
         if lockstep is not None:
             if not lockstep.leads:
@@ -324,7 +334,7 @@ def _start(config: Mapping[str, Any]) -> ExitCode:
         from pipeline.plan_mode import plan_job
 
         return plan_job(
-            settings, load_model=load_model, load_text_side=load_text_side, make_engine=make_engine
+            settings, load_model=load_model, load_text_side=load_planned_side, make_engine=make_engine
         )
     if mode == "explain":
         return explain_job(settings, open_output(settings.output), describe_model(settings))

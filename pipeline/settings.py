@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.chips import find_slice
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
+from engine.platforms import profile_of
 from engine.sampling_params import SamplingParams
 from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.preemption import PreemptionSettings
@@ -84,10 +86,26 @@ class ResumeSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
-    """json: also write the plan as JSON to this file. measure: run a short warm-up to estimate the time."""
+    """json: also write the plan as JSON to this file; "-" prints it in the place of the report. measure: run
+    a short warm-up to estimate the time. topology: plan for these chips too, wherever the plan is made: v4-8,
+    v5e-1, h100-8, ... compile: which of their steps, where the compiler is installed. price_per_chip_hour:
+    for the cost, in any currency. roofline_share: of the speed that the chips' peaks allow, what steps reach;
+    1 gives the least time there can be.
+    """
 
     json: str | None = None
     measure: bool = True
+    topology: str | None = None
+    compile: Literal["all", "largest", "none"] = "all"
+    price_per_chip_hour: float | None = None
+    roofline_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.topology is not None:
+            find_slice(self.topology)
+        if self.price_per_chip_hour is not None:
+            _in_range("plan.price_per_chip_hour", self.price_per_chip_hour, 0.0, 1e9)
+        _in_range("plan.roofline_share", self.roofline_share, 0.01, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +156,13 @@ class Settings:
         _in_range("progress_line_seconds", self.progress_line_seconds, 0.1, 86_400.0)
         if self.output.path is None and self.mode != "plan":
             raise ConfigError("output.path is missing: name the folder for the results, output.path=…")
+        if self.plan.topology is not None and self.engine.chip is not None:
+            chip = find_slice(self.plan.topology).chip.name
+            if chip != self.engine.chip:
+                raise ConfigError(
+                    f"plan.topology={self.plan.topology} is of another chip than "
+                    f"engine.chip={self.engine.chip}: choose conf={profile_of(chip)}, or another topology"
+                )
         if self.engine.max_model_len is not None and self.sampling.max_tokens >= self.engine.max_model_len:
             raise ConfigError(
                 f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
@@ -160,6 +185,10 @@ HARMLESS = frozenset(
         "worker.count",
         "plan.json",
         "plan.measure",
+        "plan.topology",
+        "plan.compile",
+        "plan.price_per_chip_hour",
+        "plan.roofline_share",
         "gc.remove",
         "gc.min_age_hours",
         "preemption.notice",
@@ -181,10 +210,13 @@ HARMLESS = frozenset(
         "engine.kv_cache_bytes",
         "engine.async_scheduling",
         "engine.compilation_cache_dir",
+        "engine.compiled_steps_path",
+        "engine.compiled_steps_trusted",
         "engine.platform",
         "engine.coordinator_address",
         "engine.num_processes",
         "engine.process_id",
+        "engine.chip",
     }
 )
 

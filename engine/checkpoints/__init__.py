@@ -17,7 +17,12 @@ from engine.checkpoints.fingerprint import files_fingerprint, template_fingerpri
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.gguf_model import GgufWeights, gguf_config
 from engine.checkpoints.gguf_tokenizer import gguf_tokenizer
-from engine.checkpoints.huggingface import SafetensorsWeights, hugging_face_config, hugging_face_tokenizer
+from engine.checkpoints.huggingface import (
+    SafetensorsWeights,
+    has_tokenizer_files,
+    hugging_face_config,
+    hugging_face_tokenizer,
+)
 from engine.checkpoints.source import DEFAULT_MODEL, ModelFiles, find_model
 from engine.checkpoints.weights import StoredWeights, check_dtype
 from engine.errors import ModelError
@@ -29,6 +34,7 @@ __all__ = [
     "LoadedModel",
     "encode_text",
     "has_chat_template",
+    "has_tokenizer",
     "load",
     "load_config",
     "load_tokenizer",
@@ -92,6 +98,12 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     if files.is_gguf:
         return gguf_tokenizer(read_gguf_header(files.path))
     return hugging_face_tokenizer(files.path)
+
+
+def has_tokenizer(source: str, *, revision: str | None = None) -> bool:
+    """Whether the model comes with a tokenizer; a folder with nothing but a config.json does not."""
+    files = find_model(source, revision)
+    return files.is_gguf or has_tokenizer_files(files.path)
 
 
 def load_config(source: str, *, revision: str | None = None) -> ModelConfig:

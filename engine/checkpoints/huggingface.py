@@ -258,9 +258,14 @@ def _indexed_files(folder: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether the folder has a file that a tokenizer can be made from."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def hugging_face_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer through AutoTokenizer, from its own files only; no code in it is ever run."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer_files(folder):
         raise ModelError(f"{folder}: no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)}")
     from transformers import AutoTokenizer
 

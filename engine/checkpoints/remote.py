@@ -61,9 +61,9 @@ def download(url: str, wanted: Sequence[str]) -> Path:
     The copy is keyed by the URL and the remote versions and sizes, so a changed model is fetched again and an
     unchanged one is not; it appears whole or not at all. ModelError where it cannot be fetched.
     """
-    shown = _without_secrets(url)
+    shown = without_secrets(url)
     try:
-        filesystem, remote = _filesystem(url)
+        filesystem, remote = open_filesystem(url, "reading a model from")
         listing = _list(filesystem, remote, wanted, shown)
         target = cache_folder() / _key(url, listing)
         if not target.is_dir():
@@ -78,7 +78,10 @@ def download(url: str, wanted: Sequence[str]) -> Path:
     return target / listing[0][0] if remote.endswith(".gguf") else target
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def open_filesystem(url: str, purpose: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it. Raises ModelError, or MissingExtraError that begins
+    with `purpose`.
+    """
     import fsspec
 
     scheme = url.partition("://")[0]
@@ -90,9 +93,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
             raise ModelError(
                 f"{scheme}://: needs a package that is not installed ({one_line(error)})"
             ) from error
-        raise MissingExtraError(package, extra, f"reading a model from {scheme}://") from error
+        raise MissingExtraError(package, extra, f"{purpose} {scheme}://") from error
     except ValueError as error:
-        raise ModelError(f"{_without_secrets(url)}: {_said(error, url)}") from error
+        raise ModelError(f"{without_secrets(url)}: {_said(error, url)}") from error
 
 
 def _list(
@@ -139,7 +142,7 @@ def _fetch(filesystem: Any, listing: list[tuple[str, str, dict[str, Any]]], targ
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
     """The URL as it may be shown: no user, password or query (which may carry a signature)."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -53,7 +53,7 @@ class PackedModel:
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def embedded(self, token_ids: jax.Array) -> jax.Array:
         """i32[T] -> [T, D], what goes into the first layer."""
@@ -128,8 +128,8 @@ def pack_model(model: Llama, weight_format: str, backend: str, *, takes_weights:
             layers[name] = jnp.stack(arrays)
     is_tied = model.head is None
     head = model.embed if model.head is None else model.head.weight
-    stored_as = head_format(weight_format)
-    is_embed_kept = not (is_tied and stored_as in EXACT_FORMATS)
+    stored_as = head_format_of(weight_format)
+    is_embed_kept = not head_is_embedding(config, stored_as)
     matrices = _Matrices(
         [head.get_value()], takes_weights and backend == "cpu" and not (is_tied and is_embed_kept)
     )
@@ -156,9 +156,14 @@ def _path_of(name: str) -> Path:
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
-def head_format(weight_format: str) -> str:
-    """What the head is stored as where the other matrices are `weight_format`."""
+def head_format_of(weight_format: str) -> str:
+    """What the head is stored as where the layers' matrices are stored as `weight_format`."""
     return _HEAD_FORMATS.get(weight_format, weight_format)
+
+
+def head_is_embedding(config: ModelConfig, head_format: str) -> bool:
+    """Whether the head's rows serve as the embeddings: they are the same, and packing loses nothing."""
+    return config.tie_word_embeddings and head_format in EXACT_FORMATS
 
 
 class _Matrices(Sequence):

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from engine.mesh import AXES, EXPERT_AXIS, TENSOR_AXIS, WEIGHTS_AXIS
 from engine.models.llama import Layer, Llama
 from engine.models.mixture import SplitAxes
-from engine.models.packed import EXACT_FORMATS, PackedModel, Path, every_expert, head_format
+from engine.models.packed import PackedModel, Path, every_expert, head_format_of, head_is_embedding
 from engine.models.tensor_split import Cut, TensorSplit
 from kernels.linear import PackedWeight, PackedWeights, pack_weights, weight_rows
 from kernels.linear.layout import WeightMeta
@@ -154,10 +154,10 @@ def shard_model(
         else:
             layers[name] = writer.vectors(weights, paths)
     is_tied = config.tie_word_embeddings
-    formats = {"head": head_format(split.weight_format), "embed": dtype}
+    formats = {"head": head_format_of(split.weight_format), "embed": dtype}
     embedding = writer.parts(weights, ("embed",))
     embed = None
-    if not (is_tied and formats["head"] in EXACT_FORMATS):
+    if not head_is_embedding(config, formats["head"]):
         embed = writer.matrix(embedding, formats["embed"], "xla")
     if not is_tied:
         embedding.clear()

@@ -289,6 +289,7 @@ class FakeEngine:
             evictions=0,
             compile_seconds=0.0,
             num_compiled=0,
+            num_loaded=0,
             device="fake",
             num_duplicates=0,
         )

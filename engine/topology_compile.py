@@ -1,0 +1,155 @@
+"""Compiles the real step of a planned model for chips that are not there, and reads what the compiler says.
+
+libtpu is the whole compiler for TPUs (the extra `tpu-compile`). It reads its environment once and ends the
+process when it meets what it does not expect, so it runs in a process of its own:
+`python -m engine.topology_compile` takes a pickled `DevicePlan` and writes a line of JSON for each step.
+
+Where several chips share a model, what is compiled is one chip's share, without the sums over chips.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+
+from engine.backends import Backends
+from engine.batch import BatchBuilder
+from engine.buckets import Bucket
+from engine.device_plan import DevicePlan, buckets_of, layout_of
+from engine.errors import ConfigError
+from engine.models.abstract import abstract_model
+from engine.models.config import attention_scale
+from kernels.paged_attention import AttentionOptions
+from kernels.paged_attention.tpu.topology import compile_for, is_installed, one_device_mesh, prepare
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledStep:
+    """What the compiler says of one step on one device."""
+
+    num_tokens: int
+    num_logits: int
+    num_pages: int
+    temporary_bytes: int
+    argument_bytes: int
+    """Weights, pages and inputs as they lie on the chip."""
+    compile_seconds: float
+
+
+def why_not_compiled(plan: DevicePlan) -> str | None:
+    """Why steps cannot be compiled for the plan's chip here; None when they can."""
+    if plan.topology.chip.platform != "tpu":
+        return f"there is no compiler for {plan.topology.chip.name} here"
+    if not is_installed():
+        return "libtpu is not installed: pip install 'tidemill[tpu-compile]'"
+    return None
+
+
+def compile_steps(plan: DevicePlan, *, only_largest: bool = False) -> Iterator[CompiledStep]:
+    """Compile the plan's steps, the largest first and for few pages, as the engine does to learn what fits;
+    then, unless `only_largest`, every step for the pages that do. Steps come as they are done.
+
+    Raises ConfigError with the compiler's words when one does not compile.
+    """
+    command = [sys.executable, "-m", "engine.topology_compile", *(["--only-largest"] if only_largest else [])]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        # libtpu lets one process in at a time, for the sake of chips that this one does not touch.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    with child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdin.write(pickle.dumps(plan))
+        child.stdin.close()
+        try:
+            for line in child.stdout:
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise ConfigError(f"{plan.topology.chip.name}: {answer['error']}")
+                yield CompiledStep(**answer)
+        finally:
+            if child.poll() is None:
+                child.kill()
+        said = child.stderr.read().decode(errors="replace")
+    if child.returncode:
+        raise ConfigError(f"the compiler for {plan.topology.chip.name} ended: {said[-2000:].strip()}")
+
+
+class _Program:
+    """One device's step of a plan, ready to be compiled for any bucket and number of pages."""
+
+    def __init__(self, plan: DevicePlan):
+        share, config = plan.share, plan.config
+        backends = Backends.choose(config, plan.topology.chip.platform)
+        self._layout = layout_of(share, config, backends)
+        self._num_layers = share.num_layers
+        self._model = abstract_model(share, config.weight_format, backends.linear, config.dtype)
+        self.buckets = buckets_of(config, backends)
+        self._batch = BatchBuilder(
+            buckets=self.buckets,
+            vocab_size=share.vocab_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            page_size=config.page_size,
+            device=jax.devices()[0],
+            group_costs=None,
+        )
+        from engine.runner import make_step
+
+        options = AttentionOptions(scale=attention_scale(share))
+        self._step = make_step(options, self._layout, backends.linear)
+        self._mesh = one_device_mesh(plan.topology.chip.name)
+
+    def compile(self, bucket: Bucket, num_pages: int) -> CompiledStep:
+        started = time.monotonic()
+        pages = jax.eval_shape(lambda: self._layout.empty(self._num_layers * num_pages))
+        arguments = (self._model, pages, self._batch.idle_arrays(bucket))
+        step = partial(self._step, self._batch.shape(bucket))
+        memory: Any = compile_for(self._mesh, step, arguments, donate_argnums=1).memory_analysis()
+        return CompiledStep(
+            *bucket,
+            num_pages,
+            temporary_bytes=int(memory.temp_size_in_bytes),
+            argument_bytes=int(memory.argument_size_in_bytes),
+            compile_seconds=round(time.monotonic() - started, 1),
+        )
+
+
+def _steps(plan: DevicePlan, only_largest: bool) -> Iterator[CompiledStep]:
+    program = _Program(plan)
+    first = program.compile(program.buckets[-1], 2 * plan.config.max_num_seqs)
+    yield first
+    plan = replace(plan, temporary_bytes=first.temporary_bytes, is_estimate=False)
+    if plan.fits and not only_largest:
+        for bucket in program.buckets:
+            yield program.compile(bucket, plan.num_pages)
+
+
+def main(*arguments: str) -> None:
+    plan: DevicePlan = pickle.loads(sys.stdin.buffer.read())  # from the process that started this one
+    prepare(plan.topology.chip.name)
+    try:
+        for step in _steps(plan, "--only-largest" in arguments):
+            print(json.dumps(asdict(step)), flush=True)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        print(json.dumps({"error": " ".join(str(error).split())[:1000]}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

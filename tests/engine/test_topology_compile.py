@@ -1,0 +1,89 @@
+"""The real step of a plan compiles for chips that are not there, and fits as the plan says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.chips import find_slice
+from engine.config import EngineConfig
+from engine.device_plan import plan_device
+from engine.errors import ConfigError
+from engine.topology_compile import compile_steps, why_not_compiled
+from kernels.paged_attention.tpu.topology import is_installed
+from tests.engine.model_shapes import model_config
+
+needs_libtpu = pytest.mark.skipif(
+    not is_installed(), reason="libtpu is absent: install the extra tpu-compile"
+)
+CONFIG = EngineConfig(
+    dtype="bfloat16", max_num_seqs=64, max_num_batched_tokens=256, min_token_pad=64, hbm_utilization=0.9
+)
+
+
+@needs_libtpu
+def test_the_one_step_of_a_small_engine_compiles_for_v5e(tmp_path: Path) -> None:
+    config = replace(CONFIG, max_num_batched_tokens=64)
+    plan = plan_device(model_config("SmolLM2-135M", tmp_path), config, find_slice("v5e-1"), 2048)
+    [step] = compile_steps(plan, only_largest=True)
+    assert (step.num_tokens, step.num_logits, step.num_pages) == (64, 64, 2 * 64)
+    # What the compiler lays out is what was counted, and the step's own numbers, masks and histories.
+    counted = plan.weight_bytes + step.num_pages * plan.page_bytes
+    assert counted <= step.argument_bytes <= counted + 10 * 2**20
+    assert step.temporary_bytes <= plan.temporary_bytes, "the formula errs on the safe side"
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_every_step_of_smollm2_compiles_for_v5e(tmp_path: Path) -> None:
+    plan = plan_device(model_config("SmolLM2-135M", tmp_path), CONFIG, find_slice("v5e-1"), 2048)
+    steps = list(compile_steps(plan))
+    first, rest = steps[0], steps[1:]
+    assert (first.num_tokens, first.num_pages) == (256, 128), "first the largest, for few pages"
+    assert [(each.num_tokens, each.num_logits) for each in rest] == [
+        (64, 64), (128, 64), (192, 64), (256, 64)
+    ]  # fmt: skip
+    compiled = replace(plan, temporary_bytes=first.temporary_bytes, is_estimate=False)
+    assert {each.num_pages for each in rest} == {compiled.num_pages}
+    for each in rest:
+        # What the compiler lays out is what was counted, and the step's own numbers, masks and histories.
+        counted = compiled.weight_bytes + compiled.kv_bytes
+        assert counted <= each.argument_bytes <= counted + 100 * 2**20
+        assert each.argument_bytes + each.temporary_bytes <= compiled.topology.usable_bytes
+    assert first.temporary_bytes <= plan.temporary_bytes
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "topology", "weights"),
+    [("Llama-3.1-8B", "v4-8", None), ("Llama-3.3-70B", "v4-32", "int8"), ("Llama-3.3-70B", "v6e-8", "int8")],
+)
+def test_a_share_of_a_large_model_compiles(
+    name: str, topology: str, weights: str | None, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, weight_dtype=weights, max_num_seqs=256, max_num_batched_tokens=2048)
+    plan = plan_device(model_config(name, tmp_path), config, find_slice(topology), 8192)
+    [step] = compile_steps(plan, only_largest=True)
+    assert step.num_tokens == 2048
+    assert step.temporary_bytes <= plan.temporary_bytes <= step.temporary_bytes + 0.05 * plan.budget_bytes
+
+
+@needs_libtpu
+def test_a_step_that_the_compiler_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+    model = replace(model_config("SmolLM2-135M", tmp_path), max_position_embeddings=1 << 22)
+    config = replace(CONFIG, page_size=8, max_num_seqs=256)
+    plan = plan_device(model, config, find_slice("v5e-1"), 1 << 22)
+    with pytest.raises(ConfigError, match=r"^v5e: "):
+        list(compile_steps(plan, only_largest=True))
+
+
+def test_what_cannot_be_compiled_here_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_config("SmolLM2-135M", tmp_path)
+    reason = why_not_compiled(plan_device(model, CONFIG, find_slice("h100-1"), 2048))
+    assert reason == "there is no compiler for h100 here"
+    monkeypatch.setattr("engine.topology_compile.is_installed", lambda: False)
+    reason = why_not_compiled(plan_device(model, CONFIG, find_slice("v5e-1"), 2048))
+    assert reason == "libtpu is not installed: pip install 'tidemill[tpu-compile]'"
