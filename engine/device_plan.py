@@ -15,6 +15,7 @@ from engine.backends import Backends
 from engine.buckets import Bucket, declare_buckets
 from engine.chips import Slice, slices_of
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.memory import pages_in
 from engine.models.abstract import abstract_model, num_parameters, share_of
 from engine.models.config import ModelConfig
@@ -146,7 +147,14 @@ def plan_device(
     """The plan of a model under tensor parallelism over all devices of `topology`.
 
     temporary_bytes: of the largest step, as compiled; None: estimated.
+
+    Raises ConfigError for a mixture of experts, whose bytes and operations are not counted.
     """
+    if model.num_experts:
+        raise ConfigError(
+            f"a plan for chips counts dense models, and this one is a mixture of {model.num_experts} experts: "
+            "set plan.topology=null to plan its rows and tokens alone"
+        )
     share = share_of(model, topology.num_devices, config.weight_format)
     backends = Backends.choose(config, topology.chip.platform)
     packed = abstract_model(share, config.weight_format, backends.linear, config.dtype)

@@ -134,6 +134,13 @@ def test_a_byte_budget_takes_the_place_of_a_share(tmp_path: Path) -> None:
     assert not plan_device(model, config, find_slice("v5e-1"), 641).fits
 
 
+def test_a_mixture_is_refused_rather_than_counted_wrong(tmp_path: Path) -> None:
+    dense = model_config("Llama-3.1-8B", tmp_path)
+    mixture = replace(dense, architecture="mixtral", num_experts=8, experts_per_token=2)
+    with pytest.raises(ConfigError, match="a mixture of 8 experts"):
+        plan_device(mixture, BF16, find_slice("v4-8"), 8192)
+
+
 def test_a_model_too_large_says_what_would_fit(tmp_path: Path) -> None:
     plan = plan_device(model_config("Llama-3.3-70B", tmp_path), BF16, find_slice("v5e-8"), 8192)
     assert not plan.fits
