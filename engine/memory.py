@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,15 @@ def host_memory_bytes() -> int:
         available = free if available is None else min(available, free)
     # Where neither tells (not Linux), the default budget stands alone.
     return CPU_KV_CACHE_BYTES * 2 if available is None else available
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library return what was freed to the system, where it is glibc; elsewhere nothing happens.
+
+    It keeps freed blocks that lie below used ones. After loading a model and compiling its steps that is some
+    0.4 GiB for a model of 0.5, which would stay in the process for as long as it runs.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))

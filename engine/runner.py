@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import RetraceError
 from engine.group_costs import group_costs
 from engine.in_flight import InFlight, step_results
-from engine.memory import num_pages_that_fit
+from engine.memory import give_back_freed_memory, num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
 from engine.models.packed import PackedModel, pack_model
 from engine.page_copies import PageCopier
@@ -118,6 +118,7 @@ class StepRunner:
             self._compiled = {bucket: self._compile(bucket, self.num_pages) for bucket in self.buckets}
             self._copier = PageCopier(self._layout, self._num_layers, self.num_pages, config.max_num_seqs)
         self.num_compiled = count.num_compiled
+        give_back_freed_memory()
         self._kv_pages = self._empty_pages()
         self.num_computed_tokens = 0
         self.num_padded_tokens = 0
