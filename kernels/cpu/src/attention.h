@@ -3,7 +3,8 @@
 // The step is cut into blocks: a block is either some queries of one sequence (a piece of a prefill chunk) or one query
 // each of several sequences, neighbours that share leading pages. A block and one KV head make a task. A task goes over
 // spans of 64 keys in their order and carries the online softmax (Milakov and Gimelshein 2018) of all
-// its queries; over shared pages all of them together, beyond those each sequence by itself.
+// its queries; over shared pages all of them together, then those of them that share more, beyond that each
+// sequence by itself.
 //
 // Each logit is one chain of multiply-adds over the head dimension, each output one over the keys, and each sum of
 // weights is taken over the span's lanes in one order. So a query's bits do not depend on its block.
@@ -97,18 +98,18 @@ class AttentionCall {
     thread_local TaskMemory memory;
     Tile tile = make_tile(count, memory);
     start(block, head, tile);
-    int64_t begin = 0;
-    if (block.num_slots > 1) {
-      begin = block.shared_len;
-      attend(tile, 0, count, block.first_slot, head, 0, begin, memory);
-    }
     const int64_t each = count / block.num_slots;
+    for (int64_t i = block.first_share; i < block.last_share; ++i) {
+      const Share& share = shares_[i];
+      attend(tile, share.first_member * each, (share.last_member - share.first_member) * each,
+             block.first_slot + share.first_member, head, share.begin, share.end, memory);
+    }
     for (int64_t member = 0; member < block.num_slots; ++member) {
       const int64_t slot = block.first_slot + member;
-      if (in_place_ && member + 1 < block.num_slots && tile.last[(member + 1) * each] > begin)
-        prefetch_span(slot + 1, head, begin);
+      if (in_place_ && member + 1 < block.num_slots && tile.last[(member + 1) * each] > own_begin_[slot + 1])
+        prefetch_span(slot + 1, head, own_begin_[slot + 1]);
       if (block.is_decode) write_head(slot, block.first_token + member, head);
-      attend(tile, member * each, each, slot, head, begin, std::numeric_limits<int64_t>::max(), memory);
+      attend(tile, member * each, each, slot, head, own_begin_[slot], std::numeric_limits<int64_t>::max(), memory);
     }
     finish(block, head, tile);
   }
@@ -116,22 +117,25 @@ class AttentionCall {
  private:
   struct Block {
     int64_t first_token, num_tokens;
-    int64_t first_slot, num_slots;  // several slots: one query each
-    int64_t shared_len;             // keys that all slots share, whole spans
-    bool is_decode;                 // each slot has no other query in the step
+    int64_t first_slot, num_slots;       // several slots: one query each
+    bool is_decode;                      // each slot has no other query in the step
+    int64_t first_share, last_share;     // of shares_
+  };
+
+  // The keys [begin, end), whole spans, are the same ones for members [first_member, last_member) of a block.
+  struct Share {
+    int64_t first_member, last_member;
+    int64_t begin, end;
   };
 
   void plan_blocks() {
-    std::vector<int64_t> shared(a_.num_slots, 0), group(a_.num_slots, -1);
+    // Decodes are put together by the group around all others, which comes first.
+    std::vector<int64_t> group(a_.num_slots, -1);
     for (int64_t g = 0; g < a_.num_groups; ++g) {
+      if (shared_len(g) == 0) continue;
       const int64_t stop = std::min<int64_t>(a_.group_slot_stop[g], a_.num_slots);
-      for (int64_t slot = std::max(a_.group_slot_start[g], 0); slot < stop; ++slot) {
-        const int64_t len = static_cast<int64_t>(a_.group_page_stop[g]) * a_.page_size / kSpan * kSpan;
-        if (len > shared[slot]) {
-          shared[slot] = len;
-          group[slot] = g;
-        }
-      }
+      for (int64_t slot = std::max(a_.group_slot_start[g], 0); slot < stop; ++slot)
+        if (group[slot] < 0) group[slot] = g;
     }
     slot_of_token_.assign(a_.num_tokens, -1);
     const int64_t max_members = std::max<int64_t>(1, std::min(kMaxMembers, kMaxQueries / ratio_));
@@ -152,10 +156,38 @@ class AttentionCall {
         }
       }
       for (int64_t token = begin; token < end; token += max_tokens)
-        blocks_.push_back({token, std::min(max_tokens, end - token), slot, 1, shared[slot], end - begin == 1});
+        blocks_.push_back({token, std::min(max_tokens, end - token), slot, 1, end - begin == 1, 0, 0});
       has_early_tokens_ = has_early_tokens_ || end - begin > 1;
     }
     for (int64_t slot : slot_of_token_) has_early_tokens_ = has_early_tokens_ || slot < 0;
+    own_begin_.assign(a_.num_slots, 0);
+    for (Block& block : blocks_)
+      if (block.num_slots > 1) plan_shares(block);
+  }
+
+  // What a block's members read together, group by group: neighbours that have read equally much so far.
+  void plan_shares(Block& block) {
+    block.first_share = shares_.size();
+    const int64_t block_stop = block.first_slot + block.num_slots;
+    for (int64_t g = 0; g < a_.num_groups; ++g) {
+      const int64_t len = shared_len(g);
+      const int64_t stop = std::min<int64_t>(a_.group_slot_stop[g], block_stop);
+      for (int64_t slot = std::max<int64_t>(a_.group_slot_start[g], block.first_slot); slot < stop;) {
+        const int64_t begin = own_begin_[slot];
+        int64_t next = slot + 1;
+        while (next < stop && own_begin_[next] == begin) ++next;
+        if (next - slot > 1 && begin < len) {
+          shares_.push_back({slot - block.first_slot, next - block.first_slot, begin, len});
+          std::fill(own_begin_.begin() + slot, own_begin_.begin() + next, len);
+        }
+        slot = next;
+      }
+    }
+    block.last_share = shares_.size();
+  }
+
+  int64_t shared_len(int64_t group) const {
+    return std::max<int64_t>(a_.group_page_stop[group], 0) * a_.page_size / kSpan * kSpan;
   }
 
   Tile make_tile(int64_t count, TaskMemory& memory) const {
@@ -602,6 +634,8 @@ class AttentionCall {
   const bool in_place_;  // spans are read where they lie
   bool has_early_tokens_ = false;
   std::vector<Block> blocks_;
+  std::vector<Share> shares_;
+  std::vector<int64_t> own_begin_;  // by slot: its keys from here on it reads by itself
   std::vector<int64_t> slot_of_token_;
 };
 

@@ -13,6 +13,7 @@ constexpr int kLanes = TIDEMILL_LANES;
 
 typedef float vf __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
 typedef uint8_t vb __attribute__((vector_size(TIDEMILL_LANES), aligned(1)));  // a byte a lane
 
 #define TIDEMILL_INLINE inline __attribute__((always_inline))
@@ -28,6 +29,7 @@ TIDEMILL_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 TIDEMILL_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 TIDEMILL_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 TIDEMILL_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
+TIDEMILL_INLINE vu as_bits(vf x) { return reinterpret_cast<vu>(x); }
 
 // `kLanes` unsigned bytes, each as 32 bits.
 TIDEMILL_INLINE vi load_bytes(const void* p) {
@@ -154,8 +156,9 @@ TIDEMILL_INLINE vf bounded_exponential(vf x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + splat(1.0f);
-  const vi exponent = (as_int(shifted) - as_int(shifter)) << 23;
-  return x < splat(-87.3f) ? vf{} : as_float(as_int(p) + exponent);
+  // Unsigned: where x is below the bound this wraps, and is not used.
+  const vu exponent = (as_bits(shifted) - as_bits(shifter)) << 23;
+  return x < splat(-87.3f) ? vf{} : reinterpret_cast<vf>(as_bits(p) + exponent);
 }
 
 TIDEMILL_INLINE vf exponential(vf x) { return bounded_exponential(x > splat(88.3f) ? splat(88.3f) : x); }

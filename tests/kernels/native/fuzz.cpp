@@ -51,9 +51,13 @@ void fuzz_attention(int64_t number, Pool& pool) {
   args.soft_cap = pick(0, 3) == 0 ? 3.0f : 0.0f;
   const int64_t num_shared = pick(0, 3);  // pages that the slots [0, num_members) begin with
   const int64_t num_members = pick(0, args.num_slots);
+  const int64_t num_inner = pick(0, 2);  // pages behind those that the slots [inner_start, inner_stop) share too
+  const int64_t inner_start = pick(0, num_members), inner_stop = pick(inner_start, num_members);
+  auto is_inner = [&](int64_t slot) { return inner_start <= slot && slot < inner_stop; };
   std::vector<int32_t> query_start(args.num_slots + 1, 0), kv_len(args.num_slots, 0);
   for (int64_t slot = 0; slot < args.num_slots; ++slot) {
-    const int64_t shared = slot < num_members ? num_shared * args.page_size : 0;
+    const int64_t num_leading = (slot < num_members ? num_shared : 0) + (is_inner(slot) ? num_inner : 0);
+    const int64_t shared = num_leading * args.page_size;
     const int64_t new_tokens = pick(0, 4) == 0 ? pick(0, 40) : 1;
     query_start[slot + 1] = query_start[slot] + static_cast<int32_t>(new_tokens);
     kv_len[slot] = new_tokens == 0 ? 0 : static_cast<int32_t>(shared + pick(0, 100) + new_tokens);
@@ -65,11 +69,13 @@ void fuzz_attention(int64_t number, Pool& pool) {
   for (int32_t len : kv_len) longest = std::max<int64_t>(longest, len);
   args.table_width = std::max<int64_t>(1, (longest + args.page_size - 1) / args.page_size);
   std::vector<int32_t> table(args.num_slots * args.table_width, 0);
-  int32_t next_page = 1 + static_cast<int32_t>(num_shared);
+  int32_t next_page = 1 + static_cast<int32_t>(num_shared + num_inner);
   for (int64_t slot = 0; slot < args.num_slots; ++slot)
-    for (int64_t column = 0; column * args.page_size < kv_len[slot]; ++column)
-      table[slot * args.table_width + column] =
-          slot < num_members && column < num_shared ? static_cast<int32_t>(column) + 1 : next_page++;
+    for (int64_t column = 0; column * args.page_size < kv_len[slot]; ++column) {
+      const bool is_shared = (slot < num_members && column < num_shared) ||
+                             (is_inner(slot) && column < num_shared + num_inner);
+      table[slot * args.table_width + column] = is_shared ? static_cast<int32_t>(column) + 1 : next_page++;
+    }
   args.num_pages = next_page;
 
   // What each place holds, in double; NaN where nothing is.
@@ -132,10 +138,12 @@ void fuzz_attention(int64_t number, Pool& pool) {
   const std::vector<float> k = normals(args.num_tokens * args.num_kv_heads * args.head_dim);
   const std::vector<float> v = normals(args.num_tokens * args.num_kv_heads * args.head_dim);
   const std::vector<float> sinks = normals(args.num_heads);
-  const std::vector<int32_t> group_start = {0}, group_stop = {static_cast<int32_t>(num_members)};
-  std::vector<int32_t> group_pages = {static_cast<int32_t>(num_shared)};
+  const std::vector<int32_t> group_start = {0, static_cast<int32_t>(inner_start)};
+  const std::vector<int32_t> group_stop = {static_cast<int32_t>(num_members), static_cast<int32_t>(inner_stop)};
+  std::vector<int32_t> group_pages = {static_cast<int32_t>(num_shared), static_cast<int32_t>(num_shared + num_inner)};
   for (int64_t slot = 0; slot < num_members; ++slot)  // an empty slot holds no pages
-    if (kv_len[slot] == 0) group_pages[0] = 0;
+    for (int64_t group = 0; group < 2; ++group)
+      if (kv_len[slot] == 0 && group_start[group] <= slot && slot < group_stop[group]) group_pages[group] = 0;
   std::vector<float> out(q.size(), std::nanf(""));
   args.q = q.data();
   args.k = k.data();
@@ -150,7 +158,7 @@ void fuzz_attention(int64_t number, Pool& pool) {
   args.query_start = query_start.data();
   args.kv_len = kv_len.data();
   args.page_table = table.data();
-  args.num_groups = pick(0, 1);
+  args.num_groups = pick(0, 2);
   args.group_slot_start = group_start.data();
   args.group_slot_stop = group_stop.data();
   args.group_page_stop = group_pages.data();
