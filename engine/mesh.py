@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
 
 AXES = ("dp", "fsdp", "ep", "tp", "sp")
 REPLICA_AXES = ("dp", "fsdp")
@@ -49,26 +45,3 @@ def mesh_shape(dims: Sequence[int], num_devices: int) -> tuple[int, ...]:
             f"{asked}: sp is {shape[-1]}, and splitting a sequence's tokens is not implemented; give 1"
         )
     return shape
-
-
-def make_mesh(dims: Sequence[int]) -> Mesh | None:
-    """The mesh of this process's platform; None where it has one device, and nothing is to be split.
-
-    Of several processes all must ask for the same, and every device must be in the mesh. Raises ConfigError
-    as `mesh_shape` does.
-    """
-    import jax  # late: a configuration is read without it
-
-    devices = jax.devices()
-    shape = mesh_shape(dims, len(devices))
-    size = math.prod(shape)
-    if size == 1 and jax.process_count() == 1:
-        return None
-    if size != len(devices) and jax.process_count() > 1:
-        raise ConfigError(
-            f"engine.sharding_axis_dims={list(dims)} uses {size} of the {len(devices)} devices of "
-            f"{jax.process_count()} processes: each device of each process must be used"
-        )
-    return jax.make_mesh(
-        shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices[:size]
-    )

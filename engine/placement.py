@@ -13,10 +13,10 @@ from engine.batch import BatchBuilder
 from engine.checkpoints.weights import StoredWeights
 from engine.compiled_steps import CompiledSteps
 from engine.config import EngineConfig
-from engine.mesh import make_mesh
 from engine.models.config import ModelConfig
 from engine.models.packed import PackedModel, pack_model
 from engine.page_copies import PageCopier
+from engine.platforms import make_mesh
 from engine.sampler import SamplingInputs, StepOutputs, sample
 from kernels.paged_attention import PageLayout, Pages
 

@@ -1,12 +1,18 @@
-"""Choose JAX's platform before anything is loaded, and say in one line when it is not there."""
+"""Choose JAX's platform and chips before anything is loaded, and say in one line when they are not there."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from engine.chips import CHIPS, chip_of
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.mesh import AXES, mesh_shape
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 
@@ -103,6 +109,29 @@ def _other_devices(jax: Any) -> str:
         return "JAX found no device at all"
     finally:
         _forget(jax)
+
+
+def make_mesh(dims: Sequence[int]) -> Mesh | None:
+    """The mesh of this process's platform; None where it has one device, and nothing is to be split.
+
+    Of several processes all must ask for the same, and every device must be in the mesh. Raises ConfigError
+    as `mesh_shape` does.
+    """
+    import jax
+
+    devices = jax.devices()
+    shape = mesh_shape(dims, len(devices))
+    size = math.prod(shape)
+    if size == 1 and jax.process_count() == 1:
+        return None
+    if size != len(devices) and jax.process_count() > 1:
+        raise ConfigError(
+            f"engine.sharding_axis_dims={list(dims)} uses {size} of the {len(devices)} devices of "
+            f"{jax.process_count()} processes: each device of each process must be used"
+        )
+    return jax.make_mesh(
+        shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices[:size]
+    )
 
 
 def _asked_for(jax: Any) -> str | None:

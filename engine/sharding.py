@@ -3,8 +3,8 @@
     weights   by tp (heads, inner units, vocabulary), experts by ep too, and of that a part by fsdp
     pages     each chip's own: of its replica's sequences, of its KV heads
     inputs    of all replicas on every chip, which takes its own
-    logits    each chip makes those of its part of the vocabulary for all rows, then draws for some of the
-              rows from all of the vocabulary: less is exchanged, and less drawn, than with all logits everywhere
+    logits    each chip makes those of its part of the vocabulary for all rows, then draws for some rows from
+              all of the vocabulary: less is exchanged, and less drawn, than with all logits everywhere
     outputs   on every chip
 
 A step of one chip is the step of one device: what is exchanged is in `Linear` (the sums after a split

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from engine.checkpoints import LoadedModel, load
 from engine.compilation import use_compilation_cache
 from engine.config import EngineConfig
-from engine.mesh import make_mesh
-from engine.platforms import join_processes, select_platform
+from engine.platforms import join_processes, make_mesh, select_platform
 
 if TYPE_CHECKING:
     from engine.lockstep import Lockstep

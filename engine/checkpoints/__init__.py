@@ -70,8 +70,8 @@ def load(
 
     `source` is `smollm2-135m-instruct`, a .gguf file, a Hugging Face folder, an fsspec URL of either, or a
     hub id with the `revision` it is pinned to. Weights are read tensor by tensor; with `defers_weights` an
-    engine reads them (`LoadedModel.stored`), each straight into its shards on a mesh. ModelError, on one line,
-    for whatever is missing, damaged or not implemented.
+    engine reads them (`LoadedModel.stored`), each straight into its shards on a mesh. ModelError, on one
+    line, for whatever is missing, damaged or not implemented.
     """
     check_dtype(dtype)
     files = find_model(source, revision)

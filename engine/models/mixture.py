@@ -2,9 +2,9 @@
 (Jiang et al. 2024, arXiv:2401.04088): each token goes through the experts with the highest router logits, and
 what they make is added, weighted by the softmax of those logits.
 
-A step puts its tokens in the order of their experts and multiplies them in tiles of one expert each, so that
-what is computed is what was chosen, up to a tile an expert. On a mesh each chip of the ep axis has some of the
-experts, and what the chips make is added.
+A step puts its tokens in the order of their experts and multiplies them in tiles of one expert each, so
+that what is computed is what was chosen, up to a tile an expert. On a mesh each chip of the ep axis has some
+of the experts, and what the chips make is added.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SplitAxes(NamedTuple):
 
 
 class Expert(nnx.Module):
-    """SwiGLU without what is around it: the rows of `gate_up` are the gate's, then the up's."""
+    """SwiGLU without what is around it; the rows of `gate_up` are the gate's, then the up's."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         inner = config.intermediate_size
@@ -45,7 +45,7 @@ class Expert(nnx.Module):
 
 
 class Mixture(nnx.Module):
-    """`experts` holds all of them, or of packed weights one, whose arrays are those of all that a chip has."""
+    """`experts` holds all of them; of packed weights one, whose arrays are those of all that a chip has."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, axes: SplitAxes | None, is_packed: bool):
         self.router = Linear(config.d_model, config.num_experts, use_bias=False, dtype=dtype)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.mesh import AXES, make_mesh, mesh_shape
+from engine.mesh import AXES, mesh_shape
+from engine.platforms import make_mesh
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 7))
