@@ -48,8 +48,8 @@ class Backends(NamedTuple):
         chosen = cls(**{name: best[name] if choice == "auto" else choice for name, choice in asked.items()})
         if config.page_dtype in TPU_PAGE_DTYPES and chosen.attention != "pallas_tpu":
             raise ConfigError(
-                f"engine.kv_dtype={config.page_dtype}: only the kernel for TPUs reads such pages, and attention "
-                f"here is by {chosen.attention}; choose int8"
+                f"engine.kv_dtype={config.page_dtype}: only the kernel for TPUs reads such pages, and "
+                f"attention here is by {chosen.attention}; choose int8"
             )
         return chosen
 

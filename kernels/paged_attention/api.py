@@ -56,8 +56,8 @@ def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, 
     On any machine there is one for `pallas_tpu` and for `pallas_gpu`, which are also compiled for chips that
     are not there.
 
-    `dtype` is one of `PAGE_DTYPES`, those of `TPU_PAGE_DTYPES` for `pallas_tpu` alone. Raises ValueError for an
-    unknown backend or dtype, or a page size that is not a power of two from 8 to 512.
+    `dtype` is one of `PAGE_DTYPES`, those of `TPU_PAGE_DTYPES` for `pallas_tpu` alone. Raises ValueError for
+    an unknown backend or dtype, or a page size that is not a power of two from 8 to 512.
     """
     if backend not in BACKENDS or (backend == "cpu" and native_library() is None):
         reason = f" ({why_absent()})" if backend == "cpu" else ""

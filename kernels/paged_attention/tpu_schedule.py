@@ -44,11 +44,12 @@ _PEER_PAGES, _PEER_QUERIES = 8, 32
 _GROUP_SIZE = 64
 _HEADING = """# Attention on TPUs, by the compiler
 
-A count of the instructions that libtpu schedules, not a measured speed: one bundle is one cycle of a core, waits
-for memory are not among them. Each line is the inner loop for one block of KV tokens, all KV heads of the shape.
-*queries*: how many the loop serves (decode 1; group: decodes that share a prefix; prefill: queries of a chunk; jax:
-its own kernel, which pads a decode to as many). *DMA cycles*: in which the core's share of the chip's bandwidth
-brings these keys and values. *of DMA*: below 1, memory bounds the loop. *MXU*: bundles that use the matrix unit.
+A count of the instructions that libtpu schedules, not a measured speed: one bundle is one cycle of a core,
+waits for memory are not among them. Each line is the inner loop for one block of KV tokens, all KV heads of
+the shape. *queries*: how many the loop serves (decode 1; group: decodes that share a prefix; prefill: queries
+of a chunk; jax: its own kernel, which pads a decode to as many). *DMA cycles*: in which the core's share of
+the chip's bandwidth brings these keys and values. *of DMA*: below 1, memory bounds the loop. *MXU*: bundles
+that use the matrix unit.
 """
 _UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 

@@ -45,7 +45,8 @@ USE[6] = [2, 0, 0, 0, 0, 0, 0, 1, 1, 0]
 
 def write_schedule(folder, use):
     (folder / "17-ragged.1-72-final_bundles.txt").write_text(BUNDLES)
-    lines = ["== CAPACITY:", UNITS, "4 3 4 2 1 3 3 1 1 2", "== UTILIZATION:", *(" ".join(map(str, x)) for x in use)]
+    rows = [" ".join(map(str, row)) for row in use]
+    lines = ["== CAPACITY:", UNITS, "4 3 4 2 1 3 3 1 1 2", "== UTILIZATION:", *rows]
     (folder / "17-ragged.1-73-final_hlo-static-per-bundle-utilization.txt").write_text("\n".join(lines))
 
 

@@ -90,7 +90,7 @@ class TpuPageLayout(PageLayout):
         return jnp.concatenate([jnp.pad(self._stored(x), pad) for x in (keys, values)], -1), scales
 
     def _stored(self, x: jax.Array) -> jax.Array:
-        """x in the pages' dtype. fp8 has no infinity: what lies beyond its range becomes its largest value."""
+        """x in the pages' dtype. fp8 has no infinity: what lies beyond its range becomes its largest."""
         if self.dtype == jnp.float8_e4m3fn:
             largest = float(jnp.finfo(self.dtype).max)
             x = jnp.clip(x, -largest, largest)

@@ -74,8 +74,8 @@ def read_schedule(folder: Path, kernel: str) -> Schedule:
             bundles.append((found[1] == "LB", len(found[2]), found[3]))
     if len(use) != len(bundles):
         raise ValueError(
-            f"libtpu wrote {len(bundles)} bundles of {kernel} to {folder} and the use of {len(use)}: the format "
-            "is not the one that is read here (that of libtpu 0.0.42 and 0.0.52)"
+            f"libtpu wrote {len(bundles)} bundles of {kernel} to {folder} and the use of {len(use)}: the "
+            "format is not the one that is read here (that of libtpu 0.0.42 and 0.0.52)"
         )
 
     def loops(begin: int, end: int, depth: int) -> tuple[Loop, ...]:
