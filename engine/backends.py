@@ -27,8 +27,8 @@ class Backends(NamedTuple):
     def choose(cls, config: EngineConfig, platform: str) -> Backends:
         """The options' choice on `platform` ("cpu", "gpu", "tpu").
 
-        "auto" is the native library on a CPU that has it; on a TPU or GPU its own kernels for attention; and XLA
-        elsewhere. Raises ConfigError when a backend is asked for by name that is not there.
+        "auto" is the native library on a CPU that has it; on a TPU or GPU its own kernels for attention; and
+        XLA elsewhere. Raises ConfigError when a backend is asked for by name that is not there.
         """
         has_library = platform == "cpu" and native_library() is not None
         best = dict.fromkeys(cls._fields, "cpu" if has_library else "xla")

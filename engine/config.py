@@ -46,8 +46,8 @@ class EngineConfig:
     """Of the matrices: "int8" and "int4" quantise them at the start, and activations within each product;
     None: `dtype`."""
     attention_backend: str = "auto"
-    """"cpu" is the native library, "pallas_tpu" and "pallas_gpu" the kernels for TPUs and GPUs, "xla" XLA's code;
-    "auto" takes the library on a CPU that has it, and the kernels on their chips."""
+    """"cpu" is the native library, "pallas_tpu" and "pallas_gpu" the kernels for TPUs and GPUs, "xla" XLA's
+    code; "auto" takes the library on a CPU that has it, and the kernels on their chips."""
     linear_backend: str = "auto"
     """The same for products with weights and for drawing tokens."""
     platform: str = "auto"

@@ -9,9 +9,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.paged_attention import AttentionOptions, Rows, page_layout, pallas_tpu
+from kernels.paged_attention.model_shapes import MODEL_SHAPES, step_arguments
 from kernels.paged_attention.tpu.call import vmem_bytes
 from kernels.paged_attention.tpu.layout import TpuPageLayout
-from kernels.paged_attention.model_shapes import MODEL_SHAPES, step_arguments
 from kernels.paged_attention.tpu.tiles import TileSizes
 from kernels.paged_attention.tpu.tuning import choose_tiles, vmem_budget
 from tests.kernels.steps import Sequence_, Shape, check_step, random_rows
