@@ -8,7 +8,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.group_costs import device_keys
 from kernels.cpu import isa_name, native_library, why_absent
-from kernels.paged_attention import TPU_PAGE_DTYPES
+from kernels.paged_attention import ACCELERATOR_PAGE_DTYPES
 
 # On two cores with AVX2; ARCHITECTURE.md has the figures.
 _XLA_COST = "about half the speed"
@@ -28,9 +28,9 @@ class Backends(NamedTuple):
     def choose(cls, config: EngineConfig, platform: str) -> Backends:
         """The options' choice on `platform` ("cpu", "gpu", "tpu").
 
-        "auto" is the native library on a CPU that has it; on a TPU or GPU its own kernels for attention; and XLA
-        elsewhere. Raises ConfigError when a backend is asked for by name that is not there, or pages that it
-        cannot read.
+        "auto" is the native library on a CPU that has it; on a TPU or GPU its own kernels for attention; and
+        XLA elsewhere. Raises ConfigError when a backend is asked for by name that is not there, or pages that
+        it cannot read.
         """
         has_library = platform == "cpu" and native_library() is not None
         best = dict.fromkeys(cls._fields, "cpu" if has_library else "xla")
@@ -46,10 +46,10 @@ class Backends(NamedTuple):
                     f"engine.{name}_backend={choice}: JAX runs on {platform}, not on a {wanted}; choose auto"
                 )
         chosen = cls(**{name: best[name] if choice == "auto" else choice for name, choice in asked.items()})
-        if config.page_dtype in TPU_PAGE_DTYPES and chosen.attention != "pallas_tpu":
+        if config.page_dtype in ACCELERATOR_PAGE_DTYPES and chosen.attention not in _PLATFORM_KERNELS.values():
             raise ConfigError(
-                f"engine.kv_dtype={config.page_dtype}: only the kernel for TPUs reads such pages, and "
-                f"attention here is by {chosen.attention}; choose int8"
+                f"engine.kv_dtype={config.page_dtype}: only kernels for TPUs and GPUs read such pages, "
+                f"and attention here is by {chosen.attention}; choose int8"
             )
         return chosen
 

@@ -42,15 +42,15 @@ class EngineConfig:
     """Of weights and activations."""
     kv_dtype: str | None = None
     """Of the KV pages; None: `dtype`. "int8" has a scale for each token and head; "float8_e4m3fn" is for TPUs
-    from v6e on."""
+    from v6e on and GPUs from H100 on."""
     seed: int = 0
     """The run's seed: with a request's identity it makes the random key of its draws."""
     weight_dtype: str | None = None
     """Of the matrices: "int8" and "int4" quantise them at the start, and activations within each product;
     None: `dtype`."""
     attention_backend: str = "auto"
-    """"cpu" is the native library, "pallas_tpu" and "pallas_gpu" the kernels for TPUs and GPUs, "xla" XLA's code;
-    "auto" takes the library on a CPU that has it, and the kernels on their chips."""
+    """"cpu" is the native library, "pallas_tpu" and "pallas_gpu" the kernels for TPUs and GPUs, "xla" XLA's
+    code; "auto" takes the library on a CPU that has it, and the kernels on their chips."""
     linear_backend: str = "auto"
     """The same for products with weights and for drawing tokens."""
     platform: str = "auto"

@@ -34,8 +34,8 @@ BACKENDS = {
 }
 _LAYOUTS = {"pallas_tpu": TpuPageLayout, "pallas_gpu": GpuPageLayout}
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
-# Of these, what only the TPU kernel reads: chips that multiply fp8 have no use for scales.
-TPU_PAGE_DTYPES = ("float8_e4m3fn",)
+# Of these, what only the kernels for TPUs and GPUs read: chips that multiply fp8 have no use for scales.
+ACCELERATOR_PAGE_DTYPES = ("float8_e4m3fn",)
 
 # A narrower page fills no vector; a wider one wastes half of itself on most sequences.
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 8, 512
@@ -56,8 +56,8 @@ def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, 
     On any machine there is one for `pallas_tpu` and for `pallas_gpu`, which are also compiled for chips that
     are not there.
 
-    `dtype` is one of `PAGE_DTYPES`, those of `TPU_PAGE_DTYPES` for `pallas_tpu` alone. Raises ValueError for
-    an unknown backend or dtype, or a page size that is not a power of two from 8 to 512.
+    `dtype` is one of `PAGE_DTYPES`, those of `ACCELERATOR_PAGE_DTYPES` for these two alone. Raises ValueError
+    for an unknown backend or dtype, or a page size that is not a power of two from 8 to 512.
     """
     if backend not in BACKENDS or (backend == "cpu" and native_library() is None):
         reason = f" ({why_absent()})" if backend == "cpu" else ""
@@ -65,8 +65,8 @@ def page_layout(backend: str, num_kv_heads: int, head_dim: int, page_size: int, 
         raise ValueError(f"attention backend {backend!r} does not exist here{reason}; available: {known}")
     if dtype not in PAGE_DTYPES:
         raise ValueError(f"page dtype {dtype!r} is not one of {', '.join(PAGE_DTYPES)}")
-    if dtype in TPU_PAGE_DTYPES and backend != "pallas_tpu":
-        raise ValueError(f"page dtype {dtype!r} is pallas_tpu's alone: give int8 to backend {backend!r}")
+    if dtype in ACCELERATOR_PAGE_DTYPES and backend not in _LAYOUTS:
+        raise ValueError(f"page dtype {dtype!r} is for TPUs and GPUs: give int8 to backend {backend!r}")
     if page_size & (page_size - 1) or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE:
         raise ValueError(
             f"page_size is {page_size}; give a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}"

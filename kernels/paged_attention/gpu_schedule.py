@@ -1,8 +1,8 @@
 """What the kernels take of GPUs, by the compiler: `python -m kernels.paged_attention.gpu_schedule`.
 
 Compiles the kernels for each chip and model shape with XLA's plugin for CUDA (no GPU is needed), has `ptxas`
-assemble them, and prints a table: registers, spills, shared memory and how many thread blocks that leaves room for
-on a core. It is a static count: it tells what fits and what does not, and is no measured speed.
+assemble them, and prints a table: registers, spills, shared memory and how many thread blocks that leaves
+room for on a core. It is a static count: it tells what fits and what does not, and is no measured speed.
 """
 
 from __future__ import annotations

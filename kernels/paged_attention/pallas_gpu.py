@@ -3,15 +3,15 @@
 1. `gpu.writing` puts the step's keys and values into their pages, so that all others read pages only.
 2. `gpu.chunk` takes the prefill chunks, a block of queries at a time.
 3. `gpu.group` takes the pages that prefix groups share, once for many of their decodes.
-4. `gpu.decode` takes the rest of each decode's pages, split into parts, so that few decodes fill the chip too.
+4. `gpu.decode` takes the rest of each decode's pages, split into parts, so that few decodes fill the chip.
 5. `gpu.combine` merges what 3 and 4 found.
 
 Each is a grid of thread blocks whose size is static; blocks that the step has no work for end at once.
 
-Why Triton and not Mosaic GPU, the other way from Pallas to a GPU: Mosaic's asynchronous products and bulk copies
-begin with sm_90, so an A100 would need a second set of kernels, and Triton makes both from this one: products on
-warp groups on an H100, on single warps on an A100, tiles of keys copied ahead on either. Which is faster has not
-been measured.
+Why Triton and not Mosaic GPU, the other way from Pallas to a GPU: Mosaic's asynchronous products and bulk
+copies begin with sm_90, so an A100 would need a second set of kernels, and Triton makes both from this one:
+products of warp groups on an H100, of single warps on an A100, keys copied ahead on either. Which is faster
+has not been measured.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def shape_of(
     if num_rows > _MAX_ROWS:
         raise ValueError(
             f"{pages.num_pages} pages of {layout.num_kv_heads} KV heads and {layout.page_size} tokens are "
-            f"{num_rows} rows, pallas_gpu numbers {_MAX_ROWS} at most: give engine.kv_cache_bytes a lower bound"
+            f"{num_rows} rows, pallas_gpu numbers {_MAX_ROWS} at most: lower engine.kv_cache_bytes"
         )
     chip, ratio = current_chip(), q.shape[1] // layout.num_kv_heads
     num_slots, table_width = rows.page_table.shape

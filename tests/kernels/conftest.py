@@ -14,7 +14,7 @@ from kernels.paged_attention.gpu.calling import interpreted
 
 @pytest.fixture(autouse=True)
 def interpret_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests whose `backend` is pallas_tpu or pallas_gpu run its kernels in interpret mode, where they must."""
+    """Tests whose `backend` is pallas_tpu or pallas_gpu run its kernels interpreted, where they must be."""
     parameters = getattr(request.node, "callspec", None)
     backend = None if parameters is None else parameters.params.get("backend")
     if backend == "pallas_tpu":

@@ -1,5 +1,5 @@
-"""Random steps for the kernels of an accelerator: rows that share pages, prefill chunks, decodes and empty slots, and NaN in
-everything that must not be read."""
+"""Random steps for the kernels of an accelerator: rows that share pages, prefill chunks, decodes and empty
+slots, and NaN in everything that must not be read."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Shape:
     def table_width(self) -> int:
         return self.num_pages // 4
 
-    def attend(self, *arrays: Any) -> Any:
-        """arrays: q, k, v, pages, rows, groups, sinks or None."""
-        *arrays, sinks = arrays
+    def attend(self, q: Any, k: Any, v: Any, pages: Any, rows: Any, groups: Any, sinks: Any) -> Any:
+        layout: Any = self.layout
         return pallas_tpu.attend(
-            *arrays, self.options, self.layout, sinks, tiles=self.tiles, num_cores=self.num_cores
-        )
+            q, k, v, pages, rows, groups, self.options, layout, sinks,
+            tiles=self.tiles, num_cores=self.num_cores,
+        )  # fmt: skip
 
 
 def random_rows(shape: Shape, seed: int, *, max_own: int = 150, max_new: int = 40) -> list[Sequence_]:

@@ -20,7 +20,7 @@ def run_compiler(repository, chip, *cases):
 
 
 def compile_cases(repository, chip, *cases):
-    """Compile, and see that pages are written in place, nothing spills, and memory is what the tiles reckon with."""
+    """Compile, and see pages written in place, no spills, and no more memory than the tiles reckon with."""
     finished = run_compiler(repository, chip, *cases)
     assert finished.returncode == 0, finished.stderr[-4000:]
     compiled = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]

@@ -81,12 +81,12 @@ def test_an_accelerator_has_kernels_of_its_own(platform):
         Backends.choose(EngineConfig(attention_backend="cpu"), "gpu")
 
 
-def test_pages_of_fp8_are_for_tpus():
+def test_pages_of_fp8_are_for_accelerators():
     narrow = EngineConfig(kv_dtype="float8_e4m3fn")
-    assert Backends.choose(narrow, "tpu").attention == "pallas_tpu"
-    for platform in ("cpu", "gpu"):
-        with pytest.raises(ConfigError, match="engine.kv_dtype=float8_e4m3fn: only the kernel for TPUs"):
-            Backends.choose(narrow, platform)
+    for platform in ("tpu", "gpu"):
+        assert Backends.choose(narrow, platform).attention == f"pallas_{platform}"
+    with pytest.raises(ConfigError, match="engine.kv_dtype=float8_e4m3fn: only kernels for TPUs and GPUs"):
+        Backends.choose(narrow, "cpu")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])

@@ -1,4 +1,4 @@
-"""The GPU kernels, interpreted: equal to the reference, refusing what they cannot do, within a chip's memory."""
+"""The GPU kernels, interpreted: equal to the reference, within a chip's memory, refusing what they cannot."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ SMALL_TILES = TileSizes(decode=Tile(16, 32, 4, 2), group=Tile(16, 16, 4, 2), chu
 class GpuShape(Shape):
     tiles: TileSizes = SMALL_TILES
 
-    def attend(self, *arrays: Any) -> Any:
-        *arrays, sinks = arrays
-        assert isinstance(self.layout, GpuPageLayout)
-        return pallas_gpu.attend(*arrays, self.options, self.layout, sinks, tiles=self.tiles)
+    def attend(self, q: Any, k: Any, v: Any, pages: Any, rows: Any, groups: Any, sinks: Any) -> Any:
+        layout: Any = self.layout
+        return pallas_gpu.attend(q, k, v, pages, rows, groups, self.options, layout, sinks, tiles=self.tiles)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ def check_steps(shape, num_steps, *, tolerance=2e-5, **sizes):
 
 
 def test_any_step_equals_the_reference():
-    """Groups of groups and chunks, with heads that fill no tile; then decodes whose keys are read in parts."""
+    """Groups of groups and chunks, with heads that fill no tile; then decodes with keys in parts."""
     shape = GpuShape(layout_of(kv_heads=3), ratio=3, options=AttentionOptions(scale=0.125))
     check_steps(shape, 3)
     check_step(shape, [Sequence_(2, 0, 520, 1), Sequence_(3, 0, 300, 1), Sequence_(4, 0, 0, 2)], 3, 2e-5)
@@ -153,11 +152,13 @@ def refused(layout, **sizes):
 
 
 def test_what_cannot_be_done_is_refused_with_a_remedy():
-    with pytest.raises(ValueError, match="272 query heads for one KV head: .* choose the backend xla"):
+    with pytest.raises(ValueError, match=r"272 query heads for one KV head: .* choose the backend xla"):
         choose_tiles(layout_of(1), 272, OTHER)
-    with pytest.raises(ValueError, match="bytes of shared memory, another GPU has 101376: choose the backend"):
+    with pytest.raises(
+        ValueError, match="bytes of shared memory, another GPU has 101376: choose the backend"
+    ):
         choose_tiles(layout_of(1, 4096), 1, OTHER)
-    with pytest.raises(ValueError, match="rows, pallas_gpu numbers 2147483647 at most: give engine.kv_cache"):
+    with pytest.raises(ValueError, match=r"rows, pallas_gpu numbers 2147483647 at most: lower engine"):
         refused(layout_of(3, 64, 512), num_pages=2**21)
 
 

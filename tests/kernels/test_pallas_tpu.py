@@ -9,9 +9,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.paged_attention import AttentionOptions, Rows, page_layout, pallas_tpu
+from kernels.paged_attention.model_shapes import MODEL_SHAPES, step_arguments
 from kernels.paged_attention.tpu.call import vmem_bytes
 from kernels.paged_attention.tpu.layout import TpuPageLayout
-from kernels.paged_attention.model_shapes import MODEL_SHAPES, step_arguments
 from kernels.paged_attention.tpu.tiles import TileSizes
 from kernels.paged_attention.tpu.tuning import check_page_dtype, choose_tiles, vmem_budget
 from tests.kernels.steps import Sequence_, Shape, check_step, random_rows
@@ -146,7 +146,7 @@ def test_what_cannot_be_done_is_refused_with_a_remedy():
     arguments = step_arguments(MODEL_SHAPES["SmolLM2-135M"], layout_of(3))
     with pytest.raises(ValueError, match="needs a positive one"):
         pallas_tpu.shape_of(*arguments, AttentionOptions(scale=-1.0), layout_of(3))
-    with pytest.raises(ValueError, match="is pallas_tpu's alone: give int8 to backend 'xla'"):
+    with pytest.raises(ValueError, match="is for TPUs and GPUs: give int8 to backend 'xla'"):
         page_layout("xla", 3, 64, 32, "float8_e4m3fn")
 
 

@@ -1,4 +1,4 @@
-"""What became of the kernels: their PTX and launches as XLA wrote them down, and what `ptxas` made of that."""
+"""What became of the kernels: their PTX and launches as XLA wrote them, and what `ptxas` made of that."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def assemble(folder: Path, architecture: str, prefix: str) -> list[Assembled]:
         if name is not None:
             found.append(_assembled(path, name[1], text, architecture, shared[name[1]]))
     if not found:
-        raise RuntimeError(f"no kernel {prefix}* in the PTX files of {folder}; did the compilation cache have it?")
+        raise RuntimeError(
+            f"no kernel {prefix}* in the PTX files of {folder}; was it in a compilation cache?"
+        )
     return sorted(found, key=lambda each: each.name)
 
 

@@ -32,7 +32,7 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip:
-    """The chip that JAX calls `device_kind` ("NVIDIA H100 80GB HBM3"); `OTHER` where it is not a known one."""
+    """The chip that JAX calls `device_kind` ("NVIDIA H100 80GB HBM3"); `OTHER` where that is none of them."""
     return next((chip for chip in CHIPS if chip.name in device_kind), OTHER)
 
 

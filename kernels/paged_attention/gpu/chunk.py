@@ -21,7 +21,7 @@ from kernels.paged_attention.layout import Pages
 def attend_chunks(
     shape: Geometry, out: jax.Array, q: jax.Array, pages: Pages, plan: Plan, sinks: jax.Array | None
 ) -> jax.Array:
-    """`out` [T, N, H] with the tokens of prefill chunks filled in. The pages hold the step's tokens already."""
+    """`out` [T, N, H] with the tokens of prefill chunks filled in. The pages hold the step's tokens."""
     tile = shape.tiles.chunk
     return call_kernel(
         partial(_kernel, shape),
@@ -39,9 +39,7 @@ def attend_chunks(
     )
 
 
-def _kernel(
-    shape: Geometry, _: Any, q: Any, pages: Pages, plan: Plan, sinks: Any, out: Any
-) -> None:
+def _kernel(shape: Geometry, _: Any, q: Any, pages: Pages, plan: Plan, sinks: Any, out: Any) -> None:
     head, block = pl.program_id(0), pl.program_id(1)
     slot = plan.chunk_slot[block]
 

@@ -37,9 +37,7 @@ def combine_parts(
     )
 
 
-def _kernel(
-    shape: Geometry, _: Any, parts: tuple[Parts, ...], plan: Plan, sinks: Any, out: Any
-) -> None:
+def _kernel(shape: Geometry, _: Any, parts: tuple[Parts, ...], plan: Plan, sinks: Any, out: Any) -> None:
     head, decode = pl.program_id(0), pl.program_id(1)
     slot = plan.decode_slot[decode]
 
@@ -54,11 +52,9 @@ def _kernel(
         rows.store(out, token, is_row, state.result())
 
 
-def _merge(rows: BlockRows, parts: Parts, decode: Any, is_row: jax.Array, state: Softmax) -> Softmax:
+def _merge(rows: BlockRows, parts: Any, decode: Any, is_row: jax.Array, state: Softmax) -> Softmax:
     def merge(part: Any, state: Softmax) -> Softmax:
-        log_total = plgpu.load(
-            parts.log_total.at[part, decode, rows.query_head], mask=is_row, other=UNSEEN
-        )
+        log_total = plgpu.load(parts.log_total.at[part, decode, rows.query_head], mask=is_row, other=UNSEEN)
         place = (part, decode, rows.query_head[:, None], vector_index(rows.shape))
         has_seen = jnp.broadcast_to((log_total > UNSEEN)[:, None], state.output.shape)
         return state.merge(log_total, plgpu.load(parts.output.at[place], mask=has_seen, other=0.0))

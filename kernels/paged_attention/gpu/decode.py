@@ -7,7 +7,7 @@ The parts are merged afterwards (`gpu.combine`), so that a step of few sequences
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,15 @@ class Parts(NamedTuple):
         )
 
     def store(self, rows: BlockRows, part: Any, decode: jax.Array, is_row: jax.Array, state: Softmax) -> None:
-        """Put each row's result at its decode (i32[rows]), where `is_row`. Fields are references in a kernel."""
-        decode = jnp.where(is_row, decode, self.output.shape[1])
+        """Put each row's result at its decode (i32[rows]), where `is_row`: in a kernel, where these are
+        references."""
+        output, log_total = cast(Any, self)
+        decode = jnp.where(is_row, decode, output.shape[1])
         has_seen = is_row & (state.total > 0)
         place = (part, decode[:, None], rows.query_head[:, None], vector_index(rows.shape))
         mask = jnp.broadcast_to(has_seen[:, None], state.output.shape)
-        plgpu.store(self.output.at[place], state.result(), mask=mask)
-        plgpu.store(self.log_total.at[part, decode, rows.query_head], state.log_total(), mask=is_row)
+        plgpu.store(output.at[place], state.result(), mask=mask)
+        plgpu.store(log_total.at[part, decode, rows.query_head], state.log_total(), mask=is_row)
 
 
 def attend_decodes(shape: Geometry, q: jax.Array, pages: Pages, plan: Plan) -> Parts:

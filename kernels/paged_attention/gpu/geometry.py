@@ -14,8 +14,8 @@ from kernels.paged_attention.layout import AttentionOptions
 # Thread blocks for each core that a kernel should have at least: several run at once, and as they end at
 # different times there should be more.
 _BLOCKS_PER_CORE = 8
-# Tokens of a part of a sequence's keys. A shorter one is not worth its merging; a longer one makes a step wait
-# for one sequence.
+# Tokens of a part of a sequence's keys. A shorter one is not worth its merging; a longer one makes a step
+# wait for one sequence.
 _MIN_PART, _MAX_PART = 256, 8192
 
 
@@ -23,8 +23,8 @@ _MIN_PART, _MAX_PART = 256, 8192
 class Geometry:
     """Shapes of one call: `K` KV heads with `ratio` query heads each.
 
-    A thread block has `tile.rows` rows: row `r` is query `r // ratio` of its queries, query head `r % ratio` of
-    its KV head. Rows past the last whole query stay empty.
+    A thread block has `tile.rows` rows: row `r` is query `r // ratio` of its queries, query head `r % ratio`
+    of its KV head. Rows past the last whole query stay empty.
     """
 
     layout: GpuPageLayout
@@ -67,8 +67,8 @@ class Geometry:
 
     @property
     def num_chunk_blocks(self) -> int:
-        """Most blocks of queries of prefill chunks: each chunk has two queries or more, and its last block may
-        be only partly filled."""
+        """Most blocks of queries of prefill chunks: each chunk has two queries or more, and its last block
+        may be only partly filled."""
         return self.num_tokens // self.chunk_queries + min(self.num_slots, self.num_tokens // 2)
 
     @property
@@ -88,7 +88,9 @@ class Geometry:
     def span(self) -> int:
         """Most keys that one query sees, and those that are read with them."""
         bounds = [each for each in (self.options.window, self.options.chunk) if each is not None]
-        return min([self.table_width * self.layout.page_size, *(each + self.tiles.decode.keys for each in bounds)])
+        return min(
+            [self.table_width * self.layout.page_size, *(each + self.tiles.decode.keys for each in bounds)]
+        )
 
     @property
     def num_parts(self) -> int:

@@ -1,7 +1,7 @@
 """Prefix groups: several decodes at once go over the keys that they share (Hydragen, Juravsky et al. 2024).
 
-A thread block has decodes that are next to each other. It goes over a part of the keys of each group that some
-of them are in; what the others see of those is masked. Groups along a prefix tree so need no passes of their own.
+A thread block has decodes that are next to each other. It goes over a part of the keys of each group that
+some of them are in, masked for the others. Groups along a prefix tree so need no passes of their own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def attend_groups(shape: Geometry, q: jax.Array, pages: Pages, plan: Plan) -> Pa
     )
 
 
-def _kernel(shape: Geometry, q: Any, pages: Pages, plan: Plan, parts: Parts) -> None:
+def _kernel(shape: Geometry, q: Any, pages: Pages, plan: Any, parts: Parts) -> None:
     head, block, part = (pl.program_id(axis) for axis in range(3))
     rows = BlockRows(shape, shape.tiles.group.rows, head)
     first = block * shape.members

@@ -16,8 +16,8 @@ from kernels.paged_attention.layout import PageLayout, Pages, Rows, quantised
 class GpuPageLayout(PageLayout):
     """Pages whose heads are outside their tokens, so that a tile of one head's keys is a run of whole lines.
 
-    A head's vector is not padded: where its length is no power of two, as Triton's tiles are, the kernels leave
-    out what lies past its end, and memory moves nothing that is not there.
+    A head's vector is not padded: where its length is no power of two, as Triton's tiles are, the kernels
+    leave out what lies past its end, and memory moves nothing that is not there.
     """
 
     @property
@@ -35,7 +35,7 @@ class GpuPageLayout(PageLayout):
         return pages._replace(key_scales=key_scales, value_scales=value_scales)
 
     def packed(self, keys: jax.Array, values: jax.Array) -> Pages:
-        """Keys and values [T, K, H] in the pages' dtype, and their scales f32[T, K], in the fields of `Pages`."""
+        """Keys and values [T, K, H] in the pages' dtype, and their scales f32[T, K], as `Pages` has them."""
         if not self.has_scales:
             return Pages(self._stored(keys), self._stored(values))
         keys, key_scales = quantised(keys)
@@ -43,7 +43,7 @@ class GpuPageLayout(PageLayout):
         return Pages(self._stored(keys), self._stored(values), key_scales, value_scales)
 
     def _stored(self, x: jax.Array) -> jax.Array:
-        """x in the pages' dtype. fp8 has no infinity: what lies beyond its range becomes its largest value."""
+        """x in the pages' dtype. fp8 has no infinity: what is beyond its range is made its largest."""
         if self.is_fp8:
             largest = float(jnp.finfo(self.dtype).max)
             x = jnp.clip(x, -largest, largest)

@@ -36,14 +36,14 @@ class BlockRows:
         return jnp.arange(self.num_rows, dtype=jnp.int32)
 
     def load(self, q: Any, token: jax.Array, is_row: jax.Array) -> jax.Array:
-        """[rows, vector] of q [T, N, H] for each row's token, in the dtype of products; zeros where not `is_row`."""
+        """[rows, vector] of q [T, N, H] at each row's token, as products take it; zeros where no `is_row`."""
         place, mask = self._place(token, is_row)
         found = plgpu.load(q.at[place], mask=mask, other=jnp.zeros((), q.dtype))
         return found.astype(self.shape.compute_dtype)
 
     def store(self, out: Any, token: jax.Array, is_row: jax.Array, x: jax.Array) -> None:
         """Put x [rows, vector] at each row's token of out [T, N, H], where `is_row`."""
-        # What is masked gets a place of its own, past the end: interpreted, it would be written back as it was.
+        # What is masked gets a place past the end: interpreted, it would be written back as it was.
         place, mask = self._place(jnp.where(is_row, token, out.shape[0]), is_row)
         plgpu.store(out.at[place], x.astype(out.dtype), mask=mask)
 

@@ -79,8 +79,8 @@ def add_tiles(
 ) -> Softmax:
     """Take in the tokens at [begin, end), a tile of `num_keys` at a time.
 
-    seen: of the positions of a tile's keys, i32[1, keys], which of them each row sees, [rows, keys]. None: all,
-        and then whole tiles must lie in [begin, end).
+    seen: of the positions of a tile's keys, i32[1, keys], which of them each row sees, [rows, keys]. None:
+        all, and then whole tiles must lie in [begin, end).
     """
 
     def add(index: Any, state: Softmax) -> Softmax:

@@ -1,6 +1,6 @@
 """Compiling for an NVIDIA GPU on a machine that has none: XLA's plugin for CUDA holds the compiler.
 
-It is told the chip's numbers, and takes `ptxas` and the device functions from the package nvidia-cuda-nvcc-cu12.
+It is told the chip's numbers, and takes `ptxas` and device functions from the package nvidia-cuda-nvcc-cu12.
 No choice between algorithms is measured so, which concerns XLA's own products and not the kernels here.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -64,20 +64,37 @@ class Target:
 _KIB, _MIB = 2**10, 2**20
 TARGETS = {
     "A100": Target(
-        "NVIDIA A100-SXM4-80GB", 8, 108, 64, 164 * _KIB, 163 * _KIB, 80 * 10**9, 2039 * 10**9, 40 * _MIB, 1.41e9
+        "NVIDIA A100-SXM4-80GB",
+        major=8,
+        num_cores=108,
+        units_per_core=64,
+        shared_of_core=164 * _KIB,
+        shared_of_block=163 * _KIB,
+        memory=80 * 10**9,
+        bandwidth=2039 * 10**9,
+        l2=40 * _MIB,
+        clock=1.41e9,
     ),
     "H100": Target(
-        "NVIDIA H100 80GB HBM3", 9, 132, 128, 228 * _KIB, 227 * _KIB, 80 * 10**9, 3350 * 10**9, 50 * _MIB, 1.98e9
-    ),
-    "H200": Target(
-        "NVIDIA H200", 9, 132, 128, 228 * _KIB, 227 * _KIB, 141 * 10**9, 4800 * 10**9, 50 * _MIB, 1.98e9
+        "NVIDIA H100 80GB HBM3",
+        major=9,
+        num_cores=132,
+        units_per_core=128,
+        shared_of_core=228 * _KIB,
+        shared_of_block=227 * _KIB,
+        memory=80 * 10**9,
+        bandwidth=3350 * 10**9,
+        l2=50 * _MIB,
+        clock=1.98e9,
     ),
 }
+TARGETS["H200"] = replace(TARGETS["H100"], name="NVIDIA H200", memory=141 * 10**9, bandwidth=4800 * 10**9)
+_PACKAGES = {"jax_plugins.xla_cuda12": "jax-cuda12-pjrt", "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12"}
 
 
 def missing() -> str | None:
     """What compiling lacks, in one line; None where it lacks nothing."""
-    for module, package in (("jax_plugins.xla_cuda12", "jax-cuda12-pjrt"), ("nvidia.cuda_nvcc", "nvidia-cuda-nvcc-cu12")):
+    for module, package in _PACKAGES.items():
         if _find(module) is None:
             return f"{package} is absent: install the extra gpu-compile"
     return None

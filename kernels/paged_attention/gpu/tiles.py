@@ -37,8 +37,8 @@ class Tile:
         stored_bytes, computed_bytes: of one such number in its page, and in products.
         num_scales: numbers of 4 bytes that come with each token's key and value.
 
-        Keys and values are kept for each stage; the queries, and the weights of the tile, once, as operands of
-        products; and the numbers that warps exchange for a row's maximum and sum.
+        Keys and values are kept for each stage; the queries, and the weights of the tile, once, as operands
+        of products; and the numbers that warps exchange for a row's maximum and sum.
         """
         a_stage = self.keys * (2 * vector * stored_bytes + 4 * num_scales)
         widened = 2 * self.keys * vector * computed_bytes if stored_bytes != computed_bytes else 0

@@ -14,7 +14,7 @@ from kernels.paged_attention.layout import Pages
 
 
 class KeysAndValues(NamedTuple):
-    """Keys and values of consecutive tokens of one KV head; what they are times their scales, if they have any."""
+    """Keys and values of consecutive tokens of one KV head, to be multiplied with their scales."""
 
     keys: jax.Array  # [keys, vector]
     values: jax.Array  # [keys, vector]
@@ -34,10 +34,10 @@ def as_rows(pages: Pages) -> Pages:
 
 @dataclass(frozen=True, slots=True)
 class PagedTokens:
-    """The tokens of one sequence and KV head. Fields after the first are references and scalars of a kernel."""
+    """The tokens of one sequence and KV head. All but the first are references and scalars."""
 
     shape: Geometry
-    pages: Pages  # references, as `as_rows` makes them
+    pages: Any  # `Pages`, as `as_rows` makes them
     page_table: Any
     slot: Any
     head: Any
@@ -46,7 +46,7 @@ class PagedTokens:
         """The tokens from position `begin` on: of one page, or more than one page has.
 
         begin: where pages have `num_keys` tokens or more, a multiple of it.
-        end: what lies from there on is not there: its values, and their scales, are zeros. None: all are there.
+        end: what lies from there on is not there: its values and their scales are zeros. None: all is there.
         """
         pages = self.pages
         position = begin + jnp.arange(num_keys, dtype=jnp.int32)

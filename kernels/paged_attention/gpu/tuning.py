@@ -21,7 +21,7 @@ def choose_tiles(layout: GpuPageLayout, ratio: int, chip: Chip) -> TileSizes:
     """
     if ratio > _MOST_ROWS:
         raise ValueError(
-            f"{ratio} query heads for one KV head: pallas_gpu has room for {_MOST_ROWS}, choose the backend xla"
+            f"{ratio} query heads for one KV head: pallas_gpu takes {_MOST_ROWS}, choose the backend xla"
         )
     if layout.is_fp8 and not chip.has_fp8:
         raise ValueError(f"{chip.name} has no {layout.dtype}: give pages of int8")
@@ -33,14 +33,14 @@ def choose_tiles(layout: GpuPageLayout, ratio: int, chip: Chip) -> TileSizes:
     else:
         sizes = TileSizes(Tile(16, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))
         is_narrow = layout.dtype.itemsize == 1
-        # Operands of warps lie in registers, and so do keys and values between what is stored and what is multiplied.
+        # Operands of warps lie in registers, and so do keys and values on their way from what is stored to
+        # what is multiplied.
         if vector >= 256 and (is_narrow or not chip.has_warp_groups):
             sizes = replace(sizes, group=Tile(64, 32, 8, 2), chunk=Tile(64, 32, 8, 2))
         elif vector >= 128 and is_narrow and not chip.has_warp_groups:
             sizes = replace(sizes, group=Tile(64, 32, 4, 2), chunk=Tile(64, 32, 8, 2))
-    return TileSizes(
-        *(_fitting(_with_rows(tile, ratio), layout, chip) for tile in (sizes.decode, sizes.group, sizes.chunk))
-    )
+    tiles = (sizes.decode, sizes.group, sizes.chunk)
+    return TileSizes(*(_fitting(_with_rows(tile, ratio), layout, chip) for tile in tiles))
 
 
 def _with_rows(tile: Tile, ratio: int) -> Tile:

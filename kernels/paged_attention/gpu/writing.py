@@ -38,7 +38,7 @@ def write_tokens(shape: Geometry, pages: Pages, new: Pages, plan: Plan) -> Pages
     )
 
 
-def _kernel(shape: Geometry, _: Pages, new: Pages, plan: Plan, pages: Pages) -> None:
+def _kernel(shape: Geometry, _: Any, new: Any, plan: Any, pages: Any) -> None:
     head = pl.program_id(0)
     token = pl.program_id(1) * _TOKENS + jnp.arange(_TOKENS, dtype=jnp.int32)
     slot = plgpu.load(plan.token_slot.at[token], mask=token < shape.num_tokens, other=shape.num_slots)
@@ -47,11 +47,14 @@ def _kernel(shape: Geometry, _: Pages, new: Pages, plan: Plan, pages: Pages) -> 
     size = shape.layout.page_size
     page = plgpu.load(plan.page_table.at[slot, jax.lax.div(position, size)], mask=is_token, other=0)
     row = (page * shape.num_kv_heads + head) * size + jax.lax.rem(position, size)
-    row = jnp.where(is_token, row, pages.keys.shape[0])  # past the end, where nothing is masked into another's row
+    # What is masked gets a place past the end: interpreted, it would be written back as it was.
+    row = jnp.where(is_token, row, pages.keys.shape[0])
     index = vector_index(shape)
     mask = is_token[:, None] & (index < shape.layout.head_dim)
     for source, target in ((new.keys, pages.keys), (new.values, pages.values)):
-        found = plgpu.load(source.at[token[:, None], head, index], mask=mask, other=jnp.zeros((), source.dtype))
+        found = plgpu.load(
+            source.at[token[:, None], head, index], mask=mask, other=jnp.zeros((), source.dtype)
+        )
         plgpu.store(target.at[row[:, None], index], found, mask=mask)
     if shape.layout.has_scales:
         for source, target in ((new.key_scales, pages.key_scales), (new.value_scales, pages.value_scales)):
