@@ -14,8 +14,10 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -68,27 +70,31 @@ def compile_steps(plan: DevicePlan, *, only_largest: bool = False) -> Iterator[C
         # libtpu lets one process in at a time, for the sake of chips that this one does not touch.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )
-    with child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        assert child.stderr is not None
-        child.stdin.write(pickle.dumps(plan))
-        child.stdin.close()
+    with tempfile.TemporaryFile() as said:  # a pipe that nobody reads would fill up and stop the compiler
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment
+        )
         try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            with suppress(BrokenPipeError):  # a child that ended at once says why below
+                child.stdin.write(pickle.dumps(plan))
+                child.stdin.close()
             for line in child.stdout:
                 answer = json.loads(line)
                 if "error" in answer:
                     raise ConfigError(f"{plan.topology.chip.name}: {answer['error']}")
                 yield CompiledStep(**answer)
-        finally:
-            if child.poll() is None:
-                child.kill()
-        said = child.stderr.read().decode(errors="replace")
+            child.wait()
+        finally:  # whoever stops asking leaves no compiler behind
+            child.kill()
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
+        said.seek(0)
+        words = said.read().decode(errors="replace")[-2000:].strip()
     if child.returncode:
-        raise ConfigError(f"the compiler for {plan.topology.chip.name} ended: {said[-2000:].strip()}")
+        raise ConfigError(f"the compiler for {plan.topology.chip.name} ended: {words}")
 
 
 class _Program:

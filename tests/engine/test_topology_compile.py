@@ -73,10 +73,11 @@ def test_a_share_of_a_large_model_compiles(
 
 @needs_libtpu
 def test_a_step_that_the_compiler_refuses_is_told_in_its_words(tmp_path: Path) -> None:
-    model = replace(model_config("SmolLM2-135M", tmp_path), max_position_embeddings=1 << 22)
-    config = replace(CONFIG, page_size=8, max_num_seqs=256)
-    plan = plan_device(model, config, find_slice("v5e-1"), 1 << 22)
-    with pytest.raises(ConfigError, match=r"^v5e: "):
+    """64 KV heads of 256 in pages of 512: a page is more than the chip's own memory."""
+    model = model_config("SmolLM2-135M", tmp_path)
+    model = replace(model, num_heads=64, num_kv_heads=64, head_dim=256, num_layers=1)
+    plan = plan_device(model, replace(CONFIG, page_size=512), find_slice("v5e-1"), 1024)
+    with pytest.raises(ConfigError, match=r"^v5e: attention over 64 KV heads .* take smaller pages"):
         list(compile_steps(plan, only_largest=True))
 
 
