@@ -1,6 +1,6 @@
 """A driver for the tests of `jobs.ray`: the job without a model, slow enough to be disturbed.
 
-    python -m tests.jobs.ray_job <input> <output> <address> <workers> [key=value of RaySettings …]
+python -m tests.jobs.ray_job <input> <output> <address> <workers> [key=value of RaySettings …]
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def main(arguments: list[str]) -> ExitCode:
     given = [f"ray.address={address}", f"ray.num_workers={num_workers}", *more]
     cluster, rest = take_section(given, "ray", RaySettings)
     overrides: dict[str, Any] = {"progress": "lines", "progress_line_seconds": 0.5}
-    overrides |= {key.replace(".", "__"): int(value) for key, _, value in (each.partition("=") for each in rest)}
+    overrides |= {
+        key.replace(".", "__"): int(value) for key, _, value in (each.partition("=") for each in rest)
+    }
     settings = job_settings(Path(source), output, **overrides)
-    return exit_code_of(
-        lambda: run_on_ray(settings, cluster, load_model=fake_model, make_engine=slow_engine)
-    )
+    return exit_code_of(lambda: run_on_ray(settings, cluster, load_model=fake_model, make_engine=slow_engine))
 
 
 if __name__ == "__main__":

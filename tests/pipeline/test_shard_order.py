@@ -26,7 +26,10 @@ def test_every_worker_asks_for_every_shard_once_and_no_two_begin_alike(found: se
     if len(shards) >= count:
         assert len({order[0] for order in orders}) == count
         # What each takes before it comes to another's part covers everything: nobody is waited for.
-        parts = [order[: len(shards) * (i + 1) // count - len(shards) * i // count] for i, order in enumerate(orders)]
+        parts = [
+            order[: len(shards) * (i + 1) // count - len(shards) * i // count]
+            for i, order in enumerate(orders)
+        ]
         assert [shard for part in parts for shard in part] == shards
 
 
