@@ -1,6 +1,6 @@
 """Which dates of a schedule are due: every hour, day, week or month has one, named by when it begins.
 
-    hour 2026-11-28T05    day 2026-11-28    week 2026-W48    month 2026-11
+hour 2026-11-28T05    day 2026-11-28    week 2026-W48    month 2026-11
 """
 
 from __future__ import annotations

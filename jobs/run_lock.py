@@ -16,18 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.errors import TidemillError
+from pipeline.claims import Heartbeat, epoch_key, read_claim, read_claims, read_heartbeat
 from pipeline.commits import publish_record, retrying
 from pipeline.fingerprint import canonical_json
-from pipeline.lease import (
-    HEARTBEAT_S,
-    TAKEOVER_S,
-    Heartbeat,
-    Lease,
-    LeaseBook,
-    epochs,
-    read_claim,
-    read_heartbeat,
-)
+from pipeline.lease import Lease
+from pipeline.lease_book import HEARTBEAT_S, TAKEOVER_S, LeaseBook
 from pipeline.process_identity import ProcessIdentity
 from pipeline.signals import StopRequest
 from pipeline.storage import Storage
@@ -89,12 +82,13 @@ class RunLock:
 
     def holder(self) -> Holder | None:
         """None when nobody holds it."""
-        known = epochs(self._storage, STATE, _ONLY)
-        latest = max(known, default=0)
-        if not latest or known[latest]:
+        claims = read_claims(self._storage, STATE, _ONLY)
+        latest = claims.latest
+        if not latest or claims.epochs[latest]:
             return None
-        owner = read_claim(self._storage, STATE, _ONLY, latest, False).owner
-        told = read_heartbeat(self._storage, STATE, _ONLY, latest) or Heartbeat("", frozenset(), None)
+        key = epoch_key(latest)
+        owner = read_claim(self._storage, STATE, _ONLY, key).owner
+        told = read_heartbeat(self._storage, STATE, _ONLY, key) or Heartbeat("", frozenset(), None)
         return Holder(latest, owner, next(iter(told.in_flight), None), told.nonce)
 
     def ask_to_end(self, holder: Holder, why: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from engine.errors import ConfigError
 
@@ -39,7 +40,7 @@ class WorkerSettings:
 def order_of(shards: Sequence[int], worker: WorkerSettings) -> list[int]:
     """`shards` (in order) in the order that `worker` asks for them; each once."""
     bounds = [len(shards) * part // worker.count for part in range(worker.count + 1)]
-    parts = [list(shards[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    parts = [list(shards[start:stop]) for start, stop in pairwise(bounds)]
     ordered = parts[worker.index]
     for step in range(1, worker.count):
         ordered = ordered + parts[(worker.index + step) % worker.count][::-1]

@@ -75,6 +75,7 @@ def test_every_job_in_the_readme_composes():
         assert config is not None
         assert isinstance(from_config(config), Settings)
 
+
 @pytest.mark.parametrize("program", ["ray", "schedule", "publish"])
 def test_every_command_of_jobs_in_the_readme_composes(program: str):
     found = commands(f"python -m jobs.{program}")

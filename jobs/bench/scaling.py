@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def line(point: Point) -> str:
     requests = sum(point.requests.values())
     return (
-        f"{point.workers:>3} workers: {point.seconds:7.1f} s (the engines alone {point.engine_seconds:.1f} s), "
+        f"{point.workers:>3} workers: {point.seconds:7.1f} s (engines alone {point.engine_seconds:.1f} s), "
         f"efficiency {point.efficiency:.3f}, {requests} requests"
     )
 
@@ -185,7 +185,11 @@ def job(
         {
             "model": {"source": "none"},
             "input": {"path": str(source)},
-            "output": {"path": output, "chunk_rows": options.chunk_rows, "spool_dir": f"{folder}/spool-{index}"},
+            "output": {
+                "path": output,
+                "chunk_rows": options.chunk_rows,
+                "spool_dir": f"{folder}/spool-{index}",
+            },
             "prompt": {"form": "prompt_token_ids"},
             "sampling": {"max_tokens": TOKENS_A_ROW},
             "engine": {"max_num_seqs": options.chunk_rows, "platform": "cpu"},

@@ -12,14 +12,17 @@ from types import ModuleType
 from engine.errors import ConfigError, MissingExtraError, RetryLater
 from jobs.ray.settings import LOCAL, RaySettings
 
-LOOPBACK = "127.0.0.1"
-
-
-def import_ray() -> ModuleType:
-    """Ray, told to demand a token unless the environment says otherwise. Raises MissingExtraError."""
+def import_ray(is_local: bool) -> ModuleType:
+    """Ray, told to demand a token unless the environment says otherwise, and to keep to the loopback when
+    a cluster is to be started here. Raises MissingExtraError.
+    """
     # Ray reads these when it is imported and when its processes start.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a job reports to nobody
+    if is_local:
+        # Ray's way to say that a node has the address 127.0.0.1, as it always does on macOS and Windows: an
+        # address that it is given is turned into the one that others reach the machine by.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
@@ -33,7 +36,8 @@ def connected(settings: RaySettings) -> Iterator[ModuleType]:
 
     Raises MissingExtraError, ConfigError when the cluster refuses, RetryLater when it does not answer.
     """
-    ray = import_ray()
+    is_local = settings.address == LOCAL
+    ray = import_ray(is_local)
     if os.environ["RAY_AUTH_MODE"] != "token":
         print(
             f"tidemill: warning: RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: whoever reaches the cluster's "
@@ -41,8 +45,7 @@ def connected(settings: RaySettings) -> Iterator[ModuleType]:
             file=sys.stderr,
             flush=True,
         )
-    is_local = settings.address == LOCAL
-    options = {"_node_ip_address": LOOPBACK, "include_dashboard": False} if is_local else {}
+    options = {"include_dashboard": False} if is_local else {}
     try:
         ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:

@@ -33,6 +33,10 @@ LOOK_SECONDS = 10.0
 # Workers drain within their own `drain_seconds`; the answer has some way to go.
 ANSWER_SECONDS = 5.0
 
+# A worker that ends with one of these says why.
+ERRORS = (ExitCode.BAD_CONFIG, ExitCode.RETRY_LATER)
+FINISHED = {ExitCode.DONE, ExitCode.TOO_MANY_REJECTS}
+
 
 @dataclass(slots=True)
 class _Member:
@@ -165,9 +169,9 @@ def _conclude(
     crew: Crew, live: LiveRun | None, settings: Settings, stop: StopRequest, seconds: float
 ) -> ExitCode:
     code = exit_code(crew.ended, stop.is_asked)
-    summaries = [end.message for end in crew.ended if end.code is code]
     if live is None:  # refused before it was begun, or done so soon that nobody was asked
-        print(summaries[0].strip() if summaries else "", file=_stream(code), flush=True)
+        said = [end.message for end in crew.ended if end.code is code and code not in ERRORS]
+        print(*said[:1], sep="", end="", flush=True)
     else:
         rows = f"{live.overall.rows_in:,} of {live.plan.num_rows:,} rows are committed"
         headline = {
@@ -183,14 +187,12 @@ def _conclude(
     return code
 
 
-def _stream(code: ExitCode) -> Any:
-    return sys.stdout if code in (ExitCode.DONE, ExitCode.TOO_MANY_REJECTS) else sys.stderr
-
-
 def errors(ended: Sequence[WorkerEnd]) -> list[str]:
-    """What went wrong in workers, each thing once."""
-    bad = [end for end in ended if end.code in (ExitCode.BAD_CONFIG, ExitCode.RETRY_LATER)]
-    return list(dict.fromkeys(end.message.strip() for end in bad))
+    """What went wrong in workers, each thing once; of what passes nothing where the run was finished."""
+    codes = {end.code for end in ended}
+    shown = {ExitCode.BAD_CONFIG} if codes & FINISHED else set(ERRORS)
+    said = (end.message.strip() for end in ended if end.code in shown)
+    return list(dict.fromkeys(said))
 
 
 def exit_code(ended: Sequence[WorkerEnd], is_stopped: bool) -> ExitCode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def test_dates_follow_each_other_up_to_now(moment: datetime, every: Any, back: i
     dates = due_dates(moment, every, since=since, lag=lag, max_dates=most)
     assert len(dates) == min(max(back + 1 - lag, 0), most)
     starts = [beginning(date, every) for date in dates]
-    assert all(before(b, every) == a for a, b in zip(starts, starts[1:], strict=False))
+    assert all(before(b, every) == a for a, b in pairwise(starts))
     if lag == 0:
         assert dates[-1] == name_of(moment, every)
 

@@ -150,9 +150,7 @@ def test_the_numbers_of_a_run_are_those_of_its_rows(tmp_path: Path):
     rows = [{"id": f"a{i}", "prompt": f"greedy {i % 3}", "own": {"temperature": 0}} for i in range(9)]
     rows += [{"id": f"b{i}", "prompt": f"drawn {i}", "own": {"temperature": 1.0}} for i in range(10)]
     write_jsonl(tmp_path / "in" / "0.jsonl", lines(rows) + b"no json\n")
-    finished(
-        tmp_path / "in", str(tmp_path / "out"), prompt__sampling_column="own", sampling__max_tokens=40
-    )
+    finished(tmp_path / "in", str(tmp_path / "out"), prompt__sampling_column="own", sampling__max_tokens=40)
     run = open_run(tmp_path / "out")
     table = run.to_pandas()
     found = RunStatistics.of(run)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from pipeline.exit_codes import ExitCode
-from pipeline.lease import epochs, read_claim
+from pipeline.claims import read_claim, read_claims
 from pipeline.results import open_run
 from pipeline.storage import open_storage
 from pipeline.verify import Verifier
@@ -101,9 +101,8 @@ class Driver:
         (fingerprint,) = storage.list("_state")
         state, pids = f"_state/{fingerprint}", set()
         for name in storage.list(f"{state}/claims"):
-            known = epochs(storage, state, int(name))
-            if known and not known[max(known)]:
-                owner = read_claim(storage, state, int(name), max(known), False).owner
+            for key in read_claims(storage, state, int(name)).open_keys:
+                owner = read_claim(storage, state, int(name), key).owner
                 pids |= set() if owner.is_gone() else {owner.pid}
         return pids
 

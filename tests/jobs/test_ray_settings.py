@@ -114,3 +114,6 @@ def test_the_run_ends_as_the_worker_that_knows_best(codes: str, is_stopped: bool
 def test_an_error_that_all_workers_met_is_said_once():
     ended = [WorkerEnd(ExitCode.BAD_CONFIG, "no such folder")] * 3 + [WorkerEnd(ExitCode.DONE, "summary")]
     assert errors(ended) == ["no such folder"]
+    held = WorkerEnd(ExitCode.RETRY_LATER, "held by another")
+    assert errors([held]) == ["held by another"]
+    assert errors([held, WorkerEnd(ExitCode.DONE, "summary")]) == [], "it is done all the same"

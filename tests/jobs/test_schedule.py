@@ -147,9 +147,7 @@ class Overlap:
     def __init__(self, tmp_path: Path, place: str, overlap: str):
         dates = ("2026-11-27", "2026-11-28")
         self.place = place
-        self.old = schedule_of(
-            tmp_path, place, "schedule.date=2026-11-27", "drain_seconds=0", dates=dates
-        )
+        self.old = schedule_of(tmp_path, place, "schedule.date=2026-11-27", "drain_seconds=0", dates=dates)
         self.new = schedule_of(tmp_path, place, f"schedule.overlap={overlap}", dates=())
         self.is_held_up, self.may_go, self.num_steps = threading.Event(), threading.Event(), 0
         self.old_launches, self.new_launches = Launches(self._hold_up), Launches()
@@ -183,7 +181,9 @@ def test_skip_leaves_the_date_to_the_next_start(
     overlap = Overlap(tmp_path, place, "skip")
     assert run(overlap.new, overlap.new_launches, place) is ExitCode.DONE
     assert overlap.new_launches.dates == []
-    assert re.search(r"Skipped 2026-11-28: process \d+ on \S+ is at work on 2026-11-27", capsys.readouterr().out)
+    assert re.search(
+        r"Skipped 2026-11-28: process \d+ on \S+ is at work on 2026-11-27", capsys.readouterr().out
+    )
     overlap.end()
     assert overlap.codes == [ExitCode.DONE]
     assert run(overlap.new, overlap.new_launches, place) is ExitCode.DONE

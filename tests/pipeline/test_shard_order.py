@@ -26,7 +26,10 @@ def test_every_worker_asks_for_every_shard_once_and_no_two_begin_alike(found: se
     if len(shards) >= count:
         assert len({order[0] for order in orders}) == count
         # What each takes before it comes to another's part covers everything: nobody is waited for.
-        parts = [order[: len(shards) * (i + 1) // count - len(shards) * i // count] for i, order in enumerate(orders)]
+        parts = [
+            order[: len(shards) * (i + 1) // count - len(shards) * i // count]
+            for i, order in enumerate(orders)
+        ]
         assert [shard for part in parts for shard in part] == shards
 
 
@@ -48,7 +51,7 @@ def test_a_shard_that_another_worker_finished_is_not_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Two workers, each with its half: a lease a shard, whoever comes to it later."""
-    monkeypatch.setattr("pipeline.worker.HELD_POLL_SECONDS", 0.05)
+    monkeypatch.setattr("pipeline.sharing.HELD_POLL_SECONDS", 0.05)
     folder = write_shards(tmp_path / "in", num_shards=6, rows_per_shard=6)
     owner = ProcessIdentity.of_this_process()
     codes: list[ExitCode] = []
