@@ -46,7 +46,10 @@ class Backends(NamedTuple):
                     f"engine.{name}_backend={choice}: JAX runs on {platform}, not on a {wanted}; choose auto"
                 )
         chosen = cls(**{name: best[name] if choice == "auto" else choice for name, choice in asked.items()})
-        if config.page_dtype in ACCELERATOR_PAGE_DTYPES and chosen.attention not in _PLATFORM_KERNELS.values():
+        if (
+            config.page_dtype in ACCELERATOR_PAGE_DTYPES
+            and chosen.attention not in _PLATFORM_KERNELS.values()
+        ):
             raise ConfigError(
                 f"engine.kv_dtype={config.page_dtype}: only kernels for TPUs and GPUs read such pages, "
                 f"and attention here is by {chosen.attention}; choose int8"

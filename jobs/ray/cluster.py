@@ -12,6 +12,7 @@ from types import ModuleType
 from engine.errors import ConfigError, MissingExtraError, RetryLater
 from jobs.ray.settings import LOCAL, RaySettings
 
+
 def import_ray(is_local: bool) -> ModuleType:
     """Ray, told to demand a token unless the environment says otherwise, and to keep to the loopback when
     a cluster is to be started here. Raises MissingExtraError.

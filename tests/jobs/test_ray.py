@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.exit_codes import ExitCode
 from pipeline.claims import read_claim, read_claims
+from pipeline.exit_codes import ExitCode
 from pipeline.results import open_run
 from pipeline.storage import open_storage
 from pipeline.verify import Verifier
