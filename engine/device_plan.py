@@ -152,7 +152,7 @@ def plan_device(
     """
     if model.num_experts:
         raise ConfigError(
-            f"a plan for chips counts dense models, and this one is a mixture of {model.num_experts} experts: "
+            f"a plan for chips counts dense models, and this is a mixture of {model.num_experts} experts: "
             "set plan.topology=null to plan its rows and tokens alone"
         )
     share = share_of(model, topology.num_devices, config.weight_format)

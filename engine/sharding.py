@@ -49,7 +49,8 @@ class MeshPlacement:
         check_experts(model_config, mesh)
         if config.compiled_steps_path is not None and jax.process_count() > 1:
             raise ConfigError(
-                "engine.compiled_steps_path: steps that several processes run together are not kept; leave it out"
+                "engine.compiled_steps_path: steps that several processes run together are not kept; "
+                "leave it out"
             )
         self._config = config
         self._mesh = mesh

@@ -85,7 +85,7 @@ def test_pages_of_fp8_are_for_accelerators():
     narrow = EngineConfig(kv_dtype="float8_e4m3fn")
     for platform in ("tpu", "gpu"):
         assert Backends.choose(narrow, platform).attention == f"pallas_{platform}"
-    with pytest.raises(ConfigError, match="engine.kv_dtype=float8_e4m3fn: only kernels for TPUs and GPUs"):
+    with pytest.raises(ConfigError, match=r"engine\.kv_dtype=float8_e4m3fn: only kernels for TPUs and GPUs"):
         Backends.choose(narrow, "cpu")
 
 

@@ -158,7 +158,7 @@ def test_fp8_is_for_chips_that_compute_in_it(chip, has_fp8):
     if has_fp8:
         check_page_dtype(np.dtype("float8_e4m3fn"), info)
     else:
-        with pytest.raises(ValueError, match="has no fp8.* give int8 or bfloat16"):
+        with pytest.raises(ValueError, match=r"has no fp8.* give int8 or bfloat16"):
             check_page_dtype(np.dtype("float8_e4m3fn"), info)
 
 

@@ -68,7 +68,7 @@ def test_a_schedule_in_another_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match="libtpu wrote no schedule"):
         read_schedule(tmp_path, "ragged")
     write_schedule(tmp_path, USE[1:])
-    with pytest.raises(ValueError, match="wrote 9 bundles of ragged .* and the use of 8"):
+    with pytest.raises(ValueError, match=r"wrote 9 bundles of ragged .* and the use of 8"):
         read_schedule(tmp_path, "ragged")
 
 
