@@ -219,7 +219,7 @@ class StepRunner:
             f"step-{bucket.num_tokens}-{bucket.num_logits}",
             partial(self._step.lower, shape, *arguments),
             arguments,
-            (kv_pages, StepOutputs(*StepOutputs._fields)),
+            (kv_pages, StepOutputs._make(StepOutputs._fields)),
             self._facts | {"shape": list(shape)},
         )
 

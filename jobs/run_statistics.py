@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pyarrow.compute as pc
-
 from engine.errors import OutputError
 from pipeline.results import Run
 
@@ -41,7 +39,7 @@ class RunStatistics:
         texts, reasons, num_empty, num_tokens = RepeatedTexts(), Counter[str](), 0, 0
         for table in run.tables("rows", ["text", "finish_reason", "num_generated_tokens"]):
             reasons.update(reason or "none" for reason in table["finish_reason"].to_pylist())
-            num_tokens += pc.sum(table["num_generated_tokens"]).as_py() or 0
+            num_tokens += sum(filter(None, table["num_generated_tokens"].to_pylist()))
             for text in table["text"].to_pylist():
                 if text and not text.isspace():
                     texts.add(text)

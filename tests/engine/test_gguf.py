@@ -305,7 +305,8 @@ def test_a_whole_model_of_mixed_quantisations_runs(tmp_path: Path) -> None:
         tensors[name] = (data, kind)
     path = write_gguf(tmp_path / "mixed.gguf", model_metadata(config) | tokenizer_metadata(), tensors)
     loaded = checkpoints.load(str(path), dtype="bfloat16")
-    assert loaded.model.layers[0].mlp.down.weight.dtype == jnp.bfloat16
+    mlp: Any = loaded.model.layers[0].mlp
+    assert mlp.down.weight.dtype == jnp.bfloat16
     assert np.isfinite(np.asarray(dense_forward(loaded.model, tiny_token_ids()))).all()
 
 

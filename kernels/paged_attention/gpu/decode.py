@@ -32,9 +32,8 @@ class Parts(NamedTuple):
     @classmethod
     def of(cls, shape: Geometry, num_parts: int) -> Parts:
         dims = (num_parts, shape.num_decodes, shape.num_heads)
-        return cls(
-            jax.ShapeDtypeStruct((*dims, shape.vector), jnp.float32), jax.ShapeDtypeStruct(dims, jnp.float32)
-        )
+        shapes = ((*dims, shape.vector), dims)
+        return cls._make(jax.ShapeDtypeStruct(each, jnp.float32) for each in shapes)
 
     def store(self, rows: BlockRows, part: Any, decode: jax.Array, is_row: jax.Array, state: Softmax) -> None:
         """Put each row's result at its decode (i32[rows]), where `is_row`: in a kernel, where these are
