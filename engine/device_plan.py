@@ -198,8 +198,8 @@ def estimated_temporaries(share: ModelConfig, config: EngineConfig, bucket: Buck
     """Bytes that a step's intermediate results take at a time, at most, where no compiler says so.
 
     The MLP's gate and up in f32 with what they become, or the logits with three copies that drawing makes;
-    the stream; of quantised weights the largest matrix, widened. libtpu needs less
-    (`tests/engine/test_topology_compile.py`).
+    the stream; of quantised weights the largest matrix, widened; and the head laid out anew, which libtpu does
+    of small models. libtpu needs less (`tests/engine/test_topology_compile.py`).
     """
     itemsize = 4 if config.dtype == "float32" else 2
     tokens, logits = bucket
@@ -209,7 +209,8 @@ def estimated_temporaries(share: ModelConfig, config: EngineConfig, bucket: Buck
     widened = 0
     if config.weight_format in ("int8", "int4"):
         widened = max(2 * share.intermediate_size, share.vocab_size) * share.d_model * itemsize
-    return max(mlp, drawing) + stream + widened
+    head = share.vocab_size * share.d_model * (4 + itemsize)
+    return max(mlp, drawing) + stream + widened + head
 
 
 def _layer_bytes(packed: PackedModel) -> int:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.checkpoints import LoadedModel, encode_text, render_chat
+from engine.checkpoints import LoadedModel, prompt_tokens
 from engine.config import EngineConfig
 from engine.drawn import DrawnTokens, begin_with
 from engine.duplicates import Duplicates, Follower, duplicate_key
@@ -199,14 +199,7 @@ class Engine:
         if request_id in self._groups or request_id in self._duplicates:
             raise RequestError("duplicate_request_id", f"request {request_id!r} is unfinished already")
         params.check_vocab(self.model_config.vocab_size)
-        if prompt is not None and prompt_token_ids is None:
-            token_ids = self._tokenize(prompt)
-        elif prompt_token_ids is not None and prompt is None:
-            token_ids = tuple(prompt_token_ids)
-        else:
-            raise RequestError(
-                "bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them"
-            )
+        token_ids = prompt_tokens(self.tokenizer, request_id, prompt_token_ids, prompt)
         tokens = checked_tokens(request_id, token_ids, self.model_config.vocab_size)
         if expected_output_len is not None and expected_output_len < 1:
             raise ValueError(f"expected_output_len is {expected_output_len}: give at least 1, or None")
@@ -419,8 +412,3 @@ class Engine:
             text_or_chat = cast("str | Chat", prompt)
             self.add_request(request_id, prompt=text_or_chat, sampling=params, stream=stream)
         return request_id
-
-    def _tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(encode_text(self.tokenizer, prompt))
-        return tuple(render_chat(self.tokenizer, prompt))

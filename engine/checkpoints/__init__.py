@@ -12,7 +12,13 @@ import jax.numpy as jnp
 # Said by transformers at import where torch is absent, as here it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from engine.checkpoints.chat import encode_text, has_chat_template, render_chat, render_chat_text
+from engine.checkpoints.chat import (
+    encode_text,
+    has_chat_template,
+    prompt_tokens,
+    render_chat,
+    render_chat_text,
+)
 from engine.checkpoints.fingerprint import files_fingerprint, template_fingerprint, tokenizer_fingerprint
 from engine.checkpoints.gguf_file import read_gguf_header
 from engine.checkpoints.gguf_model import GgufWeights, gguf_config
@@ -39,6 +45,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "model_fingerprint",
+    "prompt_tokens",
     "render_chat",
     "render_chat_text",
     "template_fingerprint",

@@ -121,3 +121,21 @@ def _check_messages(messages: object) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RequestError("wrong_type", f"message {index} must be an object with a role, which is text")
+
+
+def prompt_tokens(
+    tokenizer: Any,
+    request_id: str,
+    token_ids: Sequence[int] | None,
+    prompt: str | Sequence[Mapping[str, Any]] | None,
+) -> tuple[int, ...]:
+    """The token ids of a request that has either these or a prompt. Raises RequestError for both or neither."""
+    if (prompt is None) == (token_ids is None):
+        raise RequestError(
+            "bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them"
+        )
+    if prompt is None:
+        return tuple(token_ids or ())
+    return tuple(
+        encode_text(tokenizer, prompt) if isinstance(prompt, str) else render_chat(tokenizer, prompt)
+    )

@@ -64,7 +64,7 @@ class FreeDevice:
     """Stands in for a StepRunner: builds each step's inputs and calls a compiled step that computes nothing;
     its tokens are there at once."""
 
-    num_compiled = 0
+    num_compiled = num_loaded = 0
     compile_seconds = 0.0
     device_name = "none"
 

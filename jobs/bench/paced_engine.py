@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.drawn import DrawnTokens
 from engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from engine.sampling_params import SamplingParams
 
@@ -58,14 +59,20 @@ class PacedEngine:
         sampling: SamplingParams,
         identity: str,
         expected_output_len: int | None,
+        drawn: Sequence[DrawnTokens] | None = None,
     ) -> None:
+        """`drawn` tokens are not drawn again."""
         now = time.monotonic()
         tokens = sampling.max_tokens
-        self._requests[request_id] = _Running(request_id, tuple(prompt_token_ids), tokens, tokens, now)
+        left = max(1, tokens - len(drawn[0].token_ids)) if drawn else tokens
+        self._requests[request_id] = _Running(request_id, tuple(prompt_token_ids), left, tokens, now)
         self._num_prompt += len(prompt_token_ids)
 
     def abort_request(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
+
+    def drawn_tokens(self, request_id: str) -> None:
+        """None: a row that is given up begins anew."""
 
     def pin_prefix(self, token_ids: Sequence[int]) -> None:
         """There is no cache."""
@@ -114,6 +121,7 @@ class PacedEngine:
             "num_generated_tokens": self._num_generated,
             "running": min(len(self._requests), self._max_num_seqs),
             "pages_free": self.num_pages,
+            "num_replicas": 1,
             "compile_seconds": 0.0,
             "device": f"{self._step_seconds:g} s a step",
         }

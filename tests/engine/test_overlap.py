@@ -30,7 +30,7 @@ class ArithmeticRunner:
     """A StepRunner without a device. Its draws are done when a step is dispatched, as on a device."""
 
     num_pages = NUM_PAGES
-    num_compiled = num_computed_tokens = num_padded_tokens = 0
+    num_compiled = num_loaded = num_computed_tokens = num_padded_tokens = 0
     compile_seconds = 0.0
     device_name = "arithmetic"
 

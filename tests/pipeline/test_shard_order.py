@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
+from pipeline.claims import read_claims
 from pipeline.exit_codes import ExitCode
 from pipeline.process_identity import ProcessIdentity
 from pipeline.shard_order import WorkerSettings, order_of
@@ -68,8 +69,8 @@ def test_a_shard_that_another_worker_finished_is_not_taken_again(
     assert codes == [ExitCode.DONE] * 2
     storage = open_storage(str(tmp_path / "out"))
     (fingerprint,) = storage.list("_state")
-    claims = {shard: storage.list(f"_state/{fingerprint}/claims/{shard:05d}") for shard in range(6)}
-    assert claims == {shard: ["000001.json", "000001.released"] for shard in range(6)}
+    epochs = {shard: read_claims(storage, f"_state/{fingerprint}", shard).epochs for shard in range(6)}
+    assert epochs == {shard: {1: True} for shard in range(6)}
 
 
 def test_a_finished_shard_whose_file_is_gone_is_made_again(tmp_path: Path):
