@@ -198,8 +198,8 @@ def estimated_temporaries(share: ModelConfig, config: EngineConfig, bucket: Buck
     """Bytes that a step's intermediate results take at a time, at most, where no compiler says so.
 
     The MLP's gate and up in f32 with what they become, or the logits with three copies that drawing makes;
-    the stream; of quantised weights the largest matrix, widened; and the head laid out anew, which libtpu does
-    of small models. libtpu needs less (`tests/engine/test_topology_compile.py`).
+    the stream; of quantised weights the largest matrix, widened; the head laid out anew, as libtpu does with
+    small models. libtpu needs less (`tests/engine/test_topology_compile.py`).
     """
     itemsize = 4 if config.dtype == "float32" else 2
     tokens, logits = bucket

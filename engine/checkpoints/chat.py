@@ -129,7 +129,7 @@ def prompt_tokens(
     token_ids: Sequence[int] | None,
     prompt: str | Sequence[Mapping[str, Any]] | None,
 ) -> tuple[int, ...]:
-    """The token ids of a request that has either these or a prompt. Raises RequestError for both or neither."""
+    """The token ids of a request that has these or a prompt. Raises RequestError for both or neither."""
     if (prompt is None) == (token_ids is None):
         raise RequestError(
             "bad_prompt", f"request {request_id!r}: give a prompt or its token ids, one of them"
