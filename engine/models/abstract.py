@@ -26,8 +26,9 @@ def abstract_model(config: ModelConfig, weight_format: str, backend: str, dtype:
     for path, variable in dict(nnx.to_flat_state(nnx.state(layer))).items():
         name, array = ".".join(map(str, path)), variable.get_value()
         if len(array.shape) == 2:
+            rows, in_dim = array.shape
             layers[name] = abstract_weights(
-                *array.shape, config.num_layers, weight_format, backend, is_gated="gate_up" in path
+                rows, in_dim, config.num_layers, weight_format, backend, is_gated="gate_up" in path
             )
         else:
             layers[name] = _shape((config.num_layers, *array.shape), array.dtype)
