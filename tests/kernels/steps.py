@@ -57,15 +57,21 @@ class Shape:
 
 
 def random_rows(shape: Shape, seed: int, *, max_own: int = 150, max_new: int = 40) -> list[Sequence_]:
-    """Two families with shared pages, some of their rows prefill chunks, and rows that share nothing."""
+    """Two families with shared pages, some of their rows prefill chunks, and rows that share nothing.
+
+    In odd steps only the first family has decodes, so that they are all of one group. The last row is a chunk
+    of all tokens that are left.
+    """
     rng = np.random.default_rng(seed)
     rows: list[Sequence_] = []
     budget = shape.num_tokens
+    max_shared = max(5, 256 // shape.layout.page_size)
     for family, count in ((0, 7), (1, 3), (2, 1), (3, 1), (4, 1)):
-        shared = int(rng.integers(1, 6)) if family < 2 else 0
+        shared = int(rng.integers(1, max_shared + 1)) if family < 2 else 0
+        decodes = 0.7 if family == 0 or seed % 2 == 0 else 0.0
         for _ in range(count):
-            new = 1 if rng.random() < 0.7 else int(rng.integers(2, max_new))
-            new = min(new, budget)
+            new = 1 if rng.random() < decodes else int(rng.integers(2, max_new))
+            new = budget if family == 4 else min(new, budget)
             budget -= new
             if new:
                 rows.append(Sequence_(family, shared, int(rng.integers(0, max_own)), new))
