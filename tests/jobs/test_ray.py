@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -260,10 +261,14 @@ def listening_elsewhere(root: int) -> list[str]:
     """Addresses other than the loopback on which a process or its descendants listen."""
     import psutil
 
+    def is_loopback(text: str) -> bool:
+        address = ip_address(text)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
     family = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
     return [
         f"{process.name()} {each.laddr.ip}:{each.laddr.port}"
         for process in family
         for each in process.net_connections("inet")
-        if each.status == psutil.CONN_LISTEN and each.laddr.ip not in ("127.0.0.1", "::1")
+        if each.status == psutil.CONN_LISTEN and not is_loopback(each.laddr.ip)
     ]

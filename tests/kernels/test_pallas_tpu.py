@@ -48,6 +48,20 @@ def test_all_options_on_two_cores(capfd):
     check_steps(shape, 2, capfd)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([Sequence_(0, 24, own, 1) for own in (48, 60, 70)], id="group"),
+        pytest.param([Sequence_(2, 0, 307, 16)], id="chunk"),
+    ],
+)
+def test_a_window_that_begins_inside_a_block_for_some_rows_alone(rows):
+    """The block from 128 or 256 on is before every row's last key, and not inside every row's window."""
+    shape = Shape(layout_of(), 2, AttentionOptions(scale=0.125, window=180))
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        check_step(shape, rows, 0, 2e-5)
+
+
 def test_pages_of_bytes(capfd):
     """With a scale a token and head, not a number where there is no token."""
     check_steps(
