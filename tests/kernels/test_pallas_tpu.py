@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def check_steps(shape, num_steps, capfd, *, tolerance=2e-5, **sizes):
 
 
 # Enough that some blocks of keys are seen as a whole by all rows, prefixes and chunks of the step among them.
-LONG = {"num_tokens": 320, "num_pages": 256}
+LONG: Any = {"num_tokens": 320, "num_pages": 256}
 
 
 def test_any_step_equals_the_reference(capfd):
