@@ -96,7 +96,8 @@ def check_step(shape: Shape, rows: Sequence[Sequence_], seed: int, tolerance: fl
     free = list(rng.permutation(shape.num_pages))
     poison = free.pop()  # what unused entries of page tables point at
     table = np.full((shape.num_slots, shape.table_width), poison, np.int32)
-    trunks = {row.family: [free.pop() for _ in range(row.shared)] for row in reversed(rows)}
+    shared = {row.family: row.shared for row in rows}
+    trunks = {family: [free.pop() for _ in range(count)] for family, count in shared.items()}
     lengths = [row.shared * size + row.own for row in rows]
     for slot, (row, held) in enumerate(zip(rows, lengths, strict=True)):
         own = [free.pop() for _ in range(-(-(held + row.new) // size) - row.shared)]
@@ -164,7 +165,8 @@ def _write(layout: PageLayout, pages: Any, keys: Any, values: Any, rows: Rows) -
 
 def _histories(rows: Sequence[Sequence_], size: int, normal: Any, heads: int) -> list[tuple[np.ndarray, ...]]:
     """Each row's keys and values from before the step; those of a family begin alike."""
-    trunks = {row.family: [normal(row.shared * size, heads) for _ in range(2)] for row in reversed(rows)}
+    shared = {row.family: row.shared for row in rows}
+    trunks = {family: [normal(count * size, heads) for _ in range(2)] for family, count in shared.items()}
     return [
         tuple(np.concatenate([trunk, normal(row.own, heads)]) for trunk in trunks[row.family]) for row in rows
     ]
