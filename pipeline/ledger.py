@@ -195,6 +195,10 @@ class Ledger:
         """Whether another worker has finished the shard, since it was found unfinished."""
         return shard not in self._broken and self._state.is_finished(shard)
 
+    def finished_now(self) -> set[int]:
+        """The shards that have a record, by one listing of the folder of these records."""
+        return set(self._state.finished_shards()) - self._broken
+
     def is_known_finished(self, shard: int) -> bool:
         """Whether the shard was found finished; looks for nothing."""
         return shard not in self._broken and self._state.knows_finished(shard)
