@@ -22,8 +22,8 @@ from pipeline.plan import RunPlan
 HELD_POLL_SECONDS = 2.0
 # Of many shards that others hold, so many are looked at each time.
 LOOKS_PER_POLL = 4
-# Those that are finished are found by one listing, a request for so many shards of the run: each time in a run
-# of no more, less often in a larger one.
+# Those that are finished are found by one listing, a request for so many shards of the run: each time in a
+# run of no more, less often in a larger one.
 SHARDS_PER_LISTING = 1000
 
 
