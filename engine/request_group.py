@@ -8,8 +8,10 @@ from typing import Any
 
 from engine.detokenizer import IncrementalDetokenizer, whole_text
 from engine.errors import RequestError
-from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from engine.outputs import CompletionOutput, Parsing, RequestMetrics, RequestOutput, TokenLogprob
 from engine.request import Request, TopLogprobs
+from engine.sampling_params import SamplingParams
+from engine.stop_pattern import StopPattern
 
 
 class RequestGroup:
@@ -18,12 +20,32 @@ class RequestGroup:
     Text that nobody needs while it grows is made once, by who reads it in the output.
     """
 
-    def __init__(self, requests: list[Request], prompt: str | None, tokenizer: Any, stream: bool):
+    def __init__(
+        self,
+        requests: list[Request],
+        prompt: str | None,
+        tokenizer: Any,
+        stream: bool,
+        asked: SamplingParams | None = None,
+        *,
+        num_cut: int = 0,
+        parsing: Parsing | None = None,
+    ):
+        """asked: the sampling as the caller gave it, where the requests run with more (log-probabilities that
+            choose among them, samples that are not returned).
+        num_cut: prompt tokens that were cut.
+        """
         self._requests = requests
         self._prompt = prompt
         self._tokenizer = tokenizer
+        self._asked = asked or requests[0].sampling
+        self._num_cut = num_cut
+        self._parsing = parsing
+        self._num_outputs = 0
+        self._num_chosen = self._asked.n
+        self._given = [(0, 0)] * len(requests) if self._asked.output_kind == "delta" else None
         self.stream = stream
-        self.grows = stream or bool(requests[0].sampling.stop)
+        self.grows = stream or bool(self._asked.stop) or self._asked.stop_pattern is not None
         """Its text is wanted token by token: `push` each one."""
         self._texts = [self._new_text() for _ in requests] if self.grows else []
         for request, text in zip(requests, self._texts, strict=False):

@@ -24,6 +24,8 @@ class SchedulerSettings:
     policy: str = "fcfs"
     """"fcfs", or "priority": lower `Request.priority` first, then age."""
     enable_prefix_caching: bool = True
+    max_cached_pages: int | None = None
+    """Most pages that are kept for what they hold while no request holds them; None: all that are left."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step, so that a long prompt leaves room for others."""
     min_shared_tokens: int = 8
@@ -61,6 +63,7 @@ class SchedulerSettings:
             num_pages=num_pages,
             policy=config.scheduling_policy,
             enable_prefix_caching=config.enable_prefix_caching,
+            max_cached_pages=config.max_cached_pages(num_pages),
             long_prefill_token_threshold=config.long_prefill_token_threshold,
         )
 
