@@ -19,6 +19,7 @@ from engine.drawn import DrawnTokens, begin_with
 from engine.duplicates import Duplicates, Follower, duplicate_key
 from engine.errors import ConfigError, RequestError
 from engine.inputs import Chat, Prompts, TokenIds, as_list, checked_tokens, is_token_ids, sampling_of_each
+from engine.observer import EngineObserver
 from engine.outputs import EngineStats, RequestOutput
 from engine.replicas import make_scheduler
 from engine.request import Request, request_key
@@ -27,6 +28,7 @@ from engine.request_group import RequestGroup, bad_word_token_ids
 from engine.sampling_params import SamplingParams
 from engine.scheduler_settings import SchedulerSettings
 from engine.start import load_for, make_runner
+from engine.step_times import StepTimes
 
 if TYPE_CHECKING:
     from engine.in_flight import InFlight
@@ -59,6 +61,8 @@ class Engine(RequestControl):
         self.config = config or EngineConfig()
         self.model_config = loaded.config
         self.tokenizer = loaded.tokenizer
+        self.model_name = loaded.name
+        self.observers: list[EngineObserver] = []
         self.max_model_len = self.config.model_len(loaded.config.max_position_embeddings)
         self._lockstep = lockstep
         # A runner that was given takes the plan of one scheduler.
@@ -84,8 +88,7 @@ class Engine(RequestControl):
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._collected_at = 0.0
-        self._step_seconds: list[float] = []
-        self._occupancy: list[int] = []
+        self._step_times = StepTimes()
 
     @classmethod
     def from_pretrained(cls, source: str, *, revision: str | None = None, **options: Any) -> Engine:
@@ -215,6 +218,7 @@ class Engine(RequestControl):
         text, now = prompt if isinstance(prompt, str) else None, time.monotonic()
         key = duplicate_key(tokens, cache_salt, params) if shares_result and not stream else None
         if key is not None and self._duplicates.follow(key, Follower(request_id, text, now), priority):
+            self._tell_added(request_id, len(token_ids), params)
             return
         bad_words = bad_word_token_ids(self.tokenizer, params.bad_words)
         # The samples share their prompt; its log-probabilities are computed once, with the first.
@@ -249,6 +253,7 @@ class Engine(RequestControl):
         self._num_prompt_tokens += len(token_ids) * params.n
         if key is not None:
             self._duplicates.lead(key, request_id, priority)
+        self._tell_added(request_id, len(token_ids), params)
 
     def step(self) -> list[RequestOutput]:
         """Start the next step and take back the one before it.
@@ -263,7 +268,10 @@ class Engine(RequestControl):
         if before is not None and before.must_end_first:
             outputs += self._take_back(before)
             before = None
-        plan = self._scheduler.schedule(time.monotonic())
+        started = time.monotonic()
+        plan = self._scheduler.schedule(started)
+        if self.observers:
+            self._tell_scheduled(time.monotonic() - started)
         self._in_flight = self._runner.dispatch(plan, before) if plan.num_rows else None
         if before is not None:
             outputs += self._take_back(before)
@@ -301,30 +309,24 @@ class Engine(RequestControl):
         return self._runner.num_pages * self._num_replicas
 
     def stats(self) -> EngineStats:
-        """Totals, and each step's seconds and sequences since the last call."""
-        scheduler, runner = self._scheduler.stats(), self._runner
-        steps, self._step_seconds = tuple(self._step_seconds), []
-        occupancy, self._occupancy = tuple(self._occupancy), []
-        return EngineStats(
+        """Totals, and each step's seconds and sequences since the last call: these are taken, by one reader.
+
+        Others read `totals`, or are told of each step (`observers`).
+        """
+        return self._stats(*self._step_times.take())
+
+    def totals(self) -> EngineStats:
+        """The totals alone: safe to ask for from any thread, and it takes nothing from `stats`."""
+        return self._stats((), ())
+
+    def _stats(self, step_seconds: tuple[float, ...], batch_occupancy: tuple[int, ...]) -> EngineStats:
+        return EngineStats.of(
+            self._scheduler.stats(),
+            self._runner,
             num_steps=self._num_steps,
-            step_seconds=steps,
-            batch_occupancy=occupancy,
+            step_seconds=step_seconds,
+            batch_occupancy=batch_occupancy,
             num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_tokens=scheduler.num_prefix_hits,
-            num_computed_tokens=runner.num_computed_tokens,
-            num_padded_tokens=runner.num_padded_tokens,
-            num_generated_tokens=scheduler.num_generated_tokens,
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            pages_free=scheduler.num_free_pages,
-            pages_cached=scheduler.num_cached_pages,
-            pages_held=scheduler.num_held_pages,
-            preemptions=scheduler.num_preemptions,
-            evictions=scheduler.num_evictions,
-            compile_seconds=runner.compile_seconds,
-            num_compiled=runner.num_compiled,
-            num_loaded=runner.num_loaded,
-            device=runner.device_name,
             num_duplicates=self._duplicates.num_duplicates,
             num_replicas=self._num_replicas,
         )
@@ -357,9 +359,9 @@ class Engine(RequestControl):
         now = time.monotonic()
         finished = self._scheduler.update(step.plan, results, now)
         self._num_steps += 1
-        self._step_seconds.append(now - max(step.dispatched_at, self._collected_at))
+        seconds = now - max(step.dispatched_at, self._collected_at)
         self._collected_at = now
-        self._occupancy.append(step.plan.num_rows)
+        self._step_times.add(seconds, step.plan.num_rows)
         if self._growing:
             ended = set(finished)
             finished = [r for r in step.plan.drawing if r in ended or r in self._growing]
@@ -370,6 +372,8 @@ class Engine(RequestControl):
                 outputs.append(output)
                 if output.finished:
                     outputs += self._duplicates.finish(output)
+        if self.observers:
+            self._tell_step(step.plan, seconds, now, outputs)
         return outputs
 
     def _grow(self, request: Request, now: float) -> RequestOutput | None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.request import TopLogprobs
+
+if TYPE_CHECKING:
+    from engine.runner import StepRunner
+    from engine.scheduler_settings import SchedulerStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,8 @@ def ended_early(output: RequestOutput, reason: str, now: float) -> RequestOutput
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals since the engine was made, but for the two lists, which hold what came since the last look."""
+    """Totals since the engine was made, but for the two lists, which hold what came since the last look (of
+    the last 65,536 steps at most; empty in `Engine.totals`)."""
 
     num_steps: int
     step_seconds: tuple[float, ...]
@@ -133,3 +138,41 @@ class EngineStats:
     """Requests that were given the result of another one, none of their tokens being computed."""
     num_replicas: int = 1
     """Schedulers whose batches run in one step, each of up to `engine.max_num_seqs` sequences."""
+
+    @classmethod
+    def of(
+        cls,
+        scheduler: SchedulerStats,
+        runner: StepRunner,
+        *,
+        num_steps: int,
+        step_seconds: tuple[float, ...],
+        batch_occupancy: tuple[int, ...],
+        num_prompt_tokens: int,
+        num_duplicates: int,
+        num_replicas: int,
+    ) -> EngineStats:
+        """Those of an engine, from its parts."""
+        return cls(
+            num_steps=num_steps,
+            step_seconds=step_seconds,
+            batch_occupancy=batch_occupancy,
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=scheduler.num_prefix_hits,
+            num_computed_tokens=runner.num_computed_tokens,
+            num_padded_tokens=runner.num_padded_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_free=scheduler.num_free_pages,
+            pages_cached=scheduler.num_cached_pages,
+            pages_held=scheduler.num_held_pages,
+            preemptions=scheduler.num_preemptions,
+            evictions=scheduler.num_evictions,
+            compile_seconds=runner.compile_seconds,
+            num_compiled=runner.num_compiled,
+            num_loaded=runner.num_loaded,
+            device=runner.device_name,
+            num_duplicates=num_duplicates,
+            num_replicas=num_replicas,
+        )
