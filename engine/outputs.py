@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from engine.message_parsing import Parsing
 from engine.request import TopLogprobs
 
 if TYPE_CHECKING:
+    from engine.parsers import ParsedMessage, ToolCall
     from engine.runner import StepRunner
     from engine.scheduler_settings import SchedulerStats
 
@@ -56,6 +58,24 @@ class CompletionOutput:
     """The stop token id or stop string; None for end-of-sequence, length or abort."""
     cumulative_logprob: float | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    parsing: Parsing | None = None
+    """How its text is read as a message, where the engine has parsers."""
+
+    @property
+    def message(self) -> ParsedMessage | None:
+        """Its text as a message: content, reasoning, tool calls; None where the engine has no parsers. Made
+        when it is read, of the text so far."""
+        return None if self.parsing is None else self.parsing.parse(self.text)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        message = self.message
+        return () if message is None else message.tool_calls
+
+    @property
+    def reasoning_content(self) -> str | None:
+        message = self.message
+        return None if message is None else message.reasoning
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copies: with the text, without what makes it."""
@@ -71,6 +91,8 @@ class RequestMetrics:
     first_token_time: float | None
     finished_time: float | None
     num_preemptions: int = 0
+    output_time: float | None = None
+    """When this output was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +110,59 @@ class RequestOutput:
     delta_text: str = ""
     """Streaming: what sample 0 grew by since the output before."""
     num_cached_tokens: int = 0
+    num_truncated_tokens: int = 0
+    """Prompt tokens that were cut, because the request or the engine's options asked for it."""
+    num_generated_tokens: int = 0
+    """Of all samples together, those included that `best_of` did not choose."""
+    update_seq: int = 0
+    """Outputs given of this request, this one included."""
+    whole_text: str | None = None
+    """The text of sample 0, where `outputs` hold what is new alone."""
+
+    @property
+    def accumulated_text(self) -> str:
+        """The whole text of sample 0 so far."""
+        return self.outputs[0].text if self.whole_text is None else self.whole_text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Those of sample 0."""
+        return self.outputs[0].tool_calls
+
+    @property
+    def reasoning_content(self) -> str | None:
+        """That of sample 0."""
+        return self.outputs[0].reasoning_content
+
+    @property
+    def first_token_time(self) -> float | None:
+        """Seconds from its arrival to its first token."""
+        return self._seconds(self.metrics.arrival_time, self.metrics.first_token_time)
+
+    @property
+    def processing_time(self) -> float | None:
+        """Seconds from its arrival to its end, or to this output."""
+        return self._seconds(self.metrics.arrival_time, self._latest)
+
+    @property
+    def time_spent_generating(self) -> float | None:
+        """Seconds from its first step to its end, or to this output."""
+        return self._seconds(self.metrics.first_scheduled_time, self._latest)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens, of all samples, by the time spent generating; 0 before there is any."""
+        seconds = self.time_spent_generating
+        return self.num_generated_tokens / seconds if seconds else 0.0
+
+    @property
+    def _latest(self) -> float | None:
+        finished = self.metrics.finished_time
+        return self.metrics.output_time if finished is None else finished
+
+    @staticmethod
+    def _seconds(start: float | None, stop: float | None) -> float | None:
+        return None if start is None or stop is None else stop - start
 
 
 def ended_early(output: RequestOutput, reason: str, now: float) -> RequestOutput:

@@ -75,7 +75,7 @@ class RequestControl(Observed):
         """What an engine to come can go on from, a sample each (`add_request`); None for a request that is
         not unfinished, or is given another one's result."""
         group = self._groups.get(request_id)
-        return None if group is None else tuple(map(DrawnTokens.of, group.output("").outputs))
+        return None if group is None else tuple(map(DrawnTokens.of, group.samples()))
 
     # -- all of them -------------------------------------------------------------------------------
 

@@ -164,6 +164,11 @@ class StepRunner:
         return f"{device.platform}:{device.device_kind}{mesh}, {self.backends.describe()}"
 
     @property
+    def model_dtype(self) -> str:
+        """What the model was loaded as: of its activations."""
+        return self._model.dtype
+
+    @property
     def num_replicas(self) -> int | None:
         """Schedulers whose plans a step takes, as `ReplicaPlans`; None: it takes one's as it is."""
         return self._place.num_replicas if self._place.is_mesh else None

@@ -283,13 +283,17 @@ class SamplingParams:
 
 
 _LATER = ("stop_pattern", "detokenize", "spaces_between_special_tokens")
-_LATER_INTERACTIVE = ("best_of", "output_kind", "truncate_prompt_tokens", "extra_args")
-INTERACTIVE_FIELDS = frozenset(_LATER_INTERACTIVE)
-"""What only a caller of the engine can ask for: a batch job refuses these by name."""
+INTERACTIVE_FIELDS: Mapping[str, str] = {
+    "best_of": "keeps every sample: ask for n, and choose by cumulative_logprob afterwards",
+    "output_kind": "has one output a row",
+    "truncate_prompt_tokens": "cuts prompts by prompt.over_long",
+    "extra_args": "has no callback that would read them",
+}
+"""What only a caller of the engine can ask for, and what a job does in its place: it refuses these by name."""
 _LATER_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(SamplingParams)
-    if field.name in (*_LATER, *_LATER_INTERACTIVE)
+    if field.name in (*_LATER, *INTERACTIVE_FIELDS)
 }
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
