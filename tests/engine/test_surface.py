@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from typing import Any
@@ -89,9 +90,11 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(model, options, m
         Engine(varied_model() if model is None else model, **options)
 
 
-def test_a_tokenizer_of_another_model_is_refused(real):
+def test_a_tokenizer_of_another_model_is_refused():
+    larger = copy.deepcopy(varied_model().tokenizer)
+    larger.add_tokens(["more"])
     with pytest.raises(ModelError, match="do not belong together"):
-        Engine(varied_model(), TINY, tokenizer=real.tokenizer)
+        Engine(varied_model(), TINY, tokenizer=larger)
 
 
 # -- requests ----------------------------------------------------------------------------------------
