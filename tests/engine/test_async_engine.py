@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from engine.async_engine import AsyncEngine
+from engine.doorkeeper import Doorkeeper
 from engine.errors import ConfigError, EngineClosed, Overloaded, RequestError
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
@@ -273,6 +274,31 @@ def test_more_than_may_be_unfinished_is_refused_with_when_to_come_again(gate: Ga
         while front.num_unfinished:
             time.sleep(0.002)
         assert asyncio.run(front.generate([9], SHORT)).finished
+
+
+def test_one_tenant_cannot_shut_the_others_out():
+    doorkeeper = Doorkeeper(6)
+    for _ in range(6):
+        doorkeeper.enter("a")
+    with pytest.raises(Overloaded):
+        doorkeeper.enter("a")
+    for _ in range(3):  # half of six
+        doorkeeper.enter("b")
+    with pytest.raises(Overloaded):
+        doorkeeper.enter("b")
+    doorkeeper.enter("c")
+    for _ in range(4):
+        doorkeeper.leave("a", 0.0)
+    with pytest.raises(Overloaded):  # b has its share, and there are six
+        doorkeeper.enter("b")
+    for now in (3.0, 6.0):
+        doorkeeper.leave("b", now)
+    for _ in range(2):
+        doorkeeper.enter("c")
+    for _ in range(10):
+        with pytest.raises(Overloaded) as refused:
+            doorkeeper.enter("c")
+    assert refused.value.retry_after_s == 30  # the tenth, at an end every three seconds
 
 
 def test_what_cannot_run_is_refused_at_once_and_leaves_nothing(front: AsyncEngine):
