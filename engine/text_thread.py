@@ -1,8 +1,11 @@
 """The thread that makes texts of tokens and hands outputs to whoever waits for them.
 
-The step thread gives it lists of events and never waits for it. Texts of streams are made here in portions, as
-many tokens at a time as an interval brought: a character is shown whole or not yet, and text that may begin a
-stop string is held back until it is certain (engine/detokenizer.py).
+The step thread gives it lists of events and never waits for it. Texts of streams are made here in portions,
+as many tokens at a time as an interval brought: a character is shown whole or not yet, and text that may
+begin a stop string is held back until it is certain (engine/detokenizer.py).
+
+Where a sample ends is the step thread's to say. So requests with stop strings have their text made there as
+well, token by token: no token is computed after a stop that could have been known of.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from engine.detokenizer import IncrementalDetokenizer
-from engine.open_request import Ended, Event, Failed, Growth, OpenRequest, SampleGrowth
+from engine.open_request import Ended, Event, Failed, OpenRequest, SampleGrowth
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.request_group import RequestGroup
 
