@@ -1,7 +1,4 @@
-"""What a job says of itself while it runs, beside what its engine does: rows, shards, commits, the store.
-
-The worker tells a `WorkWatch` of what happens; nobody listens by default.
-"""
+"""What a job says of itself while it runs, beside what its engine does: rows, shards, commits, the store."""
 
 from __future__ import annotations
 
@@ -11,24 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from engine.monitoring.definitions import Definition, Sample
+from pipeline.work_watch import WorkWatch
 
 if TYPE_CHECKING:
     from pipeline.ledger import Ledger
     from pipeline.metrics import Metrics
     from pipeline.progress import Standing
-
-
-class WorkWatch:
-    """Told by a worker, on its thread, of what happens. This one listens to nothing."""
-
-    def stands(self, standing: Standing) -> None:
-        """How far the run is, after each step."""
-
-    def committed(self, metrics: Metrics, is_ours: bool) -> None:
-        """A chunk is committed: what it counted, and whether this attempt at it counts."""
-
-    def shard_finished(self) -> None:
-        """A shard has its final files."""
 
 
 ROWS = Definition("job_rows", "gauge", "Rows of all shards.", ())
@@ -87,7 +72,7 @@ JOB_METRICS = (
 
 
 class JobMetrics(WorkWatch):
-    """Counts a run, as a `engine.monitoring.metrics.Source`."""
+    """Counts a run, as an `engine.monitoring.metrics.Source`."""
 
     definitions = JOB_METRICS
 

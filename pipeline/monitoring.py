@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
-from pipeline.job_metrics import JobMetrics, WorkWatch
+from pipeline.work_watch import WorkWatch
 
 if TYPE_CHECKING:
     from engine.monitoring.monitor import Monitoring
@@ -64,9 +64,12 @@ class JobMonitoring:
     port in use or a package that is missing ends the job at once.
     """
 
-    def __init__(self, settings: MonitoringSettings):
+    def __init__(self, settings: MonitoringSettings, line_seconds: float):
+        """line_seconds: between the console's lines where it is no terminal."""
         self._settings = settings
+        self._line_seconds = line_seconds
         self._monitoring: Monitoring | None = None
+        self._provider: Any = None  # of traces
 
     def __enter__(self) -> JobMonitoring:
         if not self._settings.is_on:
@@ -81,8 +84,12 @@ class JobMonitoring:
                 dashboard_port=settings.dashboard_port,
                 options="monitoring.",
             )
+            if settings.traces:
+                from engine.monitoring.tracing import provider_from_environment
+
+                self._provider = provider_from_environment()
             if settings.console:
-                self._monitoring.show_console()
+                self._monitoring.show_console(self._line_seconds)
         except BaseException:
             self._monitoring.close()
             raise
@@ -98,11 +105,11 @@ class JobMonitoring:
         """From now on show what this engine and this run do; tell the result of the run."""
         if self._monitoring is None:
             return WorkWatch()
-        self._monitoring.watch(engine)
-        if self._settings.traces:
-            from engine.monitoring.tracing import RequestTraces
+        from pipeline.job_metrics import JobMetrics
 
-            self._monitoring.trace(engine, RequestTraces.from_environment(engine))
+        self._monitoring.watch(engine)
+        if self._provider is not None:
+            self._monitoring.trace(engine, self._provider)
         job = JobMetrics(ledger)
         self._monitoring.metrics.add_source(job)
         return job

@@ -26,7 +26,6 @@ from pipeline.exit_codes import ExitCode
 from pipeline.explain_mode import explain_job
 from pipeline.id_index import IdIndex
 from pipeline.job_plan import fingerprint_parts, make_plan
-from pipeline.job_metrics import WorkWatch
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
 from pipeline.monitoring import JobMonitoring
@@ -43,6 +42,7 @@ from pipeline.spool import open_spool
 from pipeline.storage import Storage, open_storage
 from pipeline.summary import Outcome, summary_lines
 from pipeline.watchdog import StepWatchdog
+from pipeline.work_watch import WorkWatch
 from pipeline.worker import Worker, WorkResult
 
 LoadModel = Callable[[Settings], Any]
@@ -148,7 +148,7 @@ def run_job(
         storage = open_output(settings.output)
         storage.check()
         shards = list_shards(settings.input)
-        monitoring = stack.enter_context(JobMonitoring(settings.monitoring))
+        monitoring = stack.enter_context(JobMonitoring(settings.monitoring, settings.progress_line_seconds))
         spool = stack.enter_context(open_spool(settings.output.spool_dir))
         loaded = load_model(settings)
         builder = _prompt_builder(settings, loaded, shards, spool, stack)

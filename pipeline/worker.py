@@ -19,7 +19,6 @@ from engine.errors import InputError, RequestError
 from engine.outputs import RequestOutput
 from pipeline.engine_meter import EngineMeter
 from pipeline.hints import KEPT_SHARE, OutputLengths, Templates, WantedPrefixes
-from pipeline.job_metrics import WorkWatch
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
@@ -35,6 +34,7 @@ from pipeline.sharing import HeldShards, let_parts
 from pipeline.signals import StopRequest
 from pipeline.tally import Tally
 from pipeline.watchdog import StepWatchdog
+from pipeline.work_watch import WorkWatch
 
 # Another process's lease is watched this long (a dead one on another machine is taken over after 120 s).
 HELD_PATIENCE_SECONDS = 150.0

@@ -50,6 +50,7 @@ class ConsoleMonitor:
     def _show_lines(self) -> None:
         while not self._over.wait(self._line_seconds):
             self._write_lines()
+        self._metrics.history.look()
         self._write_lines()
 
     def _write_lines(self) -> None:
@@ -69,6 +70,7 @@ class ConsoleMonitor:
         ) as live:
             while not self._over.wait(REFRESH_SECONDS):
                 live.update(overview(self._metrics), refresh=True)
+            self._metrics.history.look()
             live.update(overview(self._metrics), refresh=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from engine.monitoring.console import ConsoleMonitor
+from engine.monitoring.console import LINE_SECONDS, ConsoleMonitor
 from engine.monitoring.dashboard import PAGE_PATH
 from engine.monitoring.dashboard import routes as dashboard_pages
 from engine.monitoring.exposition import CONTENT_TYPE, metrics_text
@@ -13,7 +13,7 @@ from engine.monitoring.http_server import MonitoringServer, Page, Route
 from engine.monitoring.metrics import Metrics
 
 if TYPE_CHECKING:
-    from engine.monitoring.tracing import RequestTraces
+    from opentelemetry.sdk.trace import TracerProvider
 
 PROMETHEUS_PORT = 11184
 """eSurge's."""
@@ -30,18 +30,22 @@ class Monitoring:
         self.metrics = metrics or Metrics()
         self.urls: dict[str, str] = {}
         self.is_closed = False
-        self._stack = ExitStack()
+        self._counting = ExitStack()
+        self._showing = ExitStack()
 
     def watch(self, engine: Any, name: str | None = None) -> None:
         """Count what this engine does, until this is closed. See `Metrics.watch`."""
         self.metrics.watch(engine, name)
-        self._stack.callback(self.metrics.unwatch, engine)
+        self._counting.callback(self.metrics.unwatch, engine)
 
-    def trace(self, engine: Any, traces: RequestTraces) -> None:
-        """Make a span of each of its requests, until this is closed."""
+    def trace(self, engine: Any, provider: TracerProvider) -> None:
+        """Make a span of each of its requests, until this is closed; then the provider is shut down."""
+        from engine.monitoring.tracing import RequestTraces
+
+        traces = RequestTraces(provider, engine.model_name)
         engine.add_observer(traces)
-        self._stack.callback(traces.close)
-        self._stack.callback(engine.remove_observer, traces)
+        self._counting.callback(traces.close)
+        self._counting.callback(engine.remove_observer, traces)
 
     def serve(self, *, host: str, prometheus_port: int | None, dashboard_port: int | None, options: str) -> None:
         """Serve what has a port; the same one for both is one server. `options`: what stands before their
@@ -60,17 +64,19 @@ class Monitoring:
             server = servers.get(port) if port else None
             if server is None:
                 server = servers[port] = MonitoringServer(host, port, option=f"{options}{name}_port")
-                self._stack.callback(server.close)
+                self._showing.callback(server.close)
             server.routes.update(routes)
             self.urls[name] = server.url(path)
 
-    def show_console(self) -> None:
-        self._stack.callback(ConsoleMonitor(self.metrics).close)
+    def show_console(self, line_seconds: float = LINE_SECONDS) -> None:
+        """On standard error; `line_seconds` between lines where that is no terminal."""
+        self._showing.callback(ConsoleMonitor(self.metrics, line_seconds=line_seconds).close)
 
     def close(self) -> None:
         """Stop listening, showing and counting. Closing twice is nothing."""
         self.is_closed = True
-        self._stack.close()
+        self._showing.close()  # what it shows last is still counted
+        self._counting.close()
 
     def __enter__(self) -> Monitoring:
         return self
@@ -110,9 +116,9 @@ def start_monitoring(
     try:
         monitoring.watch(engine)
         if enable_tracing:
-            from engine.monitoring.tracing import RequestTraces
+            from engine.monitoring.tracing import provider_from_environment
 
-            monitoring.trace(engine, RequestTraces.from_environment(engine))
+            monitoring.trace(engine, provider_from_environment())
         monitoring.serve(
             host=host, prometheus_port=prometheus_port, dashboard_port=dashboard_port, options=""
         )

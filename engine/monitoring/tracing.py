@@ -19,7 +19,7 @@ from engine.observer import EngineObserver
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.trace import TracerProvider
+    from opentelemetry.sdk.trace import TracerProvider
 
     from engine.outputs import RequestOutput
     from engine.sampling_params import SamplingParams
@@ -43,35 +43,35 @@ def continue_trace(
             observer.continue_trace(request_id, headers, operation)
 
 
-class RequestTraces(EngineObserver):
-    """Makes the spans of one engine. `provider` says what becomes of them."""
+def provider_from_environment() -> TracerProvider:
+    """A provider with the exporters that the OTEL_* variables name (OTLP over HTTP where they name none).
 
-    def __init__(self, engine: Any, provider: TracerProvider):
-        self._engine = engine
+    Raises:
+        MissingExtraError: OpenTelemetry is not installed.
+        ConfigError: they name an exporter or protocol that is not there.
+    """
+    try:
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise MissingExtraError("opentelemetry-sdk", "otel", "tracing requests") from error
+    provider = TracerProvider()
+    for name in os.environ.get("OTEL_TRACES_EXPORTER", "otlp").split(","):
+        exporter = _exporter(name.strip())
+        if exporter is not None:
+            provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+class RequestTraces(EngineObserver):
+    """Makes the spans of one engine's requests. `provider` says what becomes of them."""
+
+    def __init__(self, provider: TracerProvider, model_name: str):
         self._provider = provider
+        self._model_name = model_name
         self._tracer = provider.get_tracer("tidemill")
         self._callers: OrderedDict[str, tuple[Context, str]] = OrderedDict()
         self._running: dict[str, tuple[int, int, SamplingParams]] = {}
-
-    @classmethod
-    def from_environment(cls, engine: Any) -> RequestTraces:
-        """With the exporter that the OTEL_* variables name (OTLP over HTTP where they name none).
-
-        Raises:
-            MissingExtraError: OpenTelemetry is not installed.
-            ConfigError: an exporter or protocol that is not there is named.
-        """
-        try:
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        except ImportError as error:
-            raise MissingExtraError("opentelemetry-sdk", "otel", "tracing requests") from error
-        provider = TracerProvider()
-        for name in os.environ.get("OTEL_TRACES_EXPORTER", "otlp").split(","):
-            exporter = _exporter(name.strip())
-            if exporter is not None:
-                provider.add_span_processor(BatchSpanProcessor(exporter))
-        return cls(engine, provider)
 
     def continue_trace(self, request_id: str, headers: Mapping[str, str], operation: str) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -122,7 +122,7 @@ class RequestTraces(EngineObserver):
 
     def close(self) -> None:
         """Send what has not been sent, and stop."""
-        self._provider.shutdown()  # type: ignore[attr-defined]
+        self._provider.shutdown()
 
     def _end(
         self,
@@ -138,7 +138,7 @@ class RequestTraces(EngineObserver):
         caller = self._callers.pop(request_id, None)
         context, operation = caller or (None, "text_completion")  # no context: the one that is current here
         begun = self._running.pop(request_id, None)
-        model = self._engine.model_name
+        model = self._model_name
         span = self._tracer.start_span(
             f"{operation} {model}",
             context=context,
