@@ -26,6 +26,7 @@ from engine.request_group import RequestGroup, bad_word_token_ids
 from engine.sampling_params import SamplingParams
 from engine.scheduler_settings import SchedulerSettings
 from engine.start import load_for, make_runner
+from engine.structured.grammars import Grammars
 
 if TYPE_CHECKING:
     from engine.in_flight import InFlight
@@ -70,6 +71,7 @@ class Engine:
         self._runner = runner
         self._in_flight: InFlight | None = None
         self._eos_token_ids = frozenset(loaded.config.eos_token_ids)
+        self.grammars = Grammars(loaded.tokenizer, loaded.config.vocab_size, self._eos_token_ids)
         settings = SchedulerSettings.of(self.config, self.max_model_len, runner.num_pages)
         self._num_replicas = num_replicas or 1
         self._scheduler: Any = make_scheduler(settings, num_replicas)
@@ -208,6 +210,7 @@ class Engine:
         if key is not None and self._duplicates.follow(key, Follower(request_id, text, now), priority):
             return
         bad_words = bad_word_token_ids(self.tokenizer, params.bad_words)
+        grammar = self.grammars.compiled(params)
         # The samples share their prompt; its log-probabilities are computed once, with the first.
         others = params if params.prompt_logprobs is None else params.replace(prompt_logprobs=None)
         requests = [
@@ -224,6 +227,7 @@ class Engine:
                 priority=priority,
                 eos_token_ids=self._eos_token_ids,
                 bad_words_token_ids=bad_words,
+                grammar=None if grammar is None else grammar.begin(),
                 cache_salt=cache_salt,
                 expected_len=None if expected_output_len is None else len(token_ids) + expected_output_len,
             )

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, NoReturn
 
 from engine.errors import RequestError
+from engine.structured.spec import StructuredOutput
 
 MAX_N = 16_384
 MAX_TOKENS = 2**31 - 1
@@ -24,7 +25,8 @@ MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE = 1e-5
 """Below this, dividing float32 logits loses their order; 0 asks for greedy by name."""
 
-_ALIASES = {"max_new_tokens": "max_tokens"}
+ALIASES = {"max_new_tokens": "max_tokens", "guided_decoding": "structured"}
+"""Names that plain values may use, and the fields they mean."""
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:
@@ -145,6 +147,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
+    """What the text must follow, also as a mapping. The end comes where the text is complete: before `min_tokens` if
+    nothing can follow. `max_tokens`, a stop string, and a stop token that the text needs, cut it where they come."""
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -184,10 +189,17 @@ class SamplingParams:
         include = _flag("include_stop_str_in_output", self.include_stop_str_in_output)
         put(self, "include_stop_str_in_output", include)
         put(self, "skip_special_tokens", _flag("skip_special_tokens", self.skip_special_tokens))
+        if self.structured is not None:
+            put(self, "structured", StructuredOutput.of(self.structured))
+            if self.ignore_eos:
+                _refuse(
+                    "ignore_eos", True, "false with sampling.structured, whose text ends where it is complete"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Parameters from plain values (a config, a row's column); `max_new_tokens` means `max_tokens`."""
+        """Parameters from plain values (a config, a row's column); `max_new_tokens` means `max_tokens`,
+        `guided_decoding` `structured`."""
         return cls(**_known_names(values))
 
     def replace(self, **overrides: Any) -> SamplingParams:
@@ -220,9 +232,9 @@ def _known_names(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     known: dict[str, Any] = {}
     for given, value in values.items():
-        name = _ALIASES.get(given, given)
+        name = ALIASES.get(given, given)
         if name not in _FIELD_NAMES:
-            near = difflib.get_close_matches(str(given), (*_FIELD_NAMES, *_ALIASES), n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(given), (*_FIELD_NAMES, *ALIASES), n=1, cutoff=0.0)
             raise RequestError(
                 "bad_sampling", f"sampling.{given} does not exist: the nearest name is {near[0]!r}"
             )
