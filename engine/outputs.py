@@ -44,8 +44,8 @@ class CompletionOutput:
     index: int
     token_ids: tuple[int, ...]
     finish_reason: str | None
-    """"stop", "length", "abort" or "error" (its structured output cost more to follow than one may); None while it
-    runs."""
+    """"stop", "length", "abort", or "error" (its structured output cost more to follow than one may); None
+    while it runs."""
     text: _MadeWhenRead = _MadeWhenRead()
     """Where no step needed it (no stream, no stop strings) it is made of the tokens when it is first read, in
     the reader's time."""

@@ -148,8 +148,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     structured: StructuredOutput | None = None
-    """What the text must follow, also as a mapping. The end comes where the text is complete: before `min_tokens` if
-    nothing can follow. `max_tokens`, a stop string, and a stop token that the text needs, cut it where they come."""
+    """What the text must follow; a mapping is accepted. It ends where it is complete, before `min_tokens`
+    if nothing may follow. `max_tokens`, a stop string and a stop token that the text needs cut it where
+    they come."""
 
     def __post_init__(self) -> None:
         put = object.__setattr__

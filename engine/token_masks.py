@@ -40,8 +40,9 @@ def token_mask(request: Request, vocab_size: int) -> np.ndarray:
 
 
 def draft_token_masks(request: Request, draft: Sequence[int], vocab_size: int) -> np.ndarray:
-    """uint32[1 + n, mask_width]: the same for the next draw and for those after each token of `draft`, as long
-    as those before could have been drawn: n is less than len(draft) where one could not, or would end the text.
+    """uint32[1 + n, mask_width]: the same for the next draw and for those after each token of `draft`.
+
+    n is less than len(draft) where one of these could not be drawn, or would end the text.
     """
     if request.grammar is not None:
         masks = request.grammar.draft_masks(request, draft)

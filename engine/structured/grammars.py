@@ -1,10 +1,10 @@
 """What structured output asks for, compiled once, and a sample's place in it.
 
-llguidance compiles and follows grammars; nothing of a request runs as code. A grammar is tried in a process of its
-own first (`trials`), which may die of it. What it may cost is bounded by counts that do not depend on the
-machine. A compile takes half a second at the very worst, without Python's lock, and a trial TRIAL_SECONDS: a
-thread that calls `Grammars.compiled` before it hands a request over spares the thread that steps. A mask past
-its bounds ends its sample, with the finish reason "error".
+llguidance compiles and follows grammars; nothing of a request runs as code. A grammar is tried in a process
+of its own first (`trials`), which may die of it. What it may cost is bounded by counts that do not depend
+on the machine. A compile takes half a second at the very worst, without Python's lock, and a trial
+TRIAL_SECONDS: a thread that calls `Grammars.compiled` before it hands a request over spares the thread that
+steps. A mask past its bounds ends its sample, with the finish reason "error".
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Grammars:
     def compiled(self, sampling: SamplingParams) -> CompiledGrammar | None:
         """What the sampling asks for; None where it asks for nothing.
 
-        Raises RequestError ("bad_sampling") for what cannot be compiled, MissingExtraError where llguidance is
-        not installed.
+        Raises RequestError ("bad_sampling") for what cannot be compiled, MissingExtraError where llguidance
+        is not installed.
         """
         asked = sampling.structured
         if asked is None:
@@ -94,7 +94,8 @@ class Grammars:
             raise _not_compiled(error)
         matcher = _llguidance().LLMatcher(self._vocabulary, text, log_level=0, limits=_limits())
         if not matcher.is_error():
-            matcher.compute_bitmask()  # the first mask is the dearest, and its lexer is shared with all samples
+            # The first mask is the dearest, and what it finds out is shared with all samples.
+            matcher.compute_bitmask()
         if matcher.is_error():
             raise _not_compiled(matcher.get_error())
         return CompiledGrammar(matcher, self._vocab_size)
@@ -124,8 +125,11 @@ class CompiledGrammar:
 
 
 class GrammarState:
-    """Where one sample is in its grammar. It moves by the sample's tokens when it is asked for a mask, so it is right
-    after a preemption, and for a sample that begins with tokens of an earlier engine."""
+    """Where one sample is in its grammar.
+
+    It moves by the sample's tokens when it is asked for a mask, so it is right after a preemption, and for a
+    sample that begins with tokens of an earlier engine.
+    """
 
     def __init__(self, matcher: Any, num_words: int):
         self._matcher = matcher
@@ -142,8 +146,8 @@ class GrammarState:
     def next_mask(self, request: Request) -> np.ndarray:
         """uint32[ceil(vocab_size / 32)], a bit a token: what may come after the sample's tokens.
 
-        End-of-sequence tokens are among them where the text is complete, alone where nothing else may come, or
-        where the sample has to end for `failure`.
+        End-of-sequence tokens are among them where the text is complete, alone where nothing else may come,
+        or where the sample has to end for `failure`.
         """
         self._follow(request)
         mask = np.zeros(self._num_words, np.uint32)
@@ -184,8 +188,8 @@ class GrammarState:
 
 @lru_cache(maxsize=1024)
 def check_structured(asked: StructuredOutput | None) -> None:
-    """Try whether it can be compiled, for whoever has no engine. Raises as `Grammars.compiled`; a grammar, which
-    may name tokens of a vocabulary, is left to that."""
+    """Try whether it can be compiled, for whoever has no engine. Raises as `Grammars.compiled`; a grammar,
+    which may name tokens of a vocabulary, is left to that."""
     if asked is None or asked.grammar is not None:
         return
     _llguidance()

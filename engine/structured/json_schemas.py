@@ -1,14 +1,17 @@
 """From a JSON schema as users write it to one that llguidance's grammar follows to the letter.
 
-llguidance refuses by itself what it does not implement (`not`, `if`, `uniqueItems`, ...). Here is the rest: what it
-would read more widely than JSON Schema 2020-12 does is spelled out where a pattern can say it, and refused where
-none can. A refusal is a `RequestError`; an output that does not follow its schema would be an error nobody sees.
+llguidance refuses by itself what it does not implement (`not`, `if`, `uniqueItems`, ...). Here is the rest:
+what it would read more widely than JSON Schema 2020-12 does is spelled out where a pattern can say it, and
+refused where none can. A refusal is a `RequestError`; an output that does not follow its schema would be an
+error that nobody sees.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from fractions import Fraction
 from math import lcm
 from typing import Any, NoReturn
@@ -34,15 +37,16 @@ _TIME = (
 )
 # llguidance's own have 29 February in every year, leap seconds in every minute, and the year 0000.
 _EXACT_FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
-_MAX_EXACT = 2**53
+_MAX_EXACT, _MAX_DIGITS, _MAX_EXPONENT = 2**53, 15, 22
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _MAX_HOSTNAME_CHARS = 253
 """RFC 1123; llguidance holds the length of each label and not of them all."""
 
 ANY_OBJECT = {"type": "object"}
 
 COMPILE_OPTIONS = {
-    # One space, or a line break with indentation: what printers of JSON write. Without a bound a weak model may
-    # go on with spaces to its last token.
+    # One space, or a line break with indentation: what printers of JSON write. Without a bound a weak model
+    # may go on with spaces to its last token.
     "whitespace_pattern": r"\x20|\x0D?\x0A[\x20\x09]{0,64}",
     # Without \u: a key spelt with it would be another key to the grammar and the same one to who reads it.
     "json_allowed_escapes": 'nrbtf\\"',
@@ -60,8 +64,8 @@ def exact_schema(text: str) -> dict[str, Any]:
     is_draft_4 = "draft-04" in str(schema.get("$schema", ""))
     for part, where in parts:
         _check_numbers(part, where, is_draft_4)
-        _check_object(part, where)
-        _check_references(part, where, is_root=part is schema)
+        _check_texts(part, where)
+        _check_counts(part, where)
     _check_multiples([part for part, _ in parts])
     for part, _ in parts:
         _spell_out(part)
@@ -73,7 +77,7 @@ def _refuse(where: str, message: str) -> NoReturn:
 
 
 def _subschemas(schema: Any, where: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every schema in a schema, itself first, with its JSON pointer; values that are no schemas are left out."""
+    """Every schema in a schema, itself first, with its JSON pointer; values that are no schemas are not."""
     if not isinstance(schema, dict):
         return
     yield schema, where
@@ -90,48 +94,61 @@ def _subschemas(schema: Any, where: str) -> Iterator[tuple[dict[str, Any], str]]
 
 
 def _check_numbers(schema: Mapping[str, Any], where: str, is_draft_4: bool) -> None:
-    """llguidance computes with doubles and 64-bit integers, and a number past 2^53 comes out as another one."""
+    """llguidance reads numbers as doubles, and is sure to read them right within these bounds."""
     for key in (*_BOUNDS, "const", "enum"):
-        for number in _numbers_in(schema.get(key)):
-            if abs(number) > _MAX_EXACT:
-                _refuse(f"{where}/{key}", f"{number} is beyond 2^53, where numbers are not exact any more")
+        for number in _values_in(schema.get(key), int | float):
+            if abs(number) > _MAX_EXACT or not _is_short(number):
+                _refuse(
+                    f"{where}/{key}",
+                    f"{number} may be read as another number: at most {_MAX_DIGITS} digits, and up to 2^53",
+                )
     for key in ("exclusiveMinimum", "exclusiveMaximum"):
         if isinstance(schema.get(key), bool) and not is_draft_4:
             _refuse(f"{where}/{key}", "true and false are of draft 4: give the bound itself, or its $schema")
 
 
-def _numbers_in(value: Any) -> Iterator[int | float]:
+def _is_short(number: int | float) -> bool:
+    """Whether a number that is no integer is read exactly, whatever reads it (Clinger 1990)."""
+    if isinstance(number, int):
+        return True
+    _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
+    return len(digits) <= _MAX_DIGITS and int(exponent) >= -_MAX_EXPONENT
+
+
+def _check_texts(schema: Mapping[str, Any], where: str) -> None:
+    """Of the escapes of JSON only those of one letter are written."""
+    for key in ("const", "enum"):
+        for text in _values_in(schema.get(key), str):
+            if found := _UNWRITABLE.search(text):
+                _refuse(f"{where}/{key}", f"the control character {found.group()!r} cannot be written")
+
+
+def _values_in(value: Any, kind: Any) -> Iterator[Any]:
+    """All values of a kind (true and false are no numbers) in a JSON value, keys included."""
     if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
+        for key, item in value.items():
+            yield from _values_in(key, kind)
+            yield from _values_in(item, kind)
+    elif isinstance(value, list):
         for item in value:
-            yield from _numbers_in(item)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from _values_in(item, kind)
+    elif isinstance(value, kind) and not isinstance(value, bool):
         yield value
 
 
-def _check_object(schema: Mapping[str, Any], where: str) -> None:
+def _check_counts(schema: Mapping[str, Any], where: str) -> None:
     """Keys that no property names may come twice, and who reads the text keeps one of them."""
     least, required = schema.get("minProperties"), schema.get("required")
     num_named = len(set(map(str, required))) if isinstance(required, list) else 0
     if isinstance(least, int) and least > num_named + 1:
         _refuse(
             f"{where}/minProperties",
-            f"{least} different keys cannot be held where {num_named} are required by name: name more of them",
+            f"{least} different keys cannot be held where {num_named} are required: require more by name",
         )
     if "additionalItems" in schema and any(key in schema for key in _COMBINING):
         _refuse(
             f"{where}/additionalItems", "beside allOf, anyOf, oneOf or $ref it is not held: use prefixItems"
         )
-
-
-def _check_references(schema: Mapping[str, Any], where: str, is_root: bool) -> None:
-    """References are looked up from the root, by names as they are written."""
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and ("~" in reference or "%" in reference):
-        _refuse(f"{where}/$ref", f"{reference[:80]!r} has an escape: give the definition a plain name")
-    if not is_root and isinstance(schema.get("$id", schema.get("id")), str):
-        _refuse(f"{where}/$id", "references inside it would mean another schema: leave it out")
 
 
 def _check_multiples(schemas: list[dict[str, Any]]) -> None:

@@ -129,12 +129,10 @@ def _schema_text(value: object) -> str:
             value = _DECODER.decode(value)
         except json_text.JSONDecodeError as error:
             _refuse(
-                f"sampling.structured.json is not JSON at character {error.pos + 1}: {error.msg}; mend the schema"
+                f"sampling.structured.json is not JSON at character {error.pos + 1}: {error.msg}; mend it"
             )
     if not isinstance(value, Mapping):
-        _refuse(
-            f"sampling.structured.json is a {type(value).__name__}: it must be a JSON schema that is an object"
-        )
+        _refuse(f"sampling.structured.json is a {type(value).__name__}: it must be a JSON schema, an object")
     _check_values(value, 1)
     text = json_text.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     if len(text) > MAX_SCHEMA_CHARS:

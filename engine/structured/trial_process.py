@@ -1,7 +1,8 @@
 """The process of `trials`: compiles grammars and says how it went. Run as a file; it imports nothing of ours.
 
-A line in is JSON: first what the vocabulary and the limits are, then a grammar each. A line out is JSON: the error
-of that grammar, empty where there is none. It ends with its input, so with the process that started it.
+A line in is JSON: first what the vocabulary and the limits are, then a grammar each. A line out is JSON:
+the error of that grammar, empty where there is none. It ends with its input, so with the process that
+started it.
 """
 
 from __future__ import annotations

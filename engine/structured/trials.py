@@ -1,7 +1,7 @@
 """A grammar is compiled in a process of its own first: what it takes down, or keeps busy, is that process.
 
-llguidance counts its work and refuses most of what is too much, but not everything: a chain of some thousand rules
-overflows its stack, which no handler in the same process survives.
+llguidance counts its work and refuses most of what is too much, but not everything: a chain of some
+thousand rules overflows its stack, which no handler in the same process survives.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Trials:
     def error_of(self, grammar: str) -> str:
         """What llguidance says of a grammar, empty when it can be followed.
 
-        Raises RequestError ("bad_sampling") for one that the process did not survive, or not in TRIAL_SECONDS.
+        Raises RequestError ("bad_sampling") for one that the process did not survive, or not in
+        TRIAL_SECONDS.
         """
         with self._lock:
             answer = self._ask(grammar)

@@ -1,7 +1,8 @@
-"""JSON schemas of many kinds, the same ones on every machine: what the coverage of structured output is measured on.
+"""JSON schemas of many kinds, the same ones on every machine: what structured output's coverage is measured
+on.
 
-In the manner of JSONSchemaBench (Geng et al. 2025): what people write by hand, what tools generate, and one keyword
-after another, alone and combined, those that cannot be followed included.
+In the manner of JSONSchemaBench (Geng et al. 2025): what people write by hand, what tools generate, and one
+keyword after another, alone and combined, those that cannot be followed included.
 """
 
 from __future__ import annotations
@@ -450,7 +451,7 @@ def _unevaluated(chance: random.Random) -> Schema:
 def _unicode(chance: random.Random) -> Schema:
     names = chance.sample(UNICODE_WORDS, chance.randint(1, 4))
     properties: Schema = {name: {"enum": chance.sample(UNICODE_WORDS, 2)} for name in names}
-    properties[names[0]] = {"type": "string", "pattern": "^[а-яё]{1,6}$"}
+    properties[names[0]] = {"type": "string", "pattern": "^[\u0430-\u044f]{1,6}$"}
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 

@@ -23,7 +23,10 @@ _DIGITS = 1000
 
 
 def violation(text: str, schema: dict[str, Any]) -> str | None:
-    """Why a text does not follow a schema, on one line; None when it does. MissingExtraError without jsonschema."""
+    """Why a text does not follow a schema, on one line; None when it does.
+
+    Raises MissingExtraError without jsonschema.
+    """
     try:
         import jsonschema
     except ImportError as error:

@@ -1,14 +1,16 @@
-"""`python -m jobs.bench schemas`: what share of many kinds of JSON schemas is followed, and what following costs.
+"""`python -m jobs.bench schemas`: what share of many kinds of JSON schemas is followed, and what that costs.
 
-Each schema is asked for once, with a seed. An output is valid, or was cut by its length, or its schema was refused
-with a reason; an output that ended by itself and does not follow its schema is INVALID, and there must be none.
-Then the host's part is measured alone: the seconds of a compile, and of a mask at each token of the outputs.
+Each schema is asked for once, with a seed. An output is valid, or was cut by its length, or its schema was
+refused with a reason; an output that ended by itself and does not follow its schema is INVALID, and there
+must be none. Then the host's part is measured alone: the seconds of a compile, and of a mask at each token
+of the outputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -151,25 +153,26 @@ def table(found: Mapping[str, Mapping[str, int]]) -> str:
 def _report(options: argparse.Namespace, data: Mapping[str, Any]) -> str:
     compiles, masks = data["seconds"]["compile"], data["seconds"]["mask"]
     refusals = Counter(each["why"] for each in data["outcomes"] if each["result"] == "refused")
-    said = [f"- {number} × {why}" for why, number in refusals.most_common()]
+    where = f"{data['model']}, llguidance {data['llguidance']}, {data['cpu']}, load average {data['load']}"
     return "\n".join(
         (
             f"# {options.number} JSON schemas",
             "",
-            f"`{data['command']}`, {data['date']}, {data['model']}, llguidance {data['llguidance']}, {data['cpu']}.",
+            f"`{data['command']}`, {data['date']}, {where}.",
             "",
-            "Valid by `jsonschema`; cut by the length; refused with a reason; ended because following cost too much; "
-            "INVALID: ended by itself and not valid.",
+            "*valid*: ended by itself, right by `jsonschema`; *length*: cut by `max_tokens`; *refused*, for "
+            "the reasons below; *error*: dear to follow; *INVALID*: ended by itself, and not right.",
             "",
             table(data["counts"]),
             "",
-            f"A compile takes {compiles['p50'] * 1e3:.1f} ms in the middle and {compiles['max'] * 1e3:.0f} ms at most; "
-            f"a mask {masks['p50'] * 1e6:.0f} microseconds, {masks['p99'] * 1e6:.0f} at the 99th percentile and "
-            f"{masks['max'] * 1e6:.0f} at most. {data['load']}",
+            "A compile, its trial in another process included: "
+            f"{compiles['p50'] * 1e3:.1f} ms in the middle, {compiles['max'] * 1e3:.0f} ms at most. A mask: "
+            f"{masks['p50'] * 1e6:.0f} microseconds in the middle, {masks['p99'] * 1e6:.0f} at the 99th "
+            f"percentile, {masks['max'] * 1e6:.0f} at most.",
             "",
             "What refusals said:",
             "",
-            *said,
+            *(f"- {number}: {why}" for why, number in refusals.most_common()),
             "",
         )
     )
@@ -199,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
         "model": options.model,
         "llguidance": version("llguidance"),
         "cpu": cpu_name(),
-        "load": f"Load average {Path('/proc/loadavg').read_text().split()[0]}.",
+        "load": f"{os.getloadavg()[0]:.1f}",
         "counts": counts(outcomes),
         "seconds": host_seconds(engine, cases, outcomes),
         "outcomes": [

@@ -1,4 +1,4 @@
-"""A job whose outputs must follow something: by its settings or by a column, with the same bytes after a stop."""
+"""A job whose outputs must follow something, by its settings or a column: the same bytes after a stop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def rows_of(output: Path, kind: str = "rows") -> list[dict[str, Any]]:
-    return [row for table in open_run(str(output)).tables(kind) for row in table.to_pylist()]
+    return [row for table in open_run(str(output)).tables(kind, None) for row in table.to_pylist()]
 
 
 def test_rows_with_schemas_of_their_own_resume_to_the_same_bytes(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_row_that_costs_too_much_to_follow_is_a_reject(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(grammars.LIMITS, "step_max_items", 10)
-    rows = [{"id": str(i), "prompt": "in", "schema": {"title": "dear"} if i == 1 else None} for i in range(4)]
+    rows = [{"id": str(i), "prompt": "in", "schema": {"type": "array"} if i == 1 else None} for i in range(4)]
     write_jsonl(tmp_path / "in" / "a.jsonl", lines(rows))
     options = OPTIONS | {"prompt__schema_column": "schema", "max_reject_fraction": 0.5}
     assert run_model(job_settings(tmp_path / "in", tmp_path / "out", **options))[0] is ExitCode.DONE
@@ -124,10 +124,12 @@ def test_a_column_of_schemas_is_read_as_text_and_as_mappings() -> None:
     ]
     assert prompts[0].sampling == prompts[1].sampling
     structured = prompts[0].sampling.structured
-    assert structured is not None and json.loads(structured.json or "") == POINT
+    assert structured is not None
+    assert json.loads(structured.json or "") == POINT
     assert ok(build({"prompt": "a", "shape": None}, settings)).sampling.structured is None
     builder = make_builder(settings)
-    assert builder.columns_needed is not None and "shape" in builder.columns_needed
+    assert builder.columns_needed is not None
+    assert "shape" in builder.columns_needed
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_a_column_of_schemas_is_read_as_text_and_as_mappings() -> None:
         ([POINT], "must be a JSON schema"),
         ({"type": "strnig"}, "Invalid type"),
         ({"not": {}}, "Unimplemented keys"),
-        ({"$ref": "https://example.com/x.json"}, "$ref"),
+        ({"$ref": "https://example.com/x.json"}, "not fetch"),
         ({"pattern": "(?=a)"}, "look"),
         ({"allOf": [{"type": "string"}, {"type": "null"}]}, "nsatisfiable"),
         ({"minProperties": 5}, "different keys"),
@@ -158,7 +160,8 @@ def test_the_column_of_sampling_may_say_it_too() -> None:
     settings = {"sampling_column": "own"}
     for own in ({"structured": {"json": POINT}}, json.dumps({"guided_decoding": {"json": POINT}})):
         structured = ok(build({"prompt": "a", "own": own}, settings)).sampling.structured
-        assert structured is not None and structured.json is not None
+        assert structured is not None
+        assert structured.json is not None
     refused(
         build({"prompt": "a", "own": {"structured": {"regex": "("}}}, settings), "bad_sampling", "compiled"
     )
