@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from engine.builder import EngineBuilder
     from engine.config import EngineConfig
     from engine.engine import Engine
-    from engine.engine import Engine as eSurge  # noqa: N813 - the name its users know
+    from engine.engine import Engine as eSurge
     from engine.options import CacheConfig, Config, RequestOptions, SchedulerConfig
     from engine.outputs import CompletionOutput, RequestOutput
     from engine.sampling_params import SamplingParams

@@ -59,7 +59,7 @@ class IncrementalDetokenizer:
         spaces_between_special_tokens: bool = False,
         may_stop_after: Callable[[str], bool] | None = None,
     ):
-        """may_stop_after: told each piece of text in turn; says whether stop strings count from this one on."""
+        """may_stop_after: told each piece of text in turn; whether stop strings count from this one on."""
         if "" in stop:
             raise ValueError("a stop string is empty")
         self._decoder = text_decoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)

@@ -33,7 +33,10 @@ class Presentation:
         by_likelihood = sorted(samples, key=_likelihood, reverse=True)[: self.sampling.n]
         # Not `replace`, here and below: it would have each text made.
         return tuple(
-            [CompletionOutput(**vars(sample) | {"index": index}) for index, sample in enumerate(by_likelihood)]
+            [
+                CompletionOutput(**vars(sample) | {"index": index})
+                for index, sample in enumerate(by_likelihood)
+            ]
         )
 
     def without_hidden(self, samples: Outputs) -> Outputs:

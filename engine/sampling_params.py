@@ -171,7 +171,7 @@ class SamplingParams:
     they come."""
 
     stop_pattern: str | None = None
-    """A regular expression that ends a completion as a stop string does (`engine.stop_pattern` says which)."""
+    """A regular expression that ends a completion as a stop string does; which: `engine.stop_pattern`."""
     detokenize: bool = True
     """False: token ids alone, every text is empty."""
     spaces_between_special_tokens: bool = False
@@ -240,7 +240,9 @@ class SamplingParams:
                 _refuse("stop_pattern", self.stop_pattern, "a regular expression, as text")
             StopPattern.of(self.stop_pattern)
         if not self.detokenize and (self.stop or self.stop_pattern is not None):
-            _refuse("detokenize", False, "true where stop strings or a stop_pattern are looked for in the text")
+            _refuse(
+                "detokenize", False, "true where stop strings or a stop_pattern are looked for in the text"
+            )
         if self.best_of is not None:
             put(self, "best_of", _integer("best_of", self.best_of, self.n, MAX_N))
         if self.output_kind is not None:
@@ -300,7 +302,7 @@ INTERACTIVE_FIELDS: Mapping[str, str] = {
     "truncate_prompt_tokens": "cuts prompts by prompt.over_long",
     "extra_args": "has no callback that would read them",
 }
-"""What only a caller of the engine can ask for, and what a job does in its place: it refuses these by name."""
+"""What only a caller of the engine can ask for, and what a job, which refuses it by name, does instead."""
 _LATER_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(SamplingParams)

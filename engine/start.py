@@ -44,15 +44,15 @@ def model_for(
             config = replace(config, dtype=dtype)
     else:
         raise ConfigError(
-            f"model is a {type(model).__name__}: give what engine.checkpoints.load returns, or a model's name, "
-            "path or URL"
+            f"model is a {type(model).__name__}: give what engine.checkpoints.load returns, or a model's "
+            "name, path or URL"
         )
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None:
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise ConfigError(
-                f"tokenizer is a {type(tokenizer).__name__}: give a fast tokenizer of transformers, or its path"
+                f"tokenizer is a {type(tokenizer).__name__}: give a fast tokenizer of transformers, or a path"
             )
         check_vocabulary("tokenizer", tokenizer, loaded.config)
         loaded = replace(loaded, tokenizer=tokenizer)

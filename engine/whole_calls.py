@@ -117,7 +117,9 @@ class WholeCalls(RequestControl):
             if value is None:
                 continue
             if name in variables:
-                raise RequestError("bad_prompt", f"chat_template_kwargs has {name!r}, which is given by itself too")
+                raise RequestError(
+                    "bad_prompt", f"chat_template_kwargs has {name!r}, which is given by itself too"
+                )
             variables[name] = value if isinstance(value, bool) else [dict(tool) for tool in value]
         token_ids = render_chat(
             self.tokenizer,

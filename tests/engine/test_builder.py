@@ -57,7 +57,9 @@ def test_sections_mean_what_the_engines_options_mean(tiny_folder: Path):
 
 
 def test_a_dtype_of_jax_becomes_a_name_in_yaml():
-    text = EngineBuilder("somewhere").set_dtype(jnp.bfloat16).set_sharding(axis_dims=(1, 1, 1, 1, 1)).to_yaml()
+    text = (
+        EngineBuilder("somewhere").set_dtype(jnp.bfloat16).set_sharding(axis_dims=(1, 1, 1, 1, 1)).to_yaml()
+    )
     assert "dtype: bfloat16" in text
     assert "!!" not in text
 

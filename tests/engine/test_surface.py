@@ -122,7 +122,9 @@ def test_requests_without_an_id_get_one_and_show_how_they_grow():
 
 def test_both_names_of_the_sampling_and_not_both_at_once():
     engine = tiny_engine()
-    assert tokens_of(engine.generate("the", GREEDY)) == tokens_of(engine.generate("the", sampling_params=GREEDY))
+    assert tokens_of(engine.generate("the", GREEDY)) == tokens_of(
+        engine.generate("the", sampling_params=GREEDY)
+    )
     with pytest.raises(ConfigError, match="give one of them"):
         engine.generate("the", GREEDY, sampling_params=GREEDY)
     assert SamplingParams(max_new_tokens=5) == SamplingParams(max_tokens=5)
@@ -203,7 +205,9 @@ def test_special_tokens_can_be_set_apart():
     tokenizer = engine.tokenizer
     plain = tokenizer("the", add_special_tokens=False)["input_ids"]
     special = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    sampling = SamplingParams(temperature=1, seed=1, max_tokens=30, ignore_eos=True, skip_special_tokens=False)
+    sampling = SamplingParams(
+        temperature=1, seed=1, max_tokens=30, ignore_eos=True, skip_special_tokens=False
+    )
     sampling = sampling.replace(allowed_token_ids=(*plain, special))
     joined = engine.generate("a", sampling)[0].outputs[0]
     apart = engine.generate("a", sampling.replace(spaces_between_special_tokens=True))[0].outputs[0]
@@ -430,18 +434,16 @@ def test_tools_reasoning_and_variables_reach_the_template():
         chat_template_kwargs={"name": "Ada"},
         request_id="mine",
     )
-    text = (
-        '[{"function": {"name": "f"}, "type": "function"}]<think=False>Adauser: the answer\nassistant: '
-    )
+    text = '[{"function": {"name": "f"}, "type": "function"}]<think=False>Adauser: the answer\nassistant: '
     read = engine.tokenizer.decode(output.prompt_token_ids)
     assert sorted(read) == sorted(text)
     assert read.endswith("<think=False>Adauser: the answer\nassistant: ")
     assert output.request_id == "mine"
     with pytest.raises(RequestError, match="'tools'"):
         engine.chat(CHAT, GREEDY, tools=tools, chat_template_kwargs={"tools": []})
-    assert engine.chat(CHAT, GREEDY, chat_template=TEMPLATE, add_generation_prompt=False).prompt_token_ids == (
-        tuple(engine.tokenizer("user: the answer\n")["input_ids"])
-    )
+    assert engine.chat(
+        CHAT, GREEDY, chat_template=TEMPLATE, add_generation_prompt=False
+    ).prompt_token_ids == (tuple(engine.tokenizer("user: the answer\n")["input_ids"]))
 
 
 def test_completions_are_read_by_the_parsers_of_the_engine():
