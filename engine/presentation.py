@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from engine.errors import RequestError
 from engine.message_parsing import Parsing
 from engine.outputs import CompletionOutput
 from engine.sampling_params import SamplingParams
@@ -44,6 +45,19 @@ class Presentation:
         if self.sampling.logprobs is not None or all(sample.logprobs is None for sample in samples):
             return samples
         return tuple([_without_logprobs(sample, keeps_sum=self.chooses) for sample in samples])
+
+
+def check_presentable(sampling: SamplingParams | None, stream: bool) -> None:
+    """Raises RequestError for what an `AsyncEngine` cannot show: it has one form of outputs for all."""
+    if sampling is None:
+        return
+    if sampling.output_kind is not None:
+        raise RequestError(
+            "bad_sampling",
+            "sampling.output_kind is for Engine: an output of AsyncEngine has the text so far, and delta_text",
+        )
+    if stream and sampling.num_samples > sampling.n:
+        raise RequestError("bad_sampling", "sampling.best_of chooses at the end: it cannot be streamed")
 
 
 class Increments:

@@ -366,7 +366,9 @@ def test_batch_processing_service_streams(chat_engine: ed.eSurge):
 
 
 def test_names_that_are_not_there_are_not_exported():
-    assert set(ed.__all__) >= {"eSurge", "SamplingParams", "Config", "SchedulerConfig", "CacheConfig"}
+    names = {"eSurge", "SamplingParams", "Config", "SchedulerConfig", "CacheConfig", "PriorityRequestQueue"}
+    assert set(ed.__all__) >= names
+    assert all(getattr(ed, name) for name in names)
     assert ed.eSurge is ed.Engine
     with pytest.raises(AttributeError, match="eSurgee"):
         _ = ed.eSurgee

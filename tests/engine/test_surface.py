@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import logging
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, ModelError, RequestError
@@ -469,3 +471,27 @@ def test_stop_strings_inside_the_reasoning_stop_only_where_asked():
     assert thinking.chat(CHAT, DRAWN.replace(stop=[stop])).outputs[0].text == free
     strict = engine_with(reasoning_parser="deepseek_r1", ignore_stop_strings_in_reasoning=False)
     assert strict.chat(CHAT, DRAWN.replace(stop=[stop])).outputs[0].text == free[: free.index(stop)]
+
+
+# -- behind a thread ---------------------------------------------------------------------------------
+
+
+def test_what_a_thread_of_streams_shows_and_what_it_refuses():
+    whole = tiny_engine().generate("the", DRAWN)[0].outputs[0]
+    with AsyncEngine(Engine(varied_model(), TINY, truncate_mode="left")) as threaded:
+
+        async def all_of(sampling: SamplingParams) -> list[Any]:
+            return [output async for output in threaded.stream("the", sampling)]
+
+        outputs = asyncio.run(all_of(DRAWN))
+        assert outputs[-1].accumulated_text == outputs[-1].outputs[0].text == whole.text
+        bare = asyncio.run(all_of(DRAWN.replace(detokenize=False)))
+        assert {output.outputs[0].text for output in bare} == {""}
+        assert bare[-1].outputs[0].token_ids == whole.token_ids
+        for refused in (DRAWN.replace(output_kind="delta"), DRAWN.replace(best_of=2)):
+            with pytest.raises(RequestError, match=r"sampling\.(output_kind|best_of)"):
+                asyncio.run(all_of(refused))
+        best = asyncio.run(threaded.generate("the", DRAWN.replace(best_of=3)))
+        assert len(best.outputs) == 1
+        cut = asyncio.run(threaded.generate([*range(10, 210)], GREEDY))
+        assert cut.num_truncated_tokens == 80
