@@ -54,7 +54,7 @@ def check_presentable(sampling: SamplingParams | None, stream: bool) -> None:
     if sampling.output_kind is not None:
         raise RequestError(
             "bad_sampling",
-            "sampling.output_kind is for Engine: an output of AsyncEngine has the text so far, and delta_text",
+            "sampling.output_kind is for Engine: an output of AsyncEngine has the whole text, and delta_text",
         )
     if stream and sampling.num_samples > sampling.n:
         raise RequestError("bad_sampling", "sampling.best_of chooses at the end: it cannot be streamed")

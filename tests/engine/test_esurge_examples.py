@@ -1,6 +1,6 @@
-"""The examples of eSurge's documentation run as they are written there, but for their imports and their model.
+"""The examples of eSurge's documentation run as they are written there, but for their imports and model.
 
-What a reader copies: no option is left out, no call is changed. `load_model` stands for their way to a model.
+What a reader copies: no option is left out and no call is changed.
 """
 
 from __future__ import annotations
