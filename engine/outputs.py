@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from engine.request import TopLogprobs
 
 if TYPE_CHECKING:
-    from engine.runner import StepRunner
     from engine.scheduler_settings import SchedulerStats
 
 
@@ -132,7 +131,7 @@ class EngineStats:
     def of(
         cls,
         scheduler: SchedulerStats,
-        runner: StepRunner,
+        runner: Any,
         *,
         num_steps: int,
         step_seconds: tuple[float, ...],
@@ -141,7 +140,7 @@ class EngineStats:
         num_duplicates: int,
         num_replicas: int,
     ) -> EngineStats:
-        """Those of an engine, from its parts."""
+        """Those of an engine, from its parts; `runner` is its `StepRunner`."""
         return cls(
             num_steps=num_steps,
             step_seconds=step_seconds,

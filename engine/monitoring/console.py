@@ -34,7 +34,7 @@ class ConsoleMonitor:
         self._stream = stream or sys.stderr
         self._line_seconds = line_seconds
         self._over = threading.Event()
-        metrics.remember()  # begin to remember
+        metrics.remember()  # from now on
         show = self._show_lines
         if self._stream.isatty():
             self._console = make_console(self._stream)

@@ -18,8 +18,7 @@ from engine.monitoring.http_server import Page, Route
 from engine.monitoring.metrics import Metrics, resident_bytes
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.requests import Request
+    from fastapi import FastAPI, Request
 
 PAGE_PATH = "/dashboard"
 DATA_PATH = "/dashboard/data"
@@ -33,7 +32,7 @@ _DIGITS = 6
 
 def dashboard_routes(app: FastAPI, metrics: Metrics) -> None:
     """Add the dashboard of `metrics` to a server, at `/dashboard`."""
-    from starlette.responses import Response
+    from fastapi import Response
 
     metrics.remember()  # begin to remember now, not when somebody first looks
     for path, route in routes(metrics).items():
