@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engine.errors import RequestError
 from engine.message_parsing import Parsing
@@ -32,13 +32,7 @@ class Presentation:
         """The `n` likeliest samples, by cumulative log-probability, the likeliest first; of equals
         the one drawn first."""
         by_likelihood = sorted(samples, key=_likelihood, reverse=True)[: self.sampling.n]
-        # Not `replace`, here and below: it would have each text made.
-        return tuple(
-            [
-                CompletionOutput(**vars(sample) | {"index": index})
-                for index, sample in enumerate(by_likelihood)
-            ]
-        )
+        return tuple([sample.but(index=index) for index, sample in enumerate(by_likelihood)])
 
     def without_hidden(self, samples: Outputs) -> Outputs:
         """Without log-probabilities that nobody asked for."""
@@ -74,8 +68,7 @@ class Increments:
         num_chars, num_tokens = self._num_shown[index]
         self._num_shown[index] = len(sample.text), len(sample.token_ids)
         logprobs = sample.logprobs
-        return replace(
-            sample,
+        return sample.but(
             text=sample.text[num_chars:],
             token_ids=sample.token_ids[num_tokens:],
             logprobs=None if logprobs is None else logprobs[num_tokens:],
@@ -87,5 +80,4 @@ def _likelihood(sample: CompletionOutput) -> float:
 
 
 def _without_logprobs(sample: CompletionOutput, *, keeps_sum: bool) -> CompletionOutput:
-    kept = sample.cumulative_logprob if keeps_sum else None
-    return CompletionOutput(**vars(sample) | {"logprobs": None, "cumulative_logprob": kept})
+    return sample.but(logprobs=None, cumulative_logprob=sample.cumulative_logprob if keeps_sum else None)

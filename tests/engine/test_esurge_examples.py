@@ -212,7 +212,7 @@ def chat_loop(engine):
             sampling_params=ed.SamplingParams(
                 max_tokens=200,
                 temperature=0.7,
-                stop=["</s>", "\n\nYou:"],
+                stop=["</s>", "\n\nYou:"],  # type: ignore[arg-type]
             ),
         ):
             print(output.delta_text, end="", flush=True)
@@ -268,7 +268,7 @@ class BatchProcessor:
         """Process a batch of texts."""
         if sampling_params is None:
             sampling_params = ed.SamplingParams(
-                max_new_tokens=100,
+                max_new_tokens=100,  # type: ignore[call-arg]
                 temperature=0.7,
             )
 
@@ -307,7 +307,7 @@ class BatchProcessor:
             request_id = self.engine.add_request(
                 prompt=text,
                 sampling_params=ed.SamplingParams(
-                    max_new_tokens=100,
+                    max_new_tokens=100,  # type: ignore[call-arg]
                     temperature=0.7,
                 ),
             )

@@ -21,7 +21,7 @@ def test_best_of_returns_the_likeliest_of_all_that_were_drawn():
     engine = tiny_engine()
     sampling = DRAWN.replace(n=6, logprobs=1, max_tokens=6)
     every = engine.generate("the", sampling)[0].outputs
-    ranked = sorted(every, key=lambda each: each.cumulative_logprob, reverse=True)
+    ranked = sorted(every, key=lambda each: each.cumulative_logprob or 0.0, reverse=True)
     (best,) = engine.generate("the", sampling.replace(n=2, best_of=6))
     assert [each.token_ids for each in best.outputs] == [each.token_ids for each in ranked[:2]]
     assert [each.index for each in best.outputs] == [0, 1]
@@ -68,7 +68,7 @@ def test_without_detokenizing_there_are_tokens_and_no_text():
     streamed = list(engine.stream("the", DRAWN.replace(detokenize=False)))
     assert [len(output.outputs[0].token_ids) for output in streamed] == [*range(1, 25)]
     with pytest.raises(RequestError, match="detokenize"):
-        SamplingParams(detokenize=False, stop=["x"])
+        SamplingParams(detokenize=False, stop=("x",))
 
 
 def test_special_tokens_can_be_set_apart():
@@ -120,7 +120,7 @@ def test_output_kinds():
     only = list(engine.stream("the", DRAWN.replace(output_kind="final_only")))
     assert [each.outputs[0].text for each in only] == [whole.text]
     with pytest.raises(RequestError, match="cumulative, delta, final_only"):
-        SamplingParams(output_kind="whole")
+        DRAWN.replace(output_kind="whole")
 
 
 def test_a_prompt_is_cut_where_its_sampling_says_so():
