@@ -20,12 +20,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from engine.async_engine import EngineClosed, Overloaded
-from engine.errors import RequestError
+from engine.errors import EngineClosed, Overloaded, RequestError
 
 log = logging.getLogger("tidemill.server")
 
-RETRY_AFTER_SECONDS = 1
 CLIENT_GONE = 499
 """Nobody reads this status: it is for the log, and nginx's for the same thing."""
 
@@ -110,7 +108,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError):
         return _of_request_error(error)
     if isinstance(error, Overloaded):
-        after = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+        after = {"Retry-After": str(error.retry_after_s)}
         return ApiError(429, str(error), code="overloaded", headers=after)
     if isinstance(error, EngineClosed):
         return ApiError(503, str(error), code="engine_closed")
