@@ -36,6 +36,8 @@ class EngineConfig:
     """"fcfs", or "priority": lower `priority` first, then age."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step."""
+    stream_interval_ms: int = 20
+    """Streams of an `AsyncEngine` show what they have drawn at most this often; 0: after every step."""
     async_scheduling: bool = True
     """Plan and start each step while the one before it still runs; False: one after the other."""
     dtype: str = "float32"
@@ -84,6 +86,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_bytes", "long_prefill_token_threshold"):
             if getattr(self, name) is not None:
                 self._check_integer(name, getattr(self, name), 2 if name == "max_model_len" else 1, 1 << 50)
+        self._check_integer("stream_interval_ms", self.stream_interval_ms, 0, 60_000)
         self._check_integer("seed", self.seed, 0, 2**63 - 1)
         for name, low, high in (("page_size", 8, 512), ("min_token_pad", 8, 1024)):
             value = self._check_integer(name, getattr(self, name), low, high)

@@ -62,6 +62,8 @@ class Request:
     """Prompt and output tokens it will probably come to: pages are set aside for these."""
     cache_salt: str | None = None
     """Prompts share pages only with prompts of the same salt."""
+    tenant: str | None = None
+    """On whose behalf it runs: what waits is started in turns of equal tokens."""
 
     arrival: int = 0
     """Sequence number given by `Scheduler.add`; lower is older."""

@@ -288,10 +288,19 @@ class Scheduler:
     def _plan_chunk(self, request: Request, step: StepDraft) -> None:
         self._plan(request, self._chunk_len(request, step), step)
 
+    def preempt_all(self) -> None:
+        """Let all running requests wait again, their pages freed: no step may be in flight."""
+        for request in self._table.running():
+            self._requeue(request)
+
     def _preempt(self, request: Request, step: StepDraft) -> None:
-        """Take a request's pages and let it wait again; its tokens stay known and are computed anew."""
+        """Take a request out of a step and let it wait again."""
         step.drop(request)
         step.preempted.append(request)
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
+        """Take a request's pages and let it wait again; its tokens stay known and are computed anew."""
         self._free(request)
         request.num_computed = 0
         request.num_preemptions += 1
