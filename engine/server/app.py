@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -41,8 +40,8 @@ def create_app(
     Engines are started with the app and closed with it: new requests are refused, and what still runs then is
     aborted (an ASGI server lets open calls end first, see `engine.server.serving`).
 
-    keys: who may call; without, every route is open. batches: what runs `/v1/batches`. metrics: for `/metrics`
-    and `/dashboard`. Raises ConfigError for settings that do not fit the models.
+    keys: who may call; without, every route is open. batches: what runs `/v1/batches`. metrics: for
+    `/metrics` and `/dashboard`. Raises ConfigError for settings that do not fit the models.
     """
     served = ServedModels(models, settings)
 
@@ -91,3 +90,21 @@ def _routes(
 
         routes.append(batch_routes(batches))
     return routes
+
+
+def _install_guards(app: FastAPI, keys: Any | None, settings: ServerSettings) -> None:
+    """What a request passes before it reaches a route, the limits first."""
+    from engine.server.limits import install_limits
+
+    if keys is not None:
+        from engine.server.auth import install_auth
+
+        install_auth(app, keys, settings)
+    install_limits(app, settings)
+
+
+def _version() -> str:
+    try:
+        return version("tidemill")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"

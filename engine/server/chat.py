@@ -33,12 +33,18 @@ from engine.server.event_stream import DONE, EventStream, data_event, error_even
 from engine.server.generation import Begun, Caller, Generation, new_id, unless_gone
 from engine.server.json_body import StrictRoute
 from engine.server.logprobs import chat_logprobs, shown_logprobs
-from engine.server.message_parts import PartReader, part_reader, read_parts
+from engine.server.message_parts import (
+    PartReader,
+    inside_reasoning,
+    needs_special_tokens,
+    part_reader,
+    read_message,
+)
 from engine.server.prompts import chat_prompt, template_messages
 from engine.server.sampling import check_stream_options, priority_of, sampling_of
 from engine.server.served import ServedModel, ServedModels
 from engine.server.settings import ServerSettings
-from engine.server.structure import structured_output
+from engine.server.structure import chat_form, structured_output
 from engine.server.tool_choice import ToolChoice, tool_choice_of
 
 STREAM_ANSWER: dict[int | str, dict[str, Any]] = {
@@ -80,6 +86,10 @@ class ChatCall:
         return self.generation.model
 
     @property
+    def inside_reasoning(self) -> bool | None:
+        return inside_reasoning(self.model, self.generation.prompts[0])
+
+    @property
     def wants_logprobs(self) -> bool:
         return self.generation.sampling.logprobs is not None
 
@@ -94,20 +104,22 @@ class ChatCall:
         )
 
     def _choice(self, sample: CompletionOutput) -> ChatChoice:
-        parts = read_parts(self.model, self.tools, sample.text)
+        parts = read_message(self.model, self.tools, sample.text, self.inside_reasoning)
         message = AnswerMessage(role="assistant", content=parts.content, refusal=None)
-        if parts.calls and not parts.content:
+        if parts.tool_calls and not parts.content:
             message.content = None
         if parts.reasoning:
             message.reasoning_content = parts.reasoning
-        calls = [CalledFunction(name=name, arguments=arguments) for name, arguments in parts.calls]
+        calls = [CalledFunction(name=call.name, arguments=call.arguments) for call in parts.tool_calls]
         if calls and self.tools.is_legacy:
             message.function_call = calls[0]
         elif calls:
             message.tool_calls = [
                 AnswerToolCall(id=new_id("call"), type="function", function=call) for call in calls
             ]
-        logprobs = chat_logprobs(self.model.tokenizer, shown_logprobs(sample)) if self.wants_logprobs else None
+        logprobs = None
+        if self.wants_logprobs:
+            logprobs = chat_logprobs(self.model.tokenizer, shown_logprobs(sample, self.generation.sampling))
         return ChatChoice(
             index=sample.index,
             message=message,
@@ -123,9 +135,11 @@ async def chat_call(
     """Raises ApiError or RequestError (400) for a body that cannot run; nothing is queued yet."""
     tools = tool_choice_of(body, settings)
     priority = priority_of(body, settings, model.engine.engine.config.scheduling_policy)
-    structured = structured_output(body, settings, response_format=body.response_format, tools=tools)
+    structured = structured_output(body, settings, form=chat_form(body.response_format), tools=tools)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    if body.skip_special_tokens is None and needs_special_tokens(model, tools):
+        body.skip_special_tokens = False
     asked = body.max_completion_tokens or body.max_tokens
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != asked:
         raise bad_request("max_tokens is the old name of max_completion_tokens: give one", "max_tokens")
@@ -167,7 +181,9 @@ def finish_reason(sample: CompletionOutput, tools: ToolChoice, has_calls: bool) 
     return "function_call" if tools.is_legacy else "tool_calls"
 
 
-async def _events(call: ChatCall, outputs: Begun[tuple[int, RequestOutput]], includes_usage: bool) -> AsyncIterator[bytes]:
+async def _events(
+    call: ChatCall, outputs: Begun[tuple[int, RequestOutput]], includes_usage: bool
+) -> AsyncIterator[bytes]:
     samples = [_StreamedSample(call, index) for index in range(call.generation.sampling.n)]
     output = None
     try:
@@ -210,7 +226,7 @@ class _StreamedSample:
     def __init__(self, call: ChatCall, index: int):
         self._call = call
         self._index = index
-        self._reader: PartReader = part_reader(call.model, call.tools)
+        self._reader: PartReader = part_reader(call.model, call.tools, call.inside_reasoning)
         self._num_characters = 0
         self._num_logprobs = 0
         self._has_calls = False
@@ -236,7 +252,7 @@ class _StreamedSample:
             last.stop_reason = sample.stop_reason
             made.append(last)
         if made and self._call.wants_logprobs:
-            entries = shown_logprobs(sample, self._num_logprobs)
+            entries = shown_logprobs(sample, self._call.generation.sampling, self._num_logprobs)
             self._num_logprobs += len(entries)
             made[0].logprobs = chat_logprobs(self._call.model.tokenizer, entries)
         return made
@@ -251,7 +267,9 @@ class _StreamedSample:
             return ChatDelta(reasoning_content=event.text)
         self._has_calls = True
         begins = isinstance(event, ToolCallStart)
-        function = FunctionDelta(name=event.name, arguments="") if begins else FunctionDelta(arguments=event.text)
+        function = (
+            FunctionDelta(name=event.name, arguments="") if begins else FunctionDelta(arguments=event.text)
+        )
         if self._call.tools.is_legacy:  # which has one call
             return ChatDelta(function_call=function) if event.index == 0 else None
         call = ToolCallDelta(index=event.index, function=function)

@@ -23,19 +23,19 @@ from engine.server.fields import (
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
-class _Told(BaseModel):
+class Told(BaseModel):
     """Part of a message. Keys that are not known are left out of the prompt: clients send back answers of
     all makers' servers, with keys of their own."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class TextPart(_Told):
+class TextPart(Told):
     type: Literal["text", "input_text", "output_text"]
     text: Text
 
 
-class RefusalPart(_Told):
+class RefusalPart(Told):
     type: Literal["refusal"]
     refusal: Text
 
@@ -43,18 +43,18 @@ class RefusalPart(_Told):
 Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
-class CalledFunction(_Told):
+class CalledFunction(Told):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: Text
 
 
-class MessageToolCall(_Told):
+class MessageToolCall(Told):
     id: ShortText
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(_Told):
+class Message(Told):
     """A message of a chat. `content` may be missing where an assistant called tools."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]

@@ -189,7 +189,7 @@ class StreamedCompletion:
             text += sample.text[self._num_characters :]
             self._num_characters = len(sample.text)
             if call.wants_logprobs:
-                new = shown_logprobs(sample, self._num_logprobs)
+                new = shown_logprobs(sample, call.generation.sampling, self._num_logprobs)
                 self._num_logprobs += len(new)
                 logprobs = _joined(logprobs, self._logprobs.push(new))
         if text or is_last:

@@ -99,7 +99,8 @@ class Generation:
 
     async def _generate(self, index: int) -> RequestOutput:
         try:
-            return await self.model.engine.generate(self.prompts[index], self.sampling, **self._options(index))
+            engine = self.model.engine
+            return await engine.generate(self.prompts[index], self.sampling, **self._options(index))
         except Exception as error:
             raise self._explained(error) from error
 

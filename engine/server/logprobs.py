@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from engine.detokenizer import bytes_of_token_id
 from engine.outputs import CompletionOutput, TokenLogprob
+from engine.sampling_params import SamplingParams
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot write."""
@@ -41,11 +42,17 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-def shown_logprobs(sample: CompletionOutput, start: int = 0) -> tuple[TokenLogprob, ...]:
+def shown_logprobs(
+    sample: CompletionOutput, sampling: SamplingParams, start: int = 0
+) -> tuple[TokenLogprob, ...]:
     """Those of a sample's tokens from `start` on, without the token that stopped it, which its text does not
     show either."""
     entries = sample.logprobs or ()
-    ends_hidden = sample.finish_reason == "stop" and not isinstance(sample.stop_reason, str)
+    ends_hidden = (
+        sample.finish_reason == "stop"
+        and not isinstance(sample.stop_reason, str)
+        and not sampling.include_stop_str_in_output
+    )
     return entries[start : len(entries) - ends_hidden]
 
 

@@ -16,7 +16,8 @@ from engine.server.served import ServedModel
 from engine.server.settings import ServerSettings
 
 _TOOL_INTRODUCTION = (
-    "You may call functions. Their signatures, as JSON, are within <tools></tools>:\n<tools>\n{tools}\n</tools>\n"
+    "You may call functions. Their signatures, as JSON, are within <tools></tools>:\n"
+    "<tools>\n{tools}\n</tools>\n"
     "For each call answer with a JSON object with the function's name and its arguments within "
     '<tool_call></tool_call>:\n<tool_call>\n{{"name": ..., "arguments": {{...}}}}\n</tool_call>'
 )
@@ -31,13 +32,14 @@ async def chat_prompt(
     tools: list[dict[str, Any]] | None = None,
     fields: ChatPromptFields | None = None,
     reasoning_effort: str | None = None,
+    param: str = "messages",
 ) -> list[int]:
     """Token ids of a chat, rendered in a worker thread. Raises ApiError or RequestError (400)."""
     if not has_chat_template(model.tokenizer):
         message = f"the model {model.name!r} has no chat template: use /v1/completions"
-        raise bad_request(message, "messages", "no_chat_template")
+        raise bad_request(message, param, "no_chat_template")
     if len(messages) > settings.max_messages:
-        raise bad_request(f"{len(messages)} messages: at most {settings.max_messages} are taken", "messages")
+        raise bad_request(f"{len(messages)} messages: at most {settings.max_messages} are taken", param)
     variables = _template_variables(fields, settings)
     if reasoning_effort is not None:
         variables["reasoning_effort"] = reasoning_effort
@@ -61,7 +63,7 @@ async def chat_prompt(
             render_chat, model.tokenizer, messages, add_generation_prompt=adds, variables=variables
         )
     except RequestError as error:
-        raise bad_request(str(error), "messages", error.reason) from error
+        raise bad_request(str(error), param, error.reason) from error
 
 
 async def text_prompt(model: ServedModel, text: str, param: str = "prompt") -> list[int]:
@@ -72,13 +74,13 @@ async def text_prompt(model: ServedModel, text: str, param: str = "prompt") -> l
         raise bad_request(str(error), param, error.reason) from error
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[Message], where: str | None = None) -> list[dict[str, Any]]:
     """Messages as chat templates read them: a text as content, arguments of calls as mappings.
 
-    `developer` is what `system` is now called, and `function` what `tool` was: templates know the other names.
-    Raises ApiError (400) for a message that says nothing.
+    `developer` is what `system` is now called, and `function` what `tool` was: templates know the others.
+    `where`: the field of the body they come from. Raises ApiError (400) for a message that says nothing.
     """
-    return [_template_message(message, f"messages.{index}") for index, message in enumerate(messages)]
+    return [_template_message(message, where or f"messages.{index}") for index, message in enumerate(messages)]
 
 
 def content_text(content: str | Sequence[Any] | None) -> str:
@@ -89,14 +91,27 @@ def content_text(content: str | Sequence[Any] | None) -> str:
 
 
 def template_call(name: str, arguments: str, call_id: str | None, param: str) -> dict[str, Any]:
-    """A call of an earlier answer, as chat templates read it."""
+    """A call of an earlier answer, as chat templates read it. Raises ApiError (400)."""
     try:
         values = json.loads(arguments) if arguments.strip() else {}
     except ValueError as error:
         raise bad_request(f"the arguments of a call of {name!r} are not JSON", param) from error
     if not isinstance(values, dict):
         raise bad_request(f"the arguments of a call of {name!r} are not an object", param)
-    call = {"type": "function", "function": {"name": name, "arguments": values}}
+    return _call(name, values, call_id)
+
+
+def told_call(name: str, arguments: str, call_id: str) -> dict[str, Any]:
+    """The same of a call that the model made, which may have been cut off: then its text is kept."""
+    try:
+        values = json.loads(arguments)
+    except ValueError:
+        values = arguments
+    return _call(name, values, call_id)
+
+
+def _call(name: str, arguments: Any, call_id: str | None) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return call if call_id is None else {"id": call_id} | call
 
 

@@ -75,7 +75,7 @@ def sampling_of(
 
 
 def priority_of(body: SamplingFields, settings: ServerSettings, scheduling_policy: str) -> int:
-    """The priority that a client asks for. Raises ApiError (400) where it would have no effect, or too much."""
+    """The priority that a client asks for. Raises ApiError (400) where it has no effect, or too much."""
     priority = body.priority or 0
     if priority and scheduling_policy != "priority":
         message = "priority has no effect here: the engine's scheduling_policy is not 'priority'"
@@ -89,7 +89,8 @@ def priority_of(body: SamplingFields, settings: ServerSettings, scheduling_polic
 def check_stream_options(body: SamplingFields) -> bool:
     """Whether a stream ends with its usage. Raises ApiError (400) for options without a stream."""
     if body.stream_options is not None and not body.stream:
-        raise bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options")
+        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        raise bad_request(message, "stream_options")
     return bool(body.stream_options and body.stream_options.include_usage)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.async_engine import AsyncEngine
 from engine.errors import ConfigError
+from engine.parsers import check_parser_names, choose_parsers
 from engine.server.errors import ApiError
 from engine.server.settings import ServerSettings
 
@@ -67,19 +68,11 @@ class ServedModels:
 
 
 def _served(name: str, engine: AsyncEngine, settings: ServerSettings) -> ServedModel:
-    from engine.parsers import REASONING_PARSERS, TOOL_PARSERS, choose_parsers
-
     template = getattr(engine.engine.tokenizer, "chat_template", None)
-    model_type = getattr(engine.engine.model_config, "model_type", None)
-    tool, reasoning = choose_parsers(template if isinstance(template, str) else None, model_type)
+    tool, reasoning = choose_parsers(template if isinstance(template, str) else None)
     if settings.tool_parser != "auto":
-        tool = _known("tool_parser", settings.tool_parser, TOOL_PARSERS)
+        tool = settings.tool_parser
     if settings.reasoning_parser != "auto":
-        reasoning = _known("reasoning_parser", settings.reasoning_parser, REASONING_PARSERS)
+        reasoning = settings.reasoning_parser
+    check_parser_names(tool, reasoning)
     return ServedModel(name, engine, int(time.time()), tool, reasoning)
-
-
-def _known(option: str, name: str | None, parsers: Mapping[str, Any]) -> str | None:
-    if name is not None and name not in parsers:
-        raise ConfigError(f"server.{option}={name}: choose one of auto, {', '.join(sorted(parsers))}")
-    return name

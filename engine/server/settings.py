@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import ConfigError
 from engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
@@ -21,6 +23,8 @@ class ServerSettings:
 
     require_api_key: bool = True
     """Every route wants a key; without, keys that are given are still counted."""
+    open_to_all: bool = False
+    """Without `require_api_key`, listen on other addresses than the loopback too."""
     api_key_in_query: bool = False
     """Also take `?api_key=`: off, because URLs end up in logs."""
 
@@ -46,6 +50,8 @@ class ServerSettings:
     template_variables: tuple[str, ...] = TEMPLATE_VARIABLES
     """The names that `chat_template_kwargs` may give a chat template; any other is refused."""
 
+    max_waiting: int = 1024
+    """Unfinished requests of a model, running ones included; past it the answer is 429."""
     request_timeout_s: float = 600.0
     """Most seconds from a request's arrival to its last token."""
     drain_seconds: float = 30.0
@@ -71,6 +77,16 @@ class ServerSettings:
     """A name of `engine.parsers.TOOL_PARSERS`, "auto" (by the model's template), or None: calls stay text."""
     reasoning_parser: str | None = "auto"
     """The same of `REASONING_PARSERS`; None: reasoning stays in the content."""
+
+    @classmethod
+    def of(cls, **options: Any) -> ServerSettings:
+        """Settings from options by name. Raises ConfigError for one that does not exist."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+                raise ConfigError(f"server.{name} does not exist: the nearest name is {near[0]!r}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         highest = {

@@ -12,27 +12,47 @@ from engine.server.settings import ServerSettings
 from engine.server.tool_choice import ToolChoice
 from engine.structured import StructuredOutput
 
-Format = TextFormat | JsonObjectFormat | ChatSchemaFormat
+Wanted = tuple[str, str, Any]
+"""The field of a body that asks for a form, the field of StructuredOutput that says it, and its value."""
 
 
 def structured_output(
     body: SamplingFields,
     settings: ServerSettings,
     *,
-    response_format: Format | None = None,
+    form: Wanted | None = None,
     tools: ToolChoice | None = None,
 ) -> StructuredOutput | None:
-    """What the fields of a body ask for; None for free text. Raises ApiError (400) for two forms at once."""
-    wanted = [*_of_format(response_format), *_of_guided(body)]
+    """What a body asks for, by its own field for it (`form`), vLLM's fields, or a call that has to be made;
+    None for free text. Raises ApiError (400) for two forms at once."""
     call_schema = tools.call_schema if tools else None
-    if call_schema is not None:
-        # A call comes in the place of the answer that the format is about.
-        wanted = [("tool_choice", "json", call_schema), *wanted[len(_of_format(response_format)) :]]
-    return make_structured(wanted, settings)
+    if call_schema is not None:  # a call comes in the place of the answer that `form` is about
+        form = ("tool_choice", "json", call_schema)
+    return make_structured([*([form] if form else []), *_of_guided(body)], settings)
 
 
-def make_structured(wanted: list[tuple[str, str, Any]], settings: ServerSettings) -> StructuredOutput | None:
-    """Of (field of the body, field of StructuredOutput, value) at most one. Raises ApiError (400)."""
+def chat_form(given: TextFormat | JsonObjectFormat | ChatSchemaFormat | None) -> Wanted | None:
+    """What `response_format` asks for. Raises ApiError (400) for a schema that is not there."""
+    if given is None:
+        return None
+    is_schema = isinstance(given, ChatSchemaFormat)
+    return wanted_format(given.type, given.json_schema.schema_ if is_schema else None, "response_format")
+
+
+def wanted_format(kind: str, schema: dict[str, Any] | None, param: str) -> Wanted | None:
+    """Of OpenAI's three types."""
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return (param, "json_object", True)
+    if schema is None:
+        message = f"Missing required parameter: '{param}.schema'."
+        raise bad_request(message, param, "missing_required_parameter")
+    return (param, "json", schema)
+
+
+def make_structured(wanted: list[Wanted], settings: ServerSettings) -> StructuredOutput | None:
+    """At most one is taken. Raises ApiError (400)."""
     if not wanted:
         return None
     if len(wanted) > 1:
@@ -49,19 +69,7 @@ def make_structured(wanted: list[tuple[str, str, Any]], settings: ServerSettings
         raise bad_request(str(error), param, "invalid_structured_output") from error
 
 
-def _of_format(given: Format | None) -> list[tuple[str, str, Any]]:
-    if given is None or isinstance(given, TextFormat):
-        return []
-    if isinstance(given, JsonObjectFormat):
-        return [("response_format", "json_object", True)]
-    schema = given.json_schema.schema_
-    if schema is None:
-        param = "response_format.json_schema.schema"
-        raise bad_request(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
-    return [("response_format", "json", schema)]
-
-
-def _of_guided(body: SamplingFields) -> list[tuple[str, str, Any]]:
+def _of_guided(body: SamplingFields) -> list[Wanted]:
     """vLLM's fields: `guided_*`, and `structured_outputs`, which came after them."""
     found = [
         (f"guided_{kind}", kind, value)
@@ -70,5 +78,5 @@ def _of_guided(body: SamplingFields) -> list[tuple[str, str, Any]]:
     ]
     if body.structured_outputs is not None:
         given = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
-        found += [(f"structured_outputs.{kind}", kind, value) for kind, value in given.items() if value != False]  # noqa: E712
+        found += [(f"structured_outputs.{kind}", kind, value) for kind, value in given.items() if value]
     return found
