@@ -19,13 +19,13 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from engine.checkpoints import prompt_tokens
+from engine.doorkeeper import Doorkeeper
 from engine.engine import Engine
-from engine.errors import Overloaded, RequestError
+from engine.errors import RequestError
 from engine.inputs import Chat, TokenIds, is_token_ids
 from engine.loop_mailbox import Mailbox, waker_of_running_loop
 from engine.open_request import OpenRequest
 from engine.outputs import EngineStats, RequestOutput
-from engine.retry_after import RetryAfter
 from engine.sampling_params import SamplingParams
 from engine.step_thread import StepThread
 from engine.text_thread import TextThread
@@ -44,18 +44,18 @@ class AsyncEngine:
     Each request that is taken comes to one end: an output that is `finished`, an exception, or nothing where
     its caller left (a cancelled task, a closed stream). Whichever it is, its pages are free afterwards.
 
-    max_waiting: unfinished requests, running ones included, past which `Overloaded` is raised; None: no bound.
+    max_waiting: unfinished requests, running ones included, past which `Overloaded` is raised, but for a tenant
+        that has less than its share of them (engine/doorkeeper.py); None: no bound.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int | None = None):
         self.engine = engine
-        self._max_waiting = max_waiting
         self._lock = threading.Lock()
         self._all_ended = threading.Condition(self._lock)
         self._open: dict[str, OpenRequest] = {}
         self._num_ids = 0
         self._is_started = self._is_closed = False
-        self._retry_after = RetryAfter()
+        self._doorkeeper = Doorkeeper(max_waiting)
         self._text = TextThread(self._drop)
         interval = engine.config.stream_interval_ms / 1000
         self._steps = StepThread(engine, self._text, self._release, interval)
@@ -138,10 +138,12 @@ class AsyncEngine:
             Overloaded: `max_waiting` are unfinished.
             EngineClosed: no requests are taken any more.
         """
-        request = self._reserve(request_id, prompt, timeout_s, stream, on_output, on_error or _ignore)
+        request = self._reserve(
+            request_id, tenant, prompt, timeout_s, stream, on_output, on_error or _ignore
+        )
         try:
             token_ids = self._tokens(request.request_id, prompt)
-            self._add(request, token_ids, sampling, priority, tenant, cache_salt).result()
+            self._add(request, token_ids, sampling, priority, cache_salt).result()
         except BaseException:
             self._drop(request)
             raise
@@ -213,16 +215,20 @@ class AsyncEngine:
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         mailbox = Mailbox(waker_of_running_loop())
-        request = self._reserve(request_id, prompt, timeout_s, stream, mailbox.put, mailbox.fail)
+        request = self._reserve(
+            request_id, tenant, prompt, timeout_s, stream, mailbox.put, mailbox.fail
+        )
         try:
             if isinstance(prompt, str) or not is_token_ids(prompt):
                 loop = asyncio.get_running_loop()
-                token_ids = await loop.run_in_executor(
-                    self._tokenisers, self._tokens, request.request_id, prompt
-                )
+                try:
+                    coming = loop.run_in_executor(self._tokenisers, self._tokens, request.request_id, prompt)
+                except RuntimeError as error:  # they have been shut down since
+                    raise self._steps.closed_error() from error
+                token_ids = await coming
             else:
                 token_ids = self._tokens(request.request_id, prompt)
-            adding = self._add(request, token_ids, sampling, priority, tenant, cache_salt)
+            adding = self._add(request, token_ids, sampling, priority, cache_salt)
             await asyncio.wrap_future(adding)
             finished = False
             while not finished:
@@ -235,6 +241,7 @@ class AsyncEngine:
     def _reserve(
         self,
         request_id: str | None,
+        tenant: str | None,
         prompt: Prompt,
         timeout_s: float | None,
         stream: bool,
@@ -249,15 +256,14 @@ class AsyncEngine:
         with self._lock:
             if self._is_closed or self._steps.error is not None:
                 raise self._steps.closed_error()
-            if self._max_waiting is not None and len(self._open) >= self._max_waiting:
-                raise Overloaded(self._max_waiting, self._retry_after.refuse())
             if request_id is None:
                 request_id = f"request-{self._num_ids}"
                 self._num_ids += 1
             if request_id in self._open:
                 raise RequestError("duplicate_request_id", f"request {request_id!r} is unfinished already")
+            self._doorkeeper.enter(tenant)
             text = prompt if isinstance(prompt, str) else None
-            request = OpenRequest(request_id, on_output, on_error, stream, text, deadline)
+            request = OpenRequest(request_id, on_output, on_error, stream, tenant, text, deadline)
             self._open[request_id] = request
         return request
 
@@ -272,7 +278,6 @@ class AsyncEngine:
         token_ids: tuple[int, ...],
         sampling: SamplingParams | None,
         priority: int,
-        tenant: str | None,
         cache_salt: str | None,
     ) -> Future[None]:
         def add() -> None:
@@ -282,7 +287,7 @@ class AsyncEngine:
                     prompt_token_ids=token_ids,
                     sampling=sampling,
                     priority=priority,
-                    tenant=tenant,
+                    tenant=request.tenant,
                     cache_salt=cache_salt,
                 )
 
@@ -302,7 +307,7 @@ class AsyncEngine:
         with self._all_ended:
             if self._open.get(request.request_id) is request:
                 del self._open[request.request_id]
-                self._retry_after.end(time.monotonic())
+                self._doorkeeper.leave(request.tenant, time.monotonic())
                 self._all_ended.notify_all()
 
 

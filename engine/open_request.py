@@ -26,6 +26,7 @@ class OpenRequest:
     on_output: Callable[[RequestOutput], None]
     on_error: Callable[[Exception], None]
     stream: bool
+    tenant: str | None
     prompt: str | None
     deadline: float | None
     """Monotonic seconds."""

@@ -67,6 +67,10 @@ class Request:
 
     arrival: int = 0
     """Sequence number given by `Scheduler.add`; lower is older."""
+    arrival_step: int = 0
+    """Steps that the scheduler had planned when it came."""
+    num_charged: int = 0
+    """Output tokens that its tenant has been charged with (engine/waiting_queue.py)."""
     table: SeatTable | None = None
     """Where its numbers are while it runs, in the row `seat`."""
     seat: int = 0

@@ -95,7 +95,9 @@ class StepThread:
     def add(self, request: OpenRequest, **arguments: object) -> None:
         """Queue a request in the engine, `arguments` being those of `Engine.add_request`."""
         engine, request_id = self._engine, request.request_id
-        engine.add_request(request_id, shares_result=not request.stream, **arguments)  # type: ignore[arg-type]
+        engine.add_request(
+            request_id, stream=False, shares_result=not request.stream, **arguments
+        )  # type: ignore[arg-type]
         self._open[request_id] = request
         if request.stream:
             request.group = engine.request_group(request_id)

@@ -21,6 +21,11 @@ from engine.request_group import RequestGroup
 
 _LOG = logging.getLogger(__name__)
 
+_PORTION = 8
+"""Events that are delivered in one go."""
+_BREAK_SECONDS = 1e-5
+"""Long enough for a waiting thread to be woken; with 0 this one would be back first."""
+
 
 class TextThread:
     """Delivers events in the order in which they come.
@@ -50,11 +55,12 @@ class TextThread:
 
     def _run(self) -> None:
         while (events := self._events.get()) is not None:
-            for event in events:
+            for index, event in enumerate(events):
+                # A step thread that wants the interpreter meanwhile would otherwise be given it only after
+                # `sys.getswitchinterval()`, which is as long as a step.
+                if index % _PORTION == _PORTION - 1:
+                    time.sleep(_BREAK_SECONDS)
                 self._deliver(event)
-                # Lets go of the interpreter, which a step thread that wants it would otherwise be given only
-                # after `sys.getswitchinterval()`, the time of a step.
-                time.sleep(0)
 
     def _deliver(self, event: Event) -> None:
         request = event.request
