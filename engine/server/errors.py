@@ -142,7 +142,7 @@ _PARAMS = {
 
 
 def _of_request_error(error: RequestError) -> ApiError:
-    param, code = _PARAMS.get(error.reason, (error.field, error.reason))
+    param, code = _PARAMS.get(error.reason, (error.param, error.reason))
     return bad_request(str(error).removeprefix("sampling."), param, code)
 
 

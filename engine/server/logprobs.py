@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from engine.detokenizer import bytes_of_token_id
+from engine.detokenizer import bytes_of_token
 from engine.outputs import CompletionOutput, TokenLogprob
 from engine.sampling_params import SamplingParams
 
@@ -84,7 +84,7 @@ class CompletionLogprobMaker:
             token_id = token_ids[index] if entry is None else entry.token_id
             made.tokens.append(_spelled(self._tokenizer, token_id))
             made.text_offset.append(self._offset)
-            self._offset += len(self._decoder.decode(bytes_of_token_id(self._tokenizer, token_id)))
+            self._offset += len(self._decoder.decode(bytes_of_token(self._tokenizer, token_id)))
             if entry is None:
                 made.token_logprobs.append(None)
                 made.top_logprobs.append(None)
@@ -97,13 +97,13 @@ class CompletionLogprobMaker:
 
 
 def _token(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:
-    raw = bytes_of_token_id(tokenizer, token_id)
+    raw = bytes_of_token(tokenizer, token_id)
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LOWEST), "bytes": list(raw)}
 
 
 def _spelled(tokenizer: Any, token_id: int) -> str:
     """A token's text, or its bytes spelled out where they are a part of a character: no two look alike."""
-    raw = bytes_of_token_id(tokenizer, token_id)
+    raw = bytes_of_token(tokenizer, token_id)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
