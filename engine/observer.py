@@ -76,6 +76,14 @@ class Observed:
             self._monitoring.close()
             self._monitoring = None
 
+    def add_observer(self, observer: EngineObserver) -> None:
+        """From any thread: the list is replaced, and a step that goes through the old one finishes so."""
+        self.observers = [*self.observers, observer]
+
+    def remove_observer(self, observer: EngineObserver) -> None:
+        """Likewise. Nothing is to be done for one that is not there."""
+        self.observers = [each for each in self.observers if each is not observer]
+
     def _tell_added(self, request_id: str, num_prompt_tokens: int, sampling: SamplingParams) -> None:
         for observer in self.observers:
             observer.on_added(request_id, num_prompt_tokens, sampling)

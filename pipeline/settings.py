@@ -22,6 +22,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.platforms import profile_of
 from engine.sampling_params import INTERACTIVE_FIELDS, SamplingParams
+from pipeline.monitoring import MonitoringSettings
 from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.preemption import PreemptionSettings
 from pipeline.progress import ProgressStyle
@@ -148,12 +149,18 @@ class Settings:
     plan: PlanSettings = field(default_factory=PlanSettings)
     gc: GcSettings = field(default_factory=GcSettings)
     preemption: PreemptionSettings = field(default_factory=PreemptionSettings)
+    monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
 
     def __post_init__(self) -> None:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
         _in_range("drain_seconds", self.drain_seconds, 0.0, 86_400.0)
         _in_range("step_timeout_s", self.step_timeout_s, 0.1, 86_400.0)
         _in_range("progress_line_seconds", self.progress_line_seconds, 0.1, 86_400.0)
+        if self.monitoring.console and self.progress == "bar":
+            raise ConfigError(
+                "monitoring.console=true and progress=bar would write over each other: leave progress=auto, "
+                "and the console takes its place"
+            )
         if self.output.path is None and self.mode != "plan":
             raise ConfigError("output.path is missing: name the folder for the results, output.path=…")
         if self.plan.topology is not None and self.engine.chip is not None:
@@ -195,6 +202,11 @@ HARMLESS = frozenset(
         "preemption.file",
         "preemption.metadata_url",
         "preemption.poll_seconds",
+        "monitoring.prometheus_port",
+        "monitoring.dashboard_port",
+        "monitoring.host",
+        "monitoring.console",
+        "monitoring.traces",
         "input.path",
         "input.order",
         "model.source",

@@ -61,6 +61,8 @@ def sampling_of(
         _at_most("max_tokens", max_tokens, settings.max_tokens)
     if body.seed is not None:
         values["seed"] = body.seed % MAX_SEED
+    if structured is not None:
+        values["structured"] = structured
     if body.top_k is not None:
         values["top_k"] = max(body.top_k, 0)
     return SamplingParams(
@@ -69,7 +71,6 @@ def sampling_of(
         stop=tuple(stop),
         logit_bias=_logit_bias(body.logit_bias or {}),
         logprobs=logprobs,
-        structured=structured,
         **values,
     )
 
