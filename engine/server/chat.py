@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.parsers import ContentDelta, ReasoningDelta, ToolCallStart
+from engine.server import generation
 from engine.server.answers import (
     AnswerMessage,
     AnswerToolCall,
@@ -26,7 +27,6 @@ from engine.server.answers import (
     ToolCallDelta,
     Usage,
 )
-from engine.server import generation
 from engine.server.chat_body import ChatBody
 from engine.server.errors import ERROR_ANSWERS, api_error, bad_request
 from engine.server.event_stream import DONE, EventStream, data_event, error_event
@@ -129,9 +129,7 @@ class ChatCall:
         )
 
 
-async def chat_call(
-    model: ServedModel, body: ChatBody, settings: ServerSettings, caller: Caller
-) -> ChatCall:
+async def chat_call(model: ServedModel, body: ChatBody, settings: ServerSettings, caller: Caller) -> ChatCall:
     """Raises ApiError or RequestError (400) for a body that cannot run; nothing is queued yet."""
     tools = tool_choice_of(body, settings)
     priority = priority_of(body, settings, model.engine.engine.config.scheduling_policy)

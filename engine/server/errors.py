@@ -1,10 +1,10 @@
 """Errors as OpenAI writes them: `{"error": {"message", "type", "param", "code"}}`, with their HTTP status.
 
-    400  the request cannot run; `param` names the field
-    401  no key, or a wrong one             403  a key that may not do this
-    404  no such model, response or path    413  the body is too large
-    429  more is waiting than the server takes: come back after Retry-After
-    503  the engine failed or the server is ending         504  the request took longer than it may
+400  the request cannot run; `param` names the field
+401  no key, or a wrong one             403  a key that may not do this
+404  no such model, response or path    413  the body is too large
+429  more is waiting than the server takes: come back after Retry-After
+503  the engine failed or the server is ending         504  the request took longer than it may
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads answers that a schema made calls of (`tool_choice` required or a name), as they grow.
 
-    named      {"city": "Paris"}                                         the arguments alone
-    required   [{"name": "get_weather", "arguments": {"city": "Paris"}}, ...]
+named      {"city": "Paris"}                                         the arguments alone
+required   [{"name": "get_weather", "arguments": {"city": "Paris"}}, ...]
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ class CompletionLogprobMaker:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def push(self, entries: Sequence[TokenLogprob | None], token_ids: Sequence[int] = ()) -> CompletionLogprobs:
+    def push(
+        self, entries: Sequence[TokenLogprob | None], token_ids: Sequence[int] = ()
+    ) -> CompletionLogprobs:
         """`token_ids` names the tokens of entries that are None."""
         made = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for index, entry in enumerate(entries):

@@ -60,7 +60,9 @@ def _first_call(events: Iterable[Event]) -> Iterator[Event]:
             yield event
 
 
-def read_message(model: ServedModel, tools: ToolChoice, text: str, inside_reasoning: bool | None) -> ParsedMessage:
+def read_message(
+    model: ServedModel, tools: ToolChoice, text: str, inside_reasoning: bool | None
+) -> ParsedMessage:
     """A finished completion's parts."""
     reader = part_reader(model, tools, inside_reasoning)
     return message_of([*reader.push(text), *reader.finish()])

@@ -80,7 +80,9 @@ def template_messages(messages: Sequence[Message], where: str | None = None) -> 
     `developer` is what `system` is now called, and `function` what `tool` was: templates know the others.
     `where`: the field of the body they come from. Raises ApiError (400) for a message that says nothing.
     """
-    return [_template_message(message, where or f"messages.{index}") for index, message in enumerate(messages)]
+    return [
+        _template_message(message, where or f"messages.{index}") for index, message in enumerate(messages)
+    ]
 
 
 def content_text(content: str | Sequence[Any] | None) -> str:

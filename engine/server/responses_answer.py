@@ -125,7 +125,9 @@ class DeletedResponse(BaseModel):
     deleted: Literal[True] = True
 
 
-def begun_answer(body: ResponseBody, response_id: str, model: str, created: int, stores: bool) -> ResponseAnswer:
+def begun_answer(
+    body: ResponseBody, response_id: str, model: str, created: int, stores: bool
+) -> ResponseAnswer:
     """The response to a body before anything is generated: it says what was asked for, defaults filled in."""
     choice = body.tool_choice
     effort = body.reasoning.effort if body.reasoning else None

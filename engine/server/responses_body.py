@@ -83,9 +83,7 @@ class SchemaFormat(JsonSchemaFormat):
 
 
 class TextOptions(Body):
-    format: (
-        Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None
-    ) = None
+    format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
 
 
 class ReasoningOptions(Body):
@@ -114,5 +112,3 @@ class ResponseBody(SamplingFields):
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-
-

@@ -9,7 +9,7 @@ from engine.sampling_params import SamplingParams
 from engine.server.errors import bad_request
 from engine.server.fields import SamplingFields
 from engine.server.settings import ServerSettings
-from engine.structured import StructuredOutput
+from engine.structured.spec import StructuredOutput
 
 _SAME_NAME = (
     "temperature",

@@ -10,7 +10,7 @@ from engine.server.errors import bad_request
 from engine.server.fields import ChatSchemaFormat, JsonObjectFormat, SamplingFields, TextFormat
 from engine.server.settings import ServerSettings
 from engine.server.tool_choice import ToolChoice
-from engine.structured import StructuredOutput
+from engine.structured.spec import StructuredOutput
 
 Wanted = tuple[str, str, Any]
 """The field of a body that asks for a form, the field of StructuredOutput that says it, and its value."""

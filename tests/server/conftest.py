@@ -86,9 +86,7 @@ def assert_idle(engine: AsyncEngine) -> None:
 def complete(engine: AsyncEngine, prompt: Any, **sampling: Any) -> RequestOutput:
     """What the engine itself makes of a prompt."""
     done: Future[RequestOutput] = Future()
-    engine.submit(
-        prompt, SamplingParams(**sampling), on_output=done.set_result, on_error=done.set_exception
-    )
+    engine.submit(prompt, SamplingParams(**sampling), on_output=done.set_result, on_error=done.set_exception)
     return done.result(timeout=30)
 
 

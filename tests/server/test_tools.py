@@ -134,7 +134,10 @@ def test_a_conversation_with_calls_goes_on(client: openai.OpenAI):
         ({"tools": TOOLS, "functions": [TIME]}, "functions"),
         ({"function_call": "auto"}, "function_call"),
         ({"tools": [{"type": "function", "function": {"name": "bad name"}}]}, "tools.0.function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools",
+        ),
         ({"tools": [TOOLS[0]] * 129}, "tools"),
         ({"tools": TOOLS, "tool_choice": "required", "extra_body": {"guided_regex": "a"}}, "guided_regex"),
     ],
