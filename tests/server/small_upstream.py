@@ -13,7 +13,7 @@ COMPLETE = b'{"object": "chat.completion", "model": "m", "usage": {"prompt_token
 
 @dataclass
 class SmallUpstream:
-    """An ASGI app. `faults` are taken one a request: a status, or `hang`, `close`, `break` (in its stream)."""
+    """An ASGI app. `faults` are taken one a request: a status, or `hang`, `close` (after the headers), `break` (in its stream)."""
 
     name: str = "a"
     models: Sequence[str] = ("m",)
@@ -67,8 +67,8 @@ class SmallUpstream:
             await _answer(send, fault, b'{"error": {"message": "of the upstream"}}', (b"retry-after", b"7"))
         elif fault == "hang":
             await asyncio.sleep(60)
-        elif fault == "close":
-            return
+        elif fault == "close":  # uvicorn closes a connection whose answer is not whole
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
         elif body.get("stream"):
             await self._stream(body, fault, send)
         else:

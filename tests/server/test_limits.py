@@ -103,10 +103,10 @@ async def in_pieces(size: int, num: int) -> AsyncIterator[bytes]:
 def test_a_body_may_be_as_large_as_the_limit_and_no_larger():
     app = limited_app(Settings(max_body_bytes=1000), max_body_bytes={"/files": 5000})
     for path, most in (("/read", 1000), ("/parse", 1000), ("/files", 5000)):
-        largest = post(app, path, b"{}" + b" " * (most - 2))
+        largest = post(app, path, b"{}" + b" " * (most - 2), content_type="application/json")
         assert largest.status_code == 200, path
         for larger in (b"{}" + b" " * (most - 1), in_pieces(100, most // 100 + 1)):
-            answer = post(app, path, larger)
+            answer = post(app, path, larger, content_type="application/json")
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large"), path
 
 

@@ -138,7 +138,8 @@ def test_prompts_of_a_template_begin_alike_and_others_do_not():
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+        max_leaves=4,
     ),
     st.sampled_from(["messages", "prompt", "input", "instructions", "tools"]),
 )

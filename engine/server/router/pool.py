@@ -57,7 +57,7 @@ class UpstreamPool:
         found: dict[str, dict[str, Any]] = {}
         for each in self.upstreams.values():
             if each.reachable:
-                found = {**each.models, **found}
+                found |= {name: model for name, model in each.models.items() if name not in found}
         return found
 
     def serving(self, model: str) -> list[Upstream]:
