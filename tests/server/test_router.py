@@ -1,4 +1,5 @@
-"""A router over real servers on the loopback: where requests go, what is passed on, and what happens when one fails."""
+"""A router over real servers on the loopback: where requests go, what is passed on, and what happens when
+one fails."""
 
 from __future__ import annotations
 
@@ -20,12 +21,17 @@ from engine.server.connections import uvicorn_options
 from engine.server.keys import KeyRing
 from engine.server.router.app import create_router_app
 from engine.server.router.settings import RouterSettings, UpstreamSettings
-from tests.server.guarded_app import Settings
+from tests.server.guarded_app import small_settings
 from tests.server.small_upstream import COMPLETE, SmallUpstream
 from tests.server.uvicorn_thread import serving
 
 CHAT = "/v1/chat/completions"
-FAST = {"health_interval_s": 0.1, "backoff_s": 0.2, "connect_timeout_s": 1.0, "read_timeout_s": 2.0}
+FAST: dict[str, Any] = {
+    "health_interval_s": 0.1,
+    "backoff_s": 0.2,
+    "connect_timeout_s": 1.0,
+    "read_timeout_s": 2.0,
+}
 
 
 @contextmanager
@@ -36,7 +42,8 @@ def routing(
     of_each: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[httpx.Client]:
-    """A client of a router over `upstreams`, each a server of its own, and ports `dead` that nobody listens to."""
+    """A client of a router over `upstreams`, each a server of its own, and ports `dead` that nobody listens
+    to."""
     with ExitStack() as stack:
         each = [
             UpstreamSettings(
@@ -49,8 +56,10 @@ def routing(
         ]
         each += [UpstreamSettings(name=name, url="http://127.0.0.1:9", models=("m",)) for name in dead]
         options = {**FAST, **settings}
-        app = create_router_app(RouterSettings(upstreams=tuple(each), **options), server=Settings(), keys=keys)
-        url = stack.enter_context(serving(app, **uvicorn_options(Settings())))
+        app = create_router_app(
+            RouterSettings(upstreams=tuple(each), **options), server=small_settings(), keys=keys
+        )
+        url = stack.enter_context(serving(app, **uvicorn_options(small_settings())))
         yield stack.enter_context(httpx.Client(base_url=url, timeout=10))
 
 
@@ -105,7 +114,9 @@ def test_what_a_client_sends_beside_its_body_stays_here_and_so_does_what_an_upst
         seen = a.seen[0]["headers"]
         assert seen["authorization"] == "Bearer upstream-key"
         assert seen["x-request-id"] == "id-7"
-        assert not {"cookie", "x-mine", "te", "x-forwarded-for", "proxy-authorization", "x-api-key"} & set(seen)
+        assert not {"cookie", "x-mine", "te", "x-forwarded-for", "proxy-authorization", "x-api-key"} & set(
+            seen
+        )
         assert "client-key" not in str(a.seen)
         assert not {"set-cookie", "keep-alive", "x-secret"} & set(answer.headers)
         by_header = client.post(CHAT, json=body(), headers={"x-api-key": "client-key"})
@@ -325,7 +336,9 @@ def test_one_clients_cache_is_not_anothers():
 )
 def test_a_body_that_nobody_could_take_is_refused_here(content: bytes, code: str):
     async def call() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(local_router()), base_url="http://r") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(local_router()), base_url="http://r"
+        ) as client:
             return await client.post(CHAT, content=content)
 
     answer = asyncio.run(call())
@@ -334,7 +347,7 @@ def test_a_body_that_nobody_could_take_is_refused_here(content: bytes, code: str
 
 def local_router(upstream: SmallUpstream | None = None) -> FastAPI:
     settings = RouterSettings(upstreams=(UpstreamSettings(name="here", models=("m",)),), **FAST)
-    return create_router_app(settings, server=Settings(), local={"here": upstream or SmallUpstream()})
+    return create_router_app(settings, server=small_settings(), local={"here": upstream or SmallUpstream()})
 
 
 def test_an_app_of_this_process_is_streamed_from_and_told_when_its_client_goes():
@@ -368,7 +381,7 @@ def test_an_upstream_is_a_url_or_an_app():
         (UpstreamSettings(name="a", url="http://host"), {"a": SmallUpstream()}),
     ):
         with pytest.raises(ConfigError, match="must have a url or be an app"):
-            create_router_app(RouterSettings(upstreams=(upstream,)), server=Settings(), local=local)
+            create_router_app(RouterSettings(upstreams=(upstream,)), server=small_settings(), local=local)
 
 
 def test_where_requests_of_one_model_may_go_is_counted():
