@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -296,6 +297,17 @@ _LATER_DEFAULTS = {
     if field.name in (*_LATER, *INTERACTIVE_FIELDS)
 }
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_KNOWN = frozenset(_FIELD_NAMES)
+_init = SamplingParams.__init__
+
+
+@functools.wraps(_init)
+def _init_by_any_name(self: SamplingParams, **values: Any) -> None:
+    _init(self, **_known_names(values))
+
+
+# The constructor takes the names that `from_dict` does, which a dataclass's own cannot.
+SamplingParams.__init__ = _init_by_any_name  # type: ignore[method-assign]
 
 
 def _known_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,6 +315,8 @@ def _known_names(values: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError(
             "bad_sampling", f"sampling is a {type(values).__name__}: it must be a mapping of names to values"
         )
+    if values.keys() <= _KNOWN:
+        return dict(values)
     known: dict[str, Any] = {}
     for given, value in values.items():
         name = _ALIASES.get(given, given)
