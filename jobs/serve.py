@@ -99,7 +99,7 @@ def run_server(serving: Serving, *, on_ready: Callable[[str], None] | None = Non
 
     # What can be refused is, before anything slow is loaded.
     bound_socket(serving.serve.host, serving.serve.port, serving.server).close()
-    keys, secret = _open_keys(serving)
+    keys, secret = open_keys(serving)
     engines = {name: _load(serving, source) for name, source in serving.sources.items()}
     followers = [engine for engine in engines.values() if not engine.leads]
     for engine in followers:  # another process of the same engine takes the requests
@@ -144,7 +144,7 @@ def _load(serving: Serving, source: str) -> Any:
     return engine
 
 
-def _open_keys(serving: Serving) -> tuple[Any, str | None]:
+def open_keys(serving: Serving) -> tuple[Any, str | None]:
     """The keys, and the one that was made for this run: where there is none that anybody could know."""
     from engine.server.keys import KeyRing
 
@@ -178,7 +178,8 @@ def _tell(serving: Serving, url: str, secret: str | None) -> None:
 
 def curl_line(url: str, model: str, key: str | None) -> str:
     """A command that streams an answer."""
-    body = {"model": model, "messages": [{"role": "user", "content": "Say hello."}], "stream": True}
+    messages = [{"role": "user", "content": "Say hello."}]
+    body = {"model": model, "messages": messages, "temperature": 0, "stream": True}
     authorization = f' -H "Authorization: Bearer {key}"' if key else ""
     return (
         f"curl -N {url}/v1/chat/completions{authorization} -H 'Content-Type: application/json' "

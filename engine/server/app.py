@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.security import HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from engine.async_engine import AsyncEngine
 from engine.server.auth import OPEN_PATHS, install_auth
@@ -57,8 +58,7 @@ def create_app(
         try:
             yield
         finally:
-            for model in served:
-                model.engine.close()
+            await run_in_threadpool(served.close)
 
     security = [] if keys is None else [Depends(HTTPBearer(auto_error=False))]
     app = FastAPI(
@@ -72,6 +72,7 @@ def create_app(
         dependencies=security,
     )
     app.state.keys = keys
+    app.state.models = served
     install_errors(app)
     for routes in _routes(served, settings, batches, metrics):
         app.include_router(routes)
