@@ -149,15 +149,6 @@ def whole_text(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_toke
     return decoder.push(token_ids) + decoder.finish()
 
 
-def bytes_of_token(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """What one token stands for by itself, special ones too; it may be part of a character. A tokenizer that
-    is not byte-level is asked for the token's text."""
-    token_bytes = _token_bytes(tokenizer, skip_special_tokens=False)
-    if token_bytes is None:
-        return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8")
-    return token_bytes[token_id] if token_id < len(token_bytes) else b""
-
-
 def text_decoder(tokenizer: Tokenizer, skip_special_tokens: bool) -> TextDecoder:
     """The exact decoder where a token is a sequence of bytes, else one that only asks `tokenizer.decode`."""
     token_bytes = _token_bytes(tokenizer, skip_special_tokens)

@@ -35,14 +35,12 @@ class MissingExtraError(ConfigError):
 class RequestError(TidemillError):
     """One request cannot run; the others are unaffected.
 
-    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row;
-    `param` names the field of an API request that is wrong, where it is one.
+    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row.
     """
 
-    def __init__(self, reason: str, message: str, param: str | None = None):
+    def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
-        self.param = param
 
 
 class RetryLater(TidemillError):
