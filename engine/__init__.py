@@ -6,14 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
     from engine.config import EngineConfig
     from engine.engine import Engine
     from engine.outputs import CompletionOutput, RequestOutput
     from engine.sampling_params import SamplingParams
 
-__all__ = ["CompletionOutput", "Engine", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = ["AsyncEngine", "CompletionOutput", "Engine", "EngineConfig", "RequestOutput", "SamplingParams"]
 
 _HOMES = {
+    "AsyncEngine": "engine.async_engine",
     "CompletionOutput": "engine.outputs",
     "Engine": "engine.engine",
     "EngineConfig": "engine.config",

@@ -33,9 +33,15 @@ class EngineConfig:
     """Bytes for KV pages instead of a share; None on a CPU: 2 GiB."""
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
-    """"fcfs", or "priority": lower `priority` first, then age."""
+    """"fcfs", or "priority": lower `priority` first, then age; such a request also takes the place of a running
+    one of higher `priority` when seats or pages run out."""
+    priority_aging_steps: int | None = 1000
+    """Under the priority policy a waiting request is overtaken only by those more urgent by p that come less than
+    p times this many steps after it; None: by all of them, without end."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step."""
+    stream_interval_ms: int = 20
+    """Streams of an `AsyncEngine` show what they have drawn at most this often; 0: after every step."""
     async_scheduling: bool = True
     """Plan and start each step while the one before it still runs; False: one after the other."""
     dtype: str = "float32"
@@ -81,9 +87,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             self._check_integer(name, getattr(self, name), 1, 1 << 20)
-        for name in ("max_model_len", "kv_cache_bytes", "long_prefill_token_threshold"):
+        for name in ("max_model_len", "kv_cache_bytes", "long_prefill_token_threshold", "priority_aging_steps"):
             if getattr(self, name) is not None:
                 self._check_integer(name, getattr(self, name), 2 if name == "max_model_len" else 1, 1 << 50)
+        self._check_integer("stream_interval_ms", self.stream_interval_ms, 0, 60_000)
         self._check_integer("seed", self.seed, 0, 2**63 - 1)
         for name, low, high in (("page_size", 8, 512), ("min_token_pad", 8, 1024)):
             value = self._check_integer(name, getattr(self, name), low, high)

@@ -22,6 +22,7 @@ from engine.inputs import Chat, Prompts, TokenIds, as_list, checked_tokens, is_t
 from engine.outputs import EngineStats, RequestOutput
 from engine.replicas import make_scheduler
 from engine.request import Request, request_key
+from engine.request_control import RequestControl
 from engine.request_group import RequestGroup, bad_word_token_ids
 from engine.sampling_params import SamplingParams
 from engine.scheduler_settings import SchedulerSettings
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from engine.runner import StepRunner
 
 
-class Engine:
+class Engine(RequestControl):
     """Continuous batching over paged keys and values. One thread: `generate`, or `add_request` and `step`.
 
     runner: what runs the steps (default: a `StepRunner` of the model, on the platform of the config).
@@ -77,6 +78,7 @@ class Engine:
         self._duplicates = Duplicates()
         self._ready: list[RequestOutput] = []
         self._num_ids = 0
+        self._is_paused = False
         # Samples whose text is wanted token by token.
         self._growing: set[Request] = set()
         self._num_steps = 0
@@ -109,6 +111,7 @@ class Engine:
         Raises:
             RequestError: a prompt cannot run (then none has), naming it.
         """
+        self._check_runs()
         each = as_list(prompts)
         samplings = sampling_of_each(sampling, len(each))
         ids: list[str] = []
@@ -141,6 +144,7 @@ class Engine:
         `delta_text` never splits a character nor shows a part of a stop string; joined, the deltas are the
         final text. Closing the iterator aborts the request.
         """
+        self._check_runs()
         params = sampling or SamplingParams()
         if params.n != 1:
             raise RequestError("bad_sampling", f"sampling.n is {params.n}: a stream has one completion")
@@ -169,26 +173,31 @@ class Engine:
         *,
         priority: int = 0,
         identity: str | None = None,
+        tenant: str | None = None,
         cache_salt: str | None = None,
         expected_output_len: int | None = None,
         drawn: Sequence[DrawnTokens] | None = None,
         stream: bool = False,
+        shares_result: bool = True,
     ) -> None:
         """Queue a prompt, as token ids or as text or a chat.
 
         One that must come out as an unfinished one does (the same tokens, salt and sampling, and greedy or
-        with a seed) is given that one's result, unless it is streamed.
+        with a seed) is given that one's result, unless it is streamed or shall not share.
 
         Args:
             request_id: unique among the unfinished.
             priority: lower runs sooner, under the priority policy.
             identity: what the random draws descend from, with the run's seed (default: `request_id`).
+            tenant: on whose behalf it runs; of requests that wait at one priority, those of each tenant are
+                started in turns of equal tokens.
             cache_salt: share cached pages only with prompts of the same salt.
             expected_output_len: tokens it will probably generate, at least 1: so much memory is kept for it
                 once it runs (default: one page more than its prompt's). More running requests than fit would
                 take each other's pages. It changes no output.
             drawn: tokens of each sample to go on from (`drawn_tokens` of an earlier engine).
             stream: `step` gives an output whenever the text grows, not only the last one.
+            shares_result: it may be given the result of another one; False: it runs by itself.
 
         Raises:
             RequestError: it cannot run; nothing was queued.
@@ -204,7 +213,7 @@ class Engine:
         if expected_output_len is not None and expected_output_len < 1:
             raise ValueError(f"expected_output_len is {expected_output_len}: give at least 1, or None")
         text, now = prompt if isinstance(prompt, str) else None, time.monotonic()
-        key = None if stream else duplicate_key(tokens, cache_salt, params)
+        key = duplicate_key(tokens, cache_salt, params) if shares_result and not stream else None
         if key is not None and self._duplicates.follow(key, Follower(request_id, text, now), priority):
             return
         bad_words = bad_word_token_ids(self.tokenizer, params.bad_words)
@@ -225,6 +234,7 @@ class Engine:
                 eos_token_ids=self._eos_token_ids,
                 bad_words_token_ids=bad_words,
                 cache_salt=cache_salt,
+                tenant=tenant,
                 expected_len=None if expected_output_len is None else len(token_ids) + expected_output_len,
             )
             for index in range(params.n)
@@ -247,6 +257,8 @@ class Engine:
         with the next call, unless `async_scheduling` is off.
         """
         outputs, self._ready = self._ready, []
+        if self._is_paused:
+            return outputs
         before = self._in_flight
         if before is not None and before.must_end_first:
             outputs += self._take_back(before)
@@ -263,29 +275,6 @@ class Engine:
             outputs += self._take_back(self._in_flight)
             self._in_flight = None
         return outputs
-
-    def abort_request(self, request_id: str) -> bool:
-        """Drop a request and free its pages; no output comes of it. False when it is not unfinished."""
-        if request_id in self._duplicates:
-            self._duplicates.leave(request_id)
-            return True
-        group = self._groups.pop(request_id, None)
-        if group is None:
-            return False
-        heir = self._duplicates.abdicate(request_id)
-        if heir is not None:
-            group.hand_over(heir.request_id, heir.prompt, heir.arrival_time)
-            self._groups[heir.request_id] = group
-            self._scheduler.rename(request_id, heir.request_id)
-            return True
-        self._growing.difference_update(self._scheduler.abort(request_id, time.monotonic()))
-        return True
-
-    def drawn_tokens(self, request_id: str) -> tuple[DrawnTokens, ...] | None:
-        """What an engine to come can go on from, a sample each (`add_request`); None for a request that is
-        not unfinished, or is given another one's result."""
-        group = self._groups.get(request_id)
-        return None if group is None else tuple(map(DrawnTokens.of, group.output("").outputs))
 
     def pin_prefix(self, token_ids: TokenIds, cache_salt: str | None = None) -> None:
         """Say that prompts to come begin with these tokens: their full pages, once computed, are evicted only

@@ -43,6 +43,24 @@ class RequestError(TidemillError):
         self.reason = reason
 
 
+class Overloaded(TidemillError):
+    """An engine that others share has as many unfinished requests as it may: this one was not taken.
+
+    `retry_after_s` is when one will probably have ended, in whole seconds, at least 1.
+    """
+
+    def __init__(self, max_waiting: int, retry_after_s: int):
+        super().__init__(
+            f"the engine has {max_waiting} unfinished requests, as many as it may have (max_waiting): "
+            f"try again in {retry_after_s} s"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class EngineClosed(TidemillError):
+    """The engine takes no requests any more: it was closed, or its device failed."""
+
+
 class RetryLater(TidemillError):
     """A passing fault (disk full, lost credential, unknown outcome): start again later (exit code 75)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.request import TopLogprobs
@@ -44,7 +44,7 @@ class CompletionOutput:
     index: int
     token_ids: tuple[int, ...]
     finish_reason: str | None
-    """"stop", "length" or "abort"; None while it runs."""
+    """"stop", "length", "abort" or "timeout"; None while it runs."""
     text: _MadeWhenRead = _MadeWhenRead()
     """Where no step needed it (no stream, no stop strings) it is made of the tokens when it is first read, in
     the reader's time."""
@@ -84,6 +84,17 @@ class RequestOutput:
     delta_text: str = ""
     """Streaming: what sample 0 grew by since the output before."""
     num_cached_tokens: int = 0
+
+
+def ended_early(output: RequestOutput, reason: str, now: float) -> RequestOutput:
+    """The last output of a request that goes no further, given the one as it stands; `now` in monotonic
+    seconds."""
+    outputs = [
+        sample if sample.finish_reason else CompletionOutput(**vars(sample) | {"finish_reason": reason})
+        for sample in output.outputs
+    ]
+    metrics = replace(output.metrics, finished_time=now)
+    return replace(output, outputs=tuple(outputs), finished=True, metrics=metrics)
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,10 @@ class Replicas:
             self._forget(request)
         return finished
 
+    def preempt_all(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler.preempt_all()
+
     def stats(self) -> SchedulerStats:
         """The sums of all."""
         return SchedulerStats.total([scheduler.stats() for scheduler in self._schedulers])

@@ -62,9 +62,15 @@ class Request:
     """Prompt and output tokens it will probably come to: pages are set aside for these."""
     cache_salt: str | None = None
     """Prompts share pages only with prompts of the same salt."""
+    tenant: str | None = None
+    """On whose behalf it runs: what waits is started in turns of equal tokens."""
 
     arrival: int = 0
     """Sequence number given by `Scheduler.add`; lower is older."""
+    arrival_step: int = 0
+    """Steps that the scheduler had planned when it came."""
+    num_charged: int = 0
+    """Output tokens that its tenant has been charged with (engine/waiting_queue.py)."""
     table: SeatTable | None = None
     """Where its numbers are while it runs, in the row `seat`."""
     seat: int = 0

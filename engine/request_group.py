@@ -25,7 +25,7 @@ class RequestGroup:
         self.stream = stream
         self.grows = stream or bool(requests[0].sampling.stop)
         """Its text is wanted token by token: `push` each one."""
-        self._texts = [self._new_text() for _ in requests] if self.grows else []
+        self._texts = [self.new_text() for _ in requests] if self.grows else []
         for request, text in zip(requests, self._texts, strict=False):
             for token in request.output_token_ids:  # given
                 text.push([token])
@@ -36,7 +36,7 @@ class RequestGroup:
 
         A token that stopped the sample is no part of its text unless asked for.
         """
-        if _ends_with_hidden_token(request):
+        if ends_with_hidden_token(request):
             return ""
         return self._texts[request.sample_index].push(
             request.token_ids(request.num_tokens - 1, request.num_tokens)
@@ -71,38 +71,64 @@ class RequestGroup:
     def is_finished(self) -> bool:
         return self._num_open == 0
 
+    @property
+    def requests(self) -> Sequence[Request]:
+        """The samples, in order."""
+        return self._requests
+
     def output(self, delta_text: str) -> RequestOutput:
+        outputs = tuple([self._completion(request) for request in self._requests])
+        return self.output_of(outputs, self.is_finished, delta_text if self.stream else "")
+
+    def output_of(
+        self, outputs: tuple[CompletionOutput, ...], finished: bool, delta_text: str
+    ) -> RequestOutput:
+        """An output of these samples (`completion_of`), which may lag behind what is known by now."""
         first = self._requests[0]
         return RequestOutput(
             request_id=first.request_id,
             prompt=self._prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=tuple([self._completion(request) for request in self._requests]),
-            finished=self.is_finished,
-            metrics=self._metrics(),
+            outputs=outputs,
+            finished=finished,
+            metrics=self._metrics(finished),
             prompt_logprobs=_prompt_logprobs(first),
-            delta_text=delta_text if self.stream else "",
+            delta_text=delta_text,
             num_cached_tokens=first.num_cached_tokens,
         )
 
     def _completion(self, request: Request) -> CompletionOutput:
-        logprobs, token_ids = None, tuple(request.output_token_ids)
+        token_ids = tuple(request.output_token_ids)
+        text = self._text(request, token_ids)
+        return self.completion_of(request, token_ids, text, request.finish_reason, request.stop_reason)
+
+    def completion_of(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        text: str | Callable[[], str],
+        finish_reason: str | None,
+        stop_reason: int | str | None,
+    ) -> CompletionOutput:
+        """A sample's output up to these tokens, the first ones that it has."""
+        logprobs = None
         if request.sampling.logprobs is not None:
+            count = len(token_ids)
             logprobs = tuple(
                 TokenLogprob(*entry)
                 for entry in zip(
                     token_ids,
-                    request.output_logprobs,
-                    request.output_top_logprobs,
+                    request.output_logprobs[:count],
+                    request.output_top_logprobs[:count],
                     strict=True,
                 )
             )
         return CompletionOutput(
             index=request.sample_index,
             token_ids=token_ids,
-            finish_reason=request.finish_reason,
-            text=self._text(request, token_ids),
-            stop_reason=request.stop_reason,
+            finish_reason=finish_reason,
+            text=text,
+            stop_reason=stop_reason,
             cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
             logprobs=logprobs,
         )
@@ -110,10 +136,11 @@ class RequestGroup:
     def _text(self, request: Request, token_ids: tuple[int, ...]) -> str | Callable[[], str]:
         if self.grows:
             return self._texts[request.sample_index].text
-        shown = token_ids[:-1] if _ends_with_hidden_token(request) else token_ids
+        shown = token_ids[:-1] if ends_with_hidden_token(request) else token_ids
         return partial(whole_text, self._tokenizer, shown, request.sampling.skip_special_tokens)
 
-    def _new_text(self) -> IncrementalDetokenizer:
+    def new_text(self) -> IncrementalDetokenizer:
+        """What makes the text of one sample, from its first token on."""
         sampling = self._requests[0].sampling
         return IncrementalDetokenizer(
             self._tokenizer,
@@ -123,19 +150,19 @@ class RequestGroup:
             min_tokens=sampling.min_tokens,
         )
 
-    def _metrics(self) -> RequestMetrics:
+    def _metrics(self, finished: bool) -> RequestMetrics:
         requests, first = self._requests, self._requests[0]
         ends = [request.finished_time for request in requests if request.finished_time is not None]
         return RequestMetrics(
             arrival_time=first.arrival_time or 0.0,
             first_scheduled_time=first.first_scheduled_time,
             first_token_time=first.first_token_time,
-            finished_time=max(ends) if self.is_finished and ends else None,
+            finished_time=max(ends) if finished and ends else None,
             num_preemptions=sum([request.num_preemptions for request in requests]),
         )
 
 
-def _ends_with_hidden_token(request: Request) -> bool:
+def ends_with_hidden_token(request: Request) -> bool:
     """A token stopped the sample, and what stops a text is not shown in it."""
     if request.finish_reason != "stop" or not request.is_finished:
         return False

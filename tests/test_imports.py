@@ -34,6 +34,7 @@ WITHOUT_JAX = [
     "sampling_params",
     "scheduler",
     "step_draft",
+    "waiting_queue",
 ]
 OF_AN_EXTRA = {"s3_client", "gcs_client"}
 MAX_LINES = 420

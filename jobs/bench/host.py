@@ -144,7 +144,7 @@ class Crowd:
             for length in range(MIN_NEW, MAX_NEW + 1)
         }
         template = cut(TEMPLATE_LEN)
-        self._requests = [
+        self.requests = [
             (template + cut(pick.randint(MIN_OWN, MAX_OWN)), lengths[pick.randint(MIN_NEW, MAX_NEW)])
             for _ in range(count)
         ]
@@ -152,7 +152,7 @@ class Crowd:
 
     def add_to(self, engine: Engine, count: int) -> None:
         for _ in range(count):
-            prompt, sampling = self._requests[self._num_added]
+            prompt, sampling = self.requests[self._num_added]
             engine.add_request(f"r{self._num_added}", prompt, sampling=sampling)
             self._num_added += 1
 

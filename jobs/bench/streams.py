@@ -1,0 +1,115 @@
+"""`python -m jobs.bench streams`: what 256 streams cost the thread that steps the engine.
+
+The same requests run through an `AsyncEngine` twice, their outputs given whole and streamed, beside a device
+whose steps take a given time and no CPU. Two numbers count: the step thread's own CPU time a step, and the
+time from step to step, which also shows whether the other threads keep the interpreter from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from engine.async_engine import AsyncEngine
+from engine.checkpoints import DEFAULT_MODEL
+from engine.collector import spare_long_lived_objects
+from engine.config import EngineConfig
+from engine.errors import TidemillError
+from engine.in_flight import InFlight
+from engine.outputs import RequestOutput
+from jobs.bench.host import MAX_MODEL_LEN, MIN_NEW, NUM_SEQS, STEP_TOKENS, Crowd, make_engine
+from jobs.bench.workloads import real_text
+
+NUM_STEPS_BEFORE = 256
+
+
+def run(source: str, num_steps: int, device_ms: float, interval_ms: int, stream: bool) -> dict[str, Any]:
+    """Milliseconds a step, of the clock and of the step thread's CPU, and the outputs given in that time."""
+    config = EngineConfig(
+        max_num_seqs=NUM_SEQS,
+        max_num_batched_tokens=STEP_TOKENS,
+        max_model_len=MAX_MODEL_LEN,
+        stream_interval_ms=interval_ms,
+    )
+    engine, device = make_engine(source, config, num_pages=4096)
+    collect = device.collect
+
+    def collect_in_time(step: InFlight) -> Any:
+        time.sleep(max(0.0, step.dispatched_at + device_ms / 1000 - time.monotonic()))
+        return collect(step)
+
+    device.collect = collect_in_time  # type: ignore[method-assign]
+    text_ids = engine.tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    count = 2 * NUM_SEQS + (NUM_STEPS_BEFORE + num_steps) * NUM_SEQS // MIN_NEW
+    crowd = Crowd(text_ids, 0, count)
+    outputs = _Count()
+    with AsyncEngine(engine) as front:
+        front.pause()
+        for prompt, sampling in crowd.requests:
+            front.submit(prompt, sampling, stream=stream, on_output=outputs.take)
+        spare_long_lived_objects()
+        front.resume()
+        before = _wait_for(front, NUM_STEPS_BEFORE)
+        num_before = outputs.count
+        after = _wait_for(front, before[0] + num_steps)
+        num_outputs = outputs.count - num_before
+        # What is left is ended without being run.
+        front.run_on_step_thread(engine.pause).result()
+    steps, seconds, cpu_seconds = (b - a for a, b in zip(before, after, strict=True))
+    return {
+        "num_steps": steps,
+        "ms_per_step": 1000 * seconds / steps,
+        "step_thread_cpu_ms_per_step": 1000 * cpu_seconds / steps,
+        "outputs_per_step": num_outputs / steps,
+    }
+
+
+def _wait_for(front: AsyncEngine, num_steps: int) -> tuple[int, float, float]:
+    """The steps so far, once they are so many, and the clock's and the step thread's seconds then."""
+    while True:
+        found = front.run_on_step_thread(
+            lambda: (front.engine.stats().num_steps, time.perf_counter(), time.thread_time())
+        ).result()
+        if found[0] >= num_steps:
+            return found
+        time.sleep(0.02)
+
+
+class _Count:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def take(self, output: RequestOutput) -> None:
+        self.count += 1
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m jobs.bench streams", description=__doc__)
+    made.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer and sizes are used")
+    made.add_argument("--steps", type=int, default=500)
+    made.add_argument("--device-ms", type=float, default=10.0, help="how long the device takes for a step")
+    made.add_argument("--interval-ms", type=int, default=20, help="engine.stream_interval_ms")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        for name, stream in (("whole", False), ("streamed", True)):
+            found = run(options.model, options.steps, options.device_ms, options.interval_ms, stream)
+            print(
+                f"{name:9} {found['ms_per_step']:.3f} ms a step, "
+                f"{found['step_thread_cpu_ms_per_step']:.3f} ms of it the step thread's CPU, "
+                f"{found['outputs_per_step']:.1f} outputs a step"
+            )
+    except TidemillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
