@@ -35,12 +35,14 @@ class MissingExtraError(ConfigError):
 class RequestError(TidemillError):
     """One request cannot run; the others are unaffected.
 
-    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row.
+    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row;
+    `field` the sampling parameter that is wrong, if one is.
     """
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str, field: str | None = None):
         super().__init__(message)
         self.reason = reason
+        self.field = field
 
 
 class Overloaded(TidemillError):

@@ -12,7 +12,7 @@ from engine.errors import RequestError
 
 def refuse(reason: str, param: str, message: str) -> NoReturn:
     """Raise the RequestError of one field; the message says what to do."""
-    raise RequestError(reason, f"{param}: {message}", param=param)
+    raise RequestError(reason, f"{param}: {message}", param)
 
 
 def kind_of(value: object) -> str:

@@ -28,6 +28,7 @@ from pipeline.id_index import IdIndex
 from pipeline.job_plan import fingerprint_parts, make_plan
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
+from pipeline.openai_batch import answers
 from pipeline.plan import RunPlan
 from pipeline.planned_reading import PlannedReader
 from pipeline.preemption import NoticeWatch, notice_of
@@ -226,6 +227,7 @@ def _work(
     )
     print(f"engine: {facts.device}", file=sys.stderr, flush=True)
     stop.begin_work()
+    created = ledger.plan.created
     planned = PlannedReader(builder, settings.input, ledger, spool, ledger.plan.chunk_rows)
     with StepWatchdog(settings.step_timeout_s) as watchdog, ReadAhead(planned) as reader:
         worker = Worker(
@@ -241,6 +243,7 @@ def _work(
             page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
             place=settings.worker,
+            make_answer=None if created is None else answers(builder.tokenizer, created),
         )
         return worker.run()
 
