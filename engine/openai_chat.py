@@ -38,6 +38,15 @@ _RESERVED = frozenset(
     }
 )
 
+# What is now called `developer` is a `system` to templates, and a `function`'s result a `tool`'s.
+_TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
+_TOOL_INTRODUCTION = (
+    "You may call functions. Their signatures, as JSON, are within <tools></tools>:\n"
+    "<tools>\n{tools}\n</tools>\n"
+    "For each call answer with a JSON object with the function's name and its arguments within "
+    '<tool_call></tool_call>:\n<tool_call>\n{{"name": ..., "arguments": {{...}}}}\n</tool_call>'
+)
+
 Message = dict[str, Any]
 
 
@@ -50,12 +59,21 @@ def checked_messages(value: object) -> list[Message]:
     return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
+def with_introduction(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The messages with their tools told in the system message, in the form that most models learn (Hermes),
+    for a chat template that tells of no tools."""
+    said = _TOOL_INTRODUCTION.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools))
+    if messages[0]["role"] == "system":
+        return [messages[0] | {"content": f"{messages[0]['content']}\n\n{said}"}, *messages[1:]]
+    return [{"role": "system", "content": said}, *messages]
+
+
 def _message(value: object, where: str) -> Message:
     fields = Fields(value, where)
     role = fields.needed_text("role")
     if role not in ROLES:
         refuse("bad_role", f"{where}.role", f"is {role[:40]!r}; use one of {', '.join(ROLES)}")
-    message: Message = {"role": role}
+    message: Message = {"role": _TEMPLATE_ROLES.get(role, role)}
     calls = fields.take("tool_calls") if role == "assistant" else None
     call = fields.take("function_call") if role == "assistant" else None
     content = fields.take("content")
@@ -98,7 +116,7 @@ def _content(value: object, where: str) -> str:
         if not isinstance(text, str):
             refuse("wrong_type", f"{where}[{index}].{name}", f"is a JSON {kind_of(text)}; give text")
         texts.append(text)
-    return "\n".join(texts)
+    return "".join(texts)
 
 
 def _earlier_calls(value: object, where: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.errors import RequestError
-from engine.openai_chat import Message, checked_messages, template_variables
+from engine.openai_chat import Message, checked_messages, template_variables, with_introduction
 from engine.openai_fields import Fields, kind_of, refuse
 from engine.openai_formats import structured_output
 from engine.openai_tools import NO_TOOLS, ToolUse, tool_use
@@ -62,12 +62,28 @@ class ChatPrompt:
         """What the tokenizer's chat template makes of it. Raises RequestError, ModelError."""
         from engine.checkpoints.chat import render_chat_text
 
+        messages, variables = self._for(tokenizer)
         return render_chat_text(
-            tokenizer,
-            self.messages,
-            add_generation_prompt=self.add_generation_prompt,
-            variables=self.variables,
+            tokenizer, messages, add_generation_prompt=self.add_generation_prompt, variables=variables
         )
+
+    def token_ids(self, tokenizer: Any) -> list[int]:
+        """The tokens of that text; the template writes BOS where the model wants it."""
+        from engine.checkpoints.chat import render_chat
+
+        messages, variables = self._for(tokenizer)
+        return render_chat(
+            tokenizer, messages, add_generation_prompt=self.add_generation_prompt, variables=variables
+        )
+
+    def _for(self, tokenizer: Any) -> tuple[Sequence[Message], Mapping[str, Any]]:
+        """Messages and variables; the tools are told in a message where the template does not tell of
+        them."""
+        template = getattr(tokenizer, "chat_template", None)
+        if "tools" not in self.variables or (isinstance(template, str) and "tools" in template):
+            return self.messages, self.variables
+        variables = {name: value for name, value in self.variables.items() if name != "tools"}
+        return with_introduction(self.messages, self.variables["tools"]), variables
 
 
 Prompt = str | tuple[int, ...] | ChatPrompt
@@ -215,18 +231,11 @@ ENDPOINTS: Mapping[str, Callable[[Mapping[str, Any], SamplingParams | None], Ope
 
 def prompt_token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """A prompt's tokens, with one BOS where the model wants one. Raises RequestError, ModelError."""
-    from engine.checkpoints.chat import encode_text, render_chat
+    from engine.checkpoints.chat import encode_text
 
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt)
-    if isinstance(prompt, tuple):
-        return list(prompt)
-    return render_chat(
-        tokenizer,
-        prompt.messages,
-        add_generation_prompt=prompt.add_generation_prompt,
-        variables=prompt.variables,
-    )
+    return list(prompt) if isinstance(prompt, tuple) else prompt.token_ids(tokenizer)
 
 
 def _sampling(

@@ -141,7 +141,9 @@ class Finaliser:
             for table in self._tables(windows, "data", spool.parent):
                 num_samples += table.num_rows
                 rows = table.select(["row_id", RESPONSE]).to_pylist()
-                file.writelines(output_line(r["row_id"], r[RESPONSE]) for r in rows if r[RESPONSE] is not None)
+                file.writelines(
+                    output_line(r["row_id"], r[RESPONSE]) for r in rows if r[RESPONSE] is not None
+                )
         return num_samples
 
     def _errors(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -82,8 +82,9 @@ class BatchForms:
             raise Refused("wrong_type", f"custom_id is a {type(custom_id).__name__}; give text", custom_id)
         method = row.columns.get("method")
         if method != "POST":
-            raise Refused("bad_method", f"method is {str(method)[:40]!r}; every line has the method POST",
-            method)
+            raise Refused(
+                "bad_method", f"method is {str(method)[:40]!r}; every line has the method POST", method
+            )
         url = row.columns.get("url")
         if self._endpoint is not None and url != self._endpoint:
             message = f"url is {str(url)[:80]!r}; this batch is for {self._endpoint} alone"
@@ -116,7 +117,8 @@ class BatchForms:
             for token in prompt:
                 if not 0 <= token < self._vocab_size:
                     raise RequestError(
-                        "bad_token_id", f"prompt: {token} is no token; ids go from 0 to {self._vocab_size - 1}"
+                        "bad_token_id",
+                        f"prompt: {token} is no token; ids go from 0 to {self._vocab_size - 1}",
                     )
             return Content(None, None, list(prompt))
         if isinstance(prompt, str):
@@ -152,7 +154,7 @@ def _answer(
         id=f"{'chatcmpl' if is_chat else 'cmpl'}-{_digest(asked)}", created=created, model=answer.model
     )
     if is_chat:
-        parse = _parser(template, options.tool_use.tools)
+        parse = _parser(template, prompt.text, options.tool_use.tools)
         body = chat_completion(output, options, head, tokenizer, parse, with_cached_tokens=False)
     else:
         # The row's own text: the engine was given tokens.
@@ -161,15 +163,18 @@ def _answer(
     return _json(body)
 
 
-def _parser(template: str | None, tools: Any) -> Parse | None:
-    """What takes this model's texts apart; None where its template shows neither tools nor reasoning."""
-    from engine.parsers import choose_parsers, parse_message
+def _parser(template: str | None, prompt: str | None, tools: Sequence[Mapping[str, Any]]) -> Parse | None:
+    """What takes this model's texts apart; None where its template shows no reasoning and there are no
+    tools."""
+    from engine.parsers import choose_parsers, ends_inside_reasoning, parse_message
 
     tool, reasoning = choose_parsers(template)
-    tool = tool if tools else None
+    # A template without tools has them told in the form of Hermes.
+    tool = (tool or "hermes") if tools else None
     if tool is None and reasoning is None:
         return None
-    return lambda text: parse_message(text, tool, reasoning, list(tools))
+    inside = ends_inside_reasoning(prompt or "", reasoning)
+    return lambda text: parse_message(text, tool, reasoning, tools, inside_reasoning=inside)
 
 
 def output_line(custom_id: str, body: str) -> str:

@@ -177,7 +177,6 @@ class Settings:
                 f"engine.max_model_len={self.engine.max_model_len}: lower the first or raise the second"
             )
 
-
     def _check_batch(self) -> None:
         is_batch = self.input.format == "openai_batch"
         if self.output.format == "openai_batch" and not is_batch:
@@ -187,7 +186,7 @@ class Settings:
             changed = [f.name for f in dataclasses.fields(usual)]
             changed = [name for name in changed if getattr(self.prompt, name) != getattr(usual, name)]
             raise ConfigError(
-                f"prompt.{changed[0]} has no meaning for batch files, whose bodies say what a prompt is; remove it"
+                f"prompt.{changed[0]} has no meaning for batch files: a body says what its prompt is; remove it"
             )
 
 

@@ -22,8 +22,8 @@ from pipeline.hints import KEPT_SHARE, OutputLengths, Templates, WantedPrefixes
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
-from pipeline.openai_batch import MakeAnswer
 from pipeline.open_work import EngineLike, OpenChunk, OpenShard, OpenWork, merge_ranges, quarantine
+from pipeline.openai_batch import MakeAnswer
 from pipeline.partials import PartialRow
 from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing

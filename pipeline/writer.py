@@ -312,4 +312,7 @@ def _tops(entries: Sequence[TokenLogprob | None] | None) -> list[list[dict[str, 
 
 
 def _approximate_size(rows: list[dict[str, Any]]) -> int:
-    return sum(len(row["text"] or "") + len(row.get(RESPONSE) or "") + 4 * row["num_generated_tokens"] + 256 for row in rows)
+    return sum(
+        len(row["text"] or "") + len(row.get(RESPONSE) or "") + 4 * row["num_generated_tokens"] + 256
+        for row in rows
+    )
