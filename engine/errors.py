@@ -36,13 +36,13 @@ class RequestError(TidemillError):
     """One request cannot run; the others are unaffected.
 
     `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row;
-    `field` the sampling parameter that is wrong, if one is.
+    `param` names the field of an API request that is wrong, where it is one.
     """
 
-    def __init__(self, reason: str, message: str, field: str | None = None):
+    def __init__(self, reason: str, message: str, param: str | None = None):
         super().__init__(message)
         self.reason = reason
-        self.field = field
+        self.param = param
 
 
 class Overloaded(TidemillError):

@@ -3,7 +3,7 @@
     request = parse_request("/v1/chat/completions", body)
     request.prompts, request.sampling, request.options
 
-Every field of a body is honoured or refused by name (`RequestError`, with `field`); nulls count as absent.
+Every field of a body is honoured or refused by name (`RequestError`, with `param`); nulls count as absent.
 Besides OpenAI's fields those of vLLM for sampling are known. Nothing here needs a model: whether a prompt
 fits, and whether `model` is served, is for the caller to see.
 """
@@ -127,7 +127,7 @@ def parse_request(
             a completion of 16 tokens).
 
     Raises:
-        RequestError: `bad_url` for an endpoint that is not known; else with the field in `field`.
+        RequestError: `bad_url` for an endpoint that is not known; else with the field in `param`.
     """
     if endpoint not in ENDPOINTS:
         listed = ", ".join(ENDPOINTS)
@@ -259,7 +259,7 @@ def _sampling(
     try:
         return defaults.replace(**values), bool(given)
     except RequestError as error:
-        name = error.field
+        name = error.param
         if name == "max_tokens" and given:
             name = given[0][0]
         elif name == "logprobs" and "messages" in fields.known:

@@ -95,6 +95,11 @@ class Replicas:
         for replica in {replica for replica, _ in places.values()}:
             self._schedulers[replica].rename(request_id, new_id)
 
+    def forget_prefixes(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler.forget_prefixes()
+        self._routing.forget()
+
     def schedule(self, now: float | None = None) -> ReplicaPlans:
         return ReplicaPlans(tuple(scheduler.schedule(now) for scheduler in self._schedulers))
 
@@ -192,6 +197,11 @@ class PrefixRouting:
             known.move_to_end(page)
         while len(known) > self._num_pages:
             known.popitem(last=False)
+
+    def forget(self) -> None:
+        """No replica has any page left."""
+        for known in self._known:
+            known.clear()
 
     def release(self, replica: int, cost: int) -> None:
         """A request that was counted as `cost` has ended."""

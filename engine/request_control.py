@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from engine.drawn import DrawnTokens
 from engine.duplicates import as_if_its_own
 from engine.errors import ConfigError
+from engine.observer import Observed
 from engine.outputs import RequestOutput, ended_early
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from engine.request_group import RequestGroup
 
 
-class RequestControl:
+class RequestControl(Observed):
     """The part of an `Engine` that acts on unfinished requests. Its thread is the engine's."""
 
     _groups: dict[str, RequestGroup]
@@ -37,10 +38,12 @@ class RequestControl:
         """Drop a request and free its pages; no output comes of it. False when it is not unfinished."""
         if request_id in self._duplicates:
             self._duplicates.leave(request_id)
+            self._tell_aborted(request_id)
             return True
         group = self._groups.pop(request_id, None)
         if group is None:
             return False
+        self._tell_aborted(request_id)
         heir = self._duplicates.abdicate(request_id)
         if heir is not None:
             group.hand_over(heir.request_id, heir.prompt, heir.arrival_time)
@@ -72,7 +75,7 @@ class RequestControl:
         """What an engine to come can go on from, a sample each (`add_request`); None for a request that is
         not unfinished, or is given another one's result."""
         group = self._groups.get(request_id)
-        return None if group is None else tuple(map(DrawnTokens.of, group.output("").outputs))
+        return None if group is None else tuple(map(DrawnTokens.of, group.samples()))
 
     # -- all of them -------------------------------------------------------------------------------
 

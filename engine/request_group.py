@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import time
 from functools import partial
 from typing import Any
 
 from engine.detokenizer import IncrementalDetokenizer, whole_text
 from engine.errors import RequestError
 from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from engine.presentation import Increments, Presentation
 from engine.request import Request, TopLogprobs
+from engine.stop_pattern import StopPattern
 
 
 class RequestGroup:
@@ -18,12 +21,25 @@ class RequestGroup:
     Text that nobody needs while it grows is made once, by who reads it in the output.
     """
 
-    def __init__(self, requests: list[Request], prompt: str | None, tokenizer: Any, stream: bool):
+    def __init__(
+        self,
+        requests: list[Request],
+        prompt: str | None,
+        tokenizer: Any,
+        stream: bool,
+        shown: Presentation | None = None,
+    ):
+        """shown: what the caller sees of it; default: all of it."""
         self._requests = requests
         self._prompt = prompt
         self._tokenizer = tokenizer
+        self._shown = shown
+        self._num_outputs = 0
+        kind = requests[0].sampling.output_kind
+        self._increments = Increments(len(requests)) if stream and kind == "delta" else None
         self.stream = stream
-        self.grows = stream or bool(requests[0].sampling.stop)
+        sampling = requests[0].sampling
+        self.grows = stream or bool(sampling.stop) or sampling.stop_pattern is not None
         """Its text is wanted token by token: `push` each one."""
         self._texts = [self.new_text() for _ in requests] if self.grows else []
         for request, text in zip(requests, self._texts, strict=False):
@@ -36,7 +52,7 @@ class RequestGroup:
 
         A token that stopped the sample is no part of its text unless asked for.
         """
-        if ends_with_hidden_token(request):
+        if ends_with_hidden_token(request) or not request.sampling.detokenize:
             return ""
         return self._texts[request.sample_index].push(
             request.token_ids(request.num_tokens - 1, request.num_tokens)
@@ -76,15 +92,29 @@ class RequestGroup:
         """The samples, in order."""
         return self._requests
 
+    def shows(self, delta_text: str) -> bool:
+        """Whether a step after which it is unfinished gives an output: its text has grown, or it has none."""
+        return self.stream and bool(delta_text or not self._requests[0].sampling.detokenize)
+
+    def samples(self) -> tuple[CompletionOutput, ...]:
+        """All that were drawn, as they stand."""
+        return tuple([self._completion(request) for request in self._requests])
+
     def output(self, delta_text: str) -> RequestOutput:
-        outputs = tuple([self._completion(request) for request in self._requests])
-        return self.output_of(outputs, self.is_finished, delta_text if self.stream else "")
+        return self.output_of(self.samples(), self.is_finished, delta_text if self.stream else "")
 
     def output_of(
         self, outputs: tuple[CompletionOutput, ...], finished: bool, delta_text: str
     ) -> RequestOutput:
         """An output of these samples (`completion_of`), which may lag behind what is known by now."""
-        first = self._requests[0]
+        first, whole_text = self._requests[0], None
+        self._num_outputs += 1
+        if self._shown is not None:
+            if self._shown.chooses:
+                outputs = self._shown.chosen(outputs)
+            outputs = self._shown.without_hidden(outputs)
+        if self._increments is not None:
+            whole_text, outputs = outputs[0].text, self._increments.of(outputs)
         return RequestOutput(
             request_id=first.request_id,
             prompt=self._prompt,
@@ -95,6 +125,10 @@ class RequestGroup:
             prompt_logprobs=_prompt_logprobs(first),
             delta_text=delta_text,
             num_cached_tokens=first.num_cached_tokens,
+            num_truncated_tokens=0 if self._shown is None else self._shown.num_cut,
+            num_generated_tokens=sum([request.num_output_tokens for request in self._requests]),
+            update_seq=self._num_outputs,
+            whole_text=whole_text,
         )
 
     def _completion(self, request: Request) -> CompletionOutput:
@@ -131,23 +165,31 @@ class RequestGroup:
             stop_reason=stop_reason,
             cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
             logprobs=logprobs,
+            parsing=None if self._shown is None else self._shown.parsing,
         )
 
     def _text(self, request: Request, token_ids: tuple[int, ...]) -> str | Callable[[], str]:
+        sampling = request.sampling
+        if not sampling.detokenize:
+            return ""
         if self.grows:
             return self._texts[request.sample_index].text
         shown = token_ids[:-1] if ends_with_hidden_token(request) else token_ids
-        return partial(whole_text, self._tokenizer, shown, request.sampling.skip_special_tokens)
+        how = (sampling.skip_special_tokens, sampling.spaces_between_special_tokens)
+        return partial(whole_text, self._tokenizer, shown, *how)
 
     def new_text(self) -> IncrementalDetokenizer:
         """What makes the text of one sample, from its first token on."""
-        sampling = self._requests[0].sampling
+        sampling, parsing = self._requests[0].sampling, None if self._shown is None else self._shown.parsing
         return IncrementalDetokenizer(
             self._tokenizer,
             skip_special_tokens=sampling.skip_special_tokens,
             stop=sampling.stop,
             include_stop_str_in_output=sampling.include_stop_str_in_output,
             min_tokens=sampling.min_tokens,
+            stop_pattern=None if sampling.stop_pattern is None else StopPattern.of(sampling.stop_pattern),
+            spaces_between_special_tokens=sampling.spaces_between_special_tokens,
+            may_stop_after=None if parsing is None else parsing.stop_gate(),
         )
 
     def _metrics(self, finished: bool) -> RequestMetrics:
@@ -159,6 +201,7 @@ class RequestGroup:
             first_token_time=first.first_token_time,
             finished_time=max(ends) if finished and ends else None,
             num_preemptions=sum([request.num_preemptions for request in requests]),
+            output_time=time.monotonic(),
         )
 
 

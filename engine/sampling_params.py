@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from engine.errors import RequestError
+from engine.stop_pattern import StopPattern
 
 MAX_N = 16_384
 MAX_TOKENS = 2**31 - 1
@@ -24,6 +25,8 @@ MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE = 1e-5
 """Below this, dividing float32 logits loses their order; 0 asks for greedy by name."""
 
+OutputKind = Literal["cumulative", "delta", "final_only"]
+ExtraValue = str | int | float | bool | None
 _ALIASES = {"max_new_tokens": "max_tokens"}
 
 
@@ -31,7 +34,7 @@ def _refuse(name: str, value: object, expected: str) -> NoReturn:
     shown = repr(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."
-    raise RequestError("bad_sampling", f"sampling.{name} is {shown}: it must be {expected}", name)
+    raise RequestError("bad_sampling", f"sampling.{name} is {shown}: it must be {expected}", param=name)
 
 
 def _integer(name: str, value: object, low: int, high: int, expected: str | None = None) -> int:
@@ -109,6 +112,20 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(biases.items()))
 
 
+def _extra_args(value: object) -> tuple[tuple[str, ExtraValue], ...]:
+    """Pairs sorted by name."""
+    expected = "a mapping of names to text, numbers, true, false or null"
+    if value is None:
+        return ()
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else _sequence("extra_args", value, expected)
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            _refuse("extra_args", pair, expected)
+        if not isinstance(pair[1], (str, int, float, bool, type(None))):
+            _refuse("extra_args", pair, expected)
+    return tuple(sorted(pairs, key=lambda pair: pair[0]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling of one prompt: validated and normalised on construction, hashable, equal if it means the same.
@@ -145,6 +162,22 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+
+    stop_pattern: str | None = None
+    """A regular expression that ends a completion as a stop string does (`engine.stop_pattern` says which)."""
+    detokenize: bool = True
+    """False: token ids alone, every text is empty."""
+    spaces_between_special_tokens: bool = False
+    """With `skip_special_tokens` off: a space between a special token and what is next to it."""
+    best_of: int | None = None
+    """So many completions are drawn and the `n` likeliest returned, by cumulative log-probability."""
+    output_kind: OutputKind | None = None
+    """Of a streamed request: each output has the whole text so far ("cumulative"), what is new ("delta"), or
+    there is one at the end alone ("final_only"); given, `add_request` streams or not accordingly."""
+    truncate_prompt_tokens: int | None = None
+    """Cut the prompt to so many tokens, its last ones unless the engine's `truncate_mode` says otherwise."""
+    extra_args: tuple[tuple[str, ExtraValue], ...] = ()
+    """Values by name for the engine's `sampling_params_callback`; refused where there is none."""
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -184,6 +217,31 @@ class SamplingParams:
         include = _flag("include_stop_str_in_output", self.include_stop_str_in_output)
         put(self, "include_stop_str_in_output", include)
         put(self, "skip_special_tokens", _flag("skip_special_tokens", self.skip_special_tokens))
+        for name in ("detokenize", "spaces_between_special_tokens"):
+            put(self, name, _flag(name, getattr(self, name)))
+        self._check_later_fields(put)
+
+    def _check_later_fields(self, put: Callable[[Any, str, Any], None]) -> None:
+        if self.stop_pattern is not None:
+            if not isinstance(self.stop_pattern, str):
+                _refuse("stop_pattern", self.stop_pattern, "a regular expression, as text")
+            StopPattern.of(self.stop_pattern)
+        if not self.detokenize and (self.stop or self.stop_pattern is not None):
+            _refuse("detokenize", False, "true where stop strings or a stop_pattern are looked for in the text")
+        if self.best_of is not None:
+            put(self, "best_of", _integer("best_of", self.best_of, self.n, MAX_N))
+        if self.output_kind is not None:
+            kind = str(getattr(self.output_kind, "value", self.output_kind)).lower()
+            if kind not in get_args(OutputKind):
+                _refuse("output_kind", self.output_kind, "one of cumulative, delta, final_only")
+            put(self, "output_kind", kind)
+        if self.truncate_prompt_tokens is not None:
+            put(
+                self,
+                "truncate_prompt_tokens",
+                _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, MAX_TOKENS),
+            )
+        put(self, "extra_args", _extra_args(self.extra_args))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -193,6 +251,20 @@ class SamplingParams:
     def replace(self, **overrides: Any) -> SamplingParams:
         """A copy with some fields changed and everything validated again; names as in `from_dict`."""
         return dataclasses.replace(self, **_known_names(overrides))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields, to be compared with those of another run. Fields that came after runs had been made
+        without them are left out at their default, so that these runs go on."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _LATER_DEFAULTS or value != _LATER_DEFAULTS[name]
+        }
+
+    @property
+    def num_samples(self) -> int:
+        """Completions that are drawn: `best_of`, or `n`."""
+        return self.best_of or self.n
 
     @property
     def is_greedy(self) -> bool:
@@ -210,6 +282,19 @@ class SamplingParams:
                 _refuse(name, last[0], f"a token id below the vocabulary's size, {vocab_size}")
 
 
+_LATER = ("stop_pattern", "detokenize", "spaces_between_special_tokens")
+INTERACTIVE_FIELDS: Mapping[str, str] = {
+    "best_of": "keeps every sample: ask for n, and choose by cumulative_logprob afterwards",
+    "output_kind": "has one output a row",
+    "truncate_prompt_tokens": "cuts prompts by prompt.over_long",
+    "extra_args": "has no callback that would read them",
+}
+"""What only a caller of the engine can ask for, and what a job does in its place: it refuses these by name."""
+_LATER_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(SamplingParams)
+    if field.name in (*_LATER, *INTERACTIVE_FIELDS)
+}
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 

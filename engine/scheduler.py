@@ -39,7 +39,7 @@ class Scheduler:
 
     def __init__(self, settings: SchedulerSettings, hash_page: HashPage = page_hash):
         self.settings = settings
-        self.pool = PagePool(settings.num_pages)
+        self.pool = PagePool(settings.num_pages, settings.max_cached_pages)
         self.cache = (
             PrefixCache(settings.page_size, self.pool, hash_page) if settings.enable_prefix_caching else None
         )
@@ -105,6 +105,10 @@ class Scheduler:
     def rename(self, request_id: str, new_id: str) -> None:
         """The unfinished samples with this id have been given another one."""
         self._unfinished[new_id] = self._unfinished.pop(request_id)
+
+    def forget_prefixes(self) -> None:
+        """Give up what the prefix cache holds beyond the pages of running requests."""
+        self.pool.evict_all()
 
     # -- one step ----------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ class SchedulerSettings:
     """Under the priority policy, how many steps of waiting weigh as much as one unit of priority; None: none do,
     and a request may wait for ever."""
     enable_prefix_caching: bool = True
+    max_cached_pages: int | None = None
+    """Most pages that are kept for what they hold while no request holds them; None: all that are left."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step, so that a long prompt leaves room for others."""
     min_shared_tokens: int = 8
@@ -67,6 +69,7 @@ class SchedulerSettings:
             policy=config.scheduling_policy,
             aging_steps=config.priority_aging_steps,
             enable_prefix_caching=config.enable_prefix_caching,
+            max_cached_pages=config.max_cached_pages(num_pages),
             long_prefill_token_threshold=config.long_prefill_token_threshold,
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -91,7 +90,7 @@ def fingerprint_parts(
     """What the results depend on, by name, so that a resumed run can say which of them has changed."""
     return {
         "config": result_part(settings) | {"platform": platform},
-        "sampling": asdict(settings.sampling),
+        "sampling": settings.sampling.as_dict(),
         "model": loaded.fingerprint,
         "tokenizer": _tokenizer_fingerprint(loaded.tokenizer),
         "templates": builder.template_sources,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import INTERACTIVE_FIELDS, SamplingParams
 from pipeline.fitting import fit
 from pipeline.forms import Content, PromptForms, column_of
 from pipeline.id_index import IdIndex
@@ -249,6 +249,10 @@ def _overridden(default: SamplingParams, value: Any) -> SamplingParams:
     if not isinstance(value, dict):
         return SamplingParams.from_dict(value)  # says what is wrong with it
     overrides = {name: given for name, given in value.items() if given is not None}
+    for name in overrides:
+        if name in INTERACTIVE_FIELDS:
+            message = f"sampling.{name} is for callers of the engine: a job {INTERACTIVE_FIELDS[name]}"
+            raise RequestError("bad_sampling", message)
     fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     if "max_new_tokens" in overrides:
         del fields["max_tokens"]

@@ -21,7 +21,8 @@ from engine.chips import find_slice
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.platforms import profile_of
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import INTERACTIVE_FIELDS, SamplingParams
+from pipeline.monitoring import MonitoringSettings
 from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.preemption import PreemptionSettings
 from pipeline.progress import ProgressStyle
@@ -155,12 +156,18 @@ class Settings:
     plan: PlanSettings = field(default_factory=PlanSettings)
     gc: GcSettings = field(default_factory=GcSettings)
     preemption: PreemptionSettings = field(default_factory=PreemptionSettings)
+    monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
 
     def __post_init__(self) -> None:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
         _in_range("drain_seconds", self.drain_seconds, 0.0, 86_400.0)
         _in_range("step_timeout_s", self.step_timeout_s, 0.1, 86_400.0)
         _in_range("progress_line_seconds", self.progress_line_seconds, 0.1, 86_400.0)
+        if self.monitoring.console and self.progress == "bar":
+            raise ConfigError(
+                "monitoring.console=true and progress=bar would write over each other: leave progress=auto, "
+                "and the console takes its place"
+            )
         if self.output.path is None and self.mode != "plan":
             raise ConfigError("output.path is missing: name the folder for the results, output.path=…")
         self._check_batch()
@@ -215,6 +222,11 @@ HARMLESS = frozenset(
         "preemption.file",
         "preemption.metadata_url",
         "preemption.poll_seconds",
+        "monitoring.prometheus_port",
+        "monitoring.dashboard_port",
+        "monitoring.host",
+        "monitoring.console",
+        "monitoring.traces",
         "input.path",
         "input.order",
         "model.source",
@@ -237,8 +249,14 @@ HARMLESS = frozenset(
         "engine.num_processes",
         "engine.process_id",
         "engine.chip",
+        "engine.use_aot_forward",
+        "engine.compile_runner",
+        "engine.runner_verbose",
     }
 )
+
+# Keys that outputs were begun without: at these values they are as those outputs were, and left out.
+_LATER_DEFAULTS = {"engine.prefix_cache_capacity": None, "engine.min_input_pad": None}
 
 KNOWN_KEYS = known_keys(Settings)
 
@@ -268,8 +286,10 @@ def _sampling(values: Mapping[str, Any]) -> SamplingParams:
     # Through its own constructor, which normalises and names each value's range. An absent bias is null in
     # YAML, because an empty mapping there would refuse new keys on the command line.
     values = {key: value for key, value in values.items() if not (key == "logit_bias" and value is None)}
-    names = {each.name for each in dataclasses.fields(SamplingParams)}
+    names = {each.name for each in dataclasses.fields(SamplingParams)} - INTERACTIVE_FIELDS
     for key in values:
+        if key in INTERACTIVE_FIELDS:
+            raise ConfigError(f"sampling.{key} is for callers of the engine: a job {INTERACTIVE_FIELDS[key]}")
         if key not in names:
             raise unknown_key(f"sampling.{key}", [f"sampling.{name}" for name in sorted(names)])
     try:
@@ -298,7 +318,13 @@ def result_part(settings: Settings) -> dict[str, Any]:
     Sampling is left out, it has a part of its own.
     """
     flat = _flatten(as_config(settings))
-    return {key: flat[key] for key in sorted(flat) if key not in HARMLESS and not key.startswith("sampling.")}
+    return {key: flat[key] for key in sorted(flat) if _decides_results(key, flat[key])}
+
+
+def _decides_results(key: str, value: Any) -> bool:
+    if key in HARMLESS or key.startswith("sampling."):
+        return False
+    return key not in _LATER_DEFAULTS or value != _LATER_DEFAULTS[key]
 
 
 def _flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -72,7 +72,10 @@ class FreeDevice:
         self.num_pages = num_pages
         self.num_computed_tokens = self.num_padded_tokens = 0
         self.buckets = declare_buckets(
-            config.min_token_pad, config.max_num_batched_tokens, config.max_num_seqs
+            config.min_token_pad,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            min_input_pad=config.min_input_pad,
         )
         device = jax.devices("cpu")[0]
         self.batch = BatchBuilder(

@@ -1,0 +1,78 @@
+"""The models of a server by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.async_engine import AsyncEngine
+from engine.errors import ConfigError
+from engine.parsers import check_parser_names, choose_parsers
+from engine.server.errors import ApiError
+from engine.server.settings import ServerSettings
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model: its engine, and how its answers are read."""
+
+    name: str
+    engine: AsyncEngine
+    created: int
+    """Unix seconds."""
+    tool_parser: str | None
+    reasoning_parser: str | None
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.engine.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.engine.model_config.vocab_size
+
+    @property
+    def chat_template(self) -> str | None:
+        template = getattr(self.tokenizer, "chat_template", None)
+        return template if isinstance(template, str) else None
+
+
+class ServedModels:
+    """All of them. Raises ConfigError for none, or for parsers that do not exist."""
+
+    def __init__(self, engines: Mapping[str, AsyncEngine], settings: ServerSettings):
+        if not engines:
+            raise ConfigError("a server needs at least one model")
+        self._models = {name: _served(name, engine, settings) for name, engine in engines.items()}
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    def find(self, name: str, param: str | None = "model") -> ServedModel:
+        """The model that a client names. Raises ApiError (404) naming those there are."""
+        if name in self._models:
+            return self._models[name]
+        if name == DEFAULT and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        known = ", ".join(self._models)
+        message = f"The model {name[:100]!r} does not exist: choose one of {known}"
+        raise ApiError(404, message, param=param, code="model_not_found", type="invalid_request_error")
+
+
+def _served(name: str, engine: AsyncEngine, settings: ServerSettings) -> ServedModel:
+    template = getattr(engine.engine.tokenizer, "chat_template", None)
+    tool, reasoning = choose_parsers(template if isinstance(template, str) else None)
+    if settings.tool_parser != "auto":
+        tool = settings.tool_parser
+    if settings.reasoning_parser != "auto":
+        reasoning = settings.reasoning_parser
+    check_parser_names(tool, reasoning)
+    return ServedModel(name, engine, int(time.time()), tool, reasoning)
