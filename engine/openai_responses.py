@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.detokenizer import bytes_of_token_id
+from engine.detokenizer import bytes_of_token
 from engine.openai_requests import AnswerOptions
 from engine.openai_tools import ToolUse
 from engine.outputs import CompletionOutput, RequestOutput, TokenLogprob
@@ -250,12 +250,12 @@ def _completion_logprobs(
 
 
 def _token(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:
-    raw = bytes_of_token_id(tokenizer, token_id)
+    raw = bytes_of_token(tokenizer, token_id)
     return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
 
 
 def _text(tokenizer: Any, token_id: int) -> str:
-    return bytes_of_token_id(tokenizer, token_id).decode("utf-8", "replace")
+    return bytes_of_token(tokenizer, token_id).decode("utf-8", "replace")
 
 
 def _finite(logprob: float) -> float:
