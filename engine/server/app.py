@@ -11,6 +11,8 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from engine.async_engine import AsyncEngine
+from engine.server.batches.routes import FILES_PATH, batch_routes
+from engine.server.batches.uploads import OVERHEAD_BYTES
 from engine.server.chat import chat_routes
 from engine.server.completions import completion_routes
 from engine.server.errors import install_errors
@@ -70,7 +72,7 @@ def create_app(
     install_errors(app)
     for routes in _routes(served, settings, batches, metrics):
         app.include_router(routes)
-    _install_guards(app, keys, settings)
+    _install_guards(app, keys, settings, batches)
     return app
 
 
@@ -86,13 +88,11 @@ def _routes(
         health_routes(served, metrics),
     ]
     if batches is not None:
-        from engine.server.batches.routes import batch_routes
-
         routes.append(batch_routes(batches))
     return routes
 
 
-def _install_guards(app: FastAPI, keys: Any | None, settings: ServerSettings) -> None:
+def _install_guards(app: FastAPI, keys: Any | None, settings: ServerSettings, batches: Any | None) -> None:
     """What a request passes before it reaches a route, the limits first."""
     from engine.server.limits import install_limits
 
@@ -100,7 +100,8 @@ def _install_guards(app: FastAPI, keys: Any | None, settings: ServerSettings) ->
         from engine.server.auth import install_auth
 
         install_auth(app, keys, settings)
-    install_limits(app, settings)
+    uploads = {} if batches is None else {FILES_PATH: batches.max_file_bytes + OVERHEAD_BYTES}
+    install_limits(app, settings, max_body_bytes=uploads)
 
 
 def _version() -> str:

@@ -175,8 +175,8 @@ def _answered(call: Callable[[], T], *, missing_is_bad: bool = False) -> T:
         return call()
     except NotFound as error:
         status = 400 if missing_is_bad else 404
-        raise ApiError(status, str(error), param=f"{error.kind}_id", code=f"{error.kind}_not_found") from
-        error
+        kind = error.kind
+        raise ApiError(status, str(error), param=f"{kind}_id", code=f"{kind}_not_found") from error
     except Refused as error:
         raise bad_request(str(error), error.param, error.code) from error
 

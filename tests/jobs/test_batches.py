@@ -1,0 +1,297 @@
+"""Files and batches of a real server, as the official client sees them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from engine.async_engine import AsyncEngine
+from engine.server.serving import BackgroundServer
+from pipeline.spool import open_spool
+from pipeline.storage import open_storage
+from pipeline.verify import Verifier
+from tests.jobs.batch_server import MODEL, load_engine, server_of
+from tests.pipeline.batch_lines import chat_line, completion_line
+
+CHAT = "/v1/chat/completions"
+MAX_FILE_BYTES = 100_000
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("batches")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: str, root: Path) -> Iterator[BackgroundServer]:
+    engine, fingerprint = load_engine(tiny_checkpoint)
+    with server_of(root, AsyncEngine(engine), fingerprint, max_file_bytes=MAX_FILE_BYTES) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: BackgroundServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def lines_of(*lines: Any) -> bytes:
+    return b"".join((line if isinstance(line, str) else json.dumps(line)).encode() + b"\n" for line in lines)
+
+
+def create(client: openai.OpenAI, content: bytes, endpoint: Any = CHAT, **options: Any) -> Any:
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    window: Any = options.pop("completion_window", "24h")
+    return client.batches.create(
+        input_file_id=file.id, endpoint=endpoint, completion_window=window, **options
+    )
+
+
+def ended(client: openai.OpenAI, batch_id: str, seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        batch = client.batches.retrieve(batch_id)
+        if batch.status in ("completed", "failed", "cancelled", "expired"):
+            return batch
+        time.sleep(0.05)
+    raise AssertionError(f"the batch is still {batch.status}")
+
+
+def content_of(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    assert file_id is not None
+    return [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+
+
+def test_a_batch_is_run_to_its_files(client: openai.OpenAI, root: Path) -> None:
+    lines = [chat_line(f"r{i}", f"say {i}", temperature=0) for i in range(9)]
+    lines[4]["body"]["stream"] = True
+    batch = create(client, lines_of(*lines), metadata={"run": "nightly"})
+    assert batch.status == "validating"
+    batch = ended(client, batch.id)
+    assert batch.status == "completed"
+    assert batch.metadata == {"run": "nightly"}
+    assert batch.request_counts is not None
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (9, 8, 1)
+    assert batch.in_progress_at <= batch.finalizing_at <= batch.completed_at <= batch.expires_at
+    answers = content_of(client, batch.output_file_id)
+    assert [answer["custom_id"] for answer in answers] == [f"r{i}" for i in range(9) if i != 4]
+    for answer in answers:
+        body = openai.types.chat.ChatCompletion.model_validate(answer["response"]["body"])
+        assert body.created == batch.created_at
+        assert body.usage is not None
+        assert body.usage.completion_tokens >= 1
+    [error] = content_of(client, batch.error_file_id)
+    assert error["custom_id"] == "r4"
+    assert error["response"]["status_code"] == 400
+    with open_spool(None) as spool:
+        run = open_storage(str(root / "batches" / batch.id / "run"))
+        assert Verifier(run, spool).run().findings == []
+
+
+def test_its_answers_are_those_of_the_endpoint(client: openai.OpenAI) -> None:
+    asked = completion_line("a", "once upon a time", temperature=0, max_tokens=8)
+    batch = ended(client, create(client, lines_of(asked), "/v1/completions").id)
+    [answer] = content_of(client, batch.output_file_id)
+    direct = client.completions.create(model=MODEL, prompt="once upon a time", temperature=0, max_tokens=8)
+    assert answer["response"]["body"]["choices"][0]["text"] == direct.choices[0].text
+    assert answer["response"]["body"]["choices"][0]["finish_reason"] == direct.choices[0].finish_reason
+
+
+def test_a_chat_in_a_batch_is_the_chat_of_the_endpoint(client: openai.OpenAI) -> None:
+    asked = {"messages": [{"role": "user", "content": "who is it"}], "temperature": 0, "max_tokens": 8}
+    batch = ended(client, create(client, lines_of(chat_line("a", **asked, logprobs=True, top_logprobs=2))).id)
+    [answer] = content_of(client, batch.output_file_id)
+    direct = client.chat.completions.create(model=MODEL, logprobs=True, top_logprobs=2, **asked)  # type: ignore[call-overload]
+    wanted = direct.choices[0].model_dump()
+    found = (
+        openai.types.chat.ChatCompletion.model_validate(answer["response"]["body"]).choices[0].model_dump()
+    )
+    assert found["message"]["content"] == wanted["message"]["content"]
+    assert found["logprobs"]["content"] == wanted["logprobs"]["content"]
+
+
+FAULTS = {
+    "empty file": (b"", "empty_file"),
+    "blank lines": (b"\n\n", "empty_file"),
+    "malformed line": (lines_of(chat_line("a"), '{"custom_id": '), "invalid_json_line"),
+    "missing custom_id": (
+        lines_of({"method": "POST", "url": CHAT, "body": {}}),
+        "missing_required_parameter",
+    ),
+    "duplicate custom_id": (lines_of(chat_line("a"), chat_line("a")), "duplicate_custom_id"),
+    "wrong model": (lines_of(chat_line("a", model="gpt-9")), "model_not_found"),
+    "bad url": (lines_of(chat_line("a", url="/v1/wrong")), "invalid_url"),
+    "chats and completions mixed": (lines_of(chat_line("a"), completion_line("b")), "invalid_url"),
+    "method": (lines_of(chat_line("a") | {"method": "GET"}), "invalid_method"),
+    "body": (lines_of(chat_line("a") | {"body": "hello"}), "invalid_request"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_file_that_is_wrong_fails_its_batch(client: openai.OpenAI, name: str) -> None:
+    content, code = FAULTS[name]
+    batch = ended(client, create(client, content).id)
+    assert batch.status == "failed"
+    assert batch.output_file_id is None
+    [fault] = batch.errors.data
+    assert fault.code == code, fault.message
+
+
+def test_what_is_wrong_with_a_body_is_its_lines_error(client: openai.OpenAI) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    lines = [
+        chat_line("stream", stream=True),
+        chat_line("too long", "word " * 400),
+        chat_line("tool", tools=[tool], tool_choice={"type": "function", "function": {"name": "g"}}),
+        chat_line("unknown", temprature=1),
+    ]
+    batch = ended(client, create(client, lines_of(*lines)).id)
+    assert batch.status == "completed"
+    assert batch.output_file_id is None
+    errors = {
+        line["custom_id"]: line["response"]["body"]["error"]
+        for line in content_of(client, batch.error_file_id)
+    }
+    assert [errors[line["custom_id"]]["code"] for line in lines] == [
+        "not_supported",
+        "prompt_too_long",
+        "bad_request",
+        "unknown_field",
+    ]
+
+
+def test_files_are_listed_read_and_deleted(client: openai.OpenAI) -> None:
+    content = lines_of(chat_line("a"))
+    file = client.files.create(file=("mine.jsonl", content), purpose="batch")
+    assert (file.bytes, file.filename, file.purpose) == (len(content), "mine.jsonl", "batch")
+    assert client.files.retrieve(file.id) == file
+    assert client.files.content(file.id).content == content
+    assert file.id in [each.id for each in client.files.list(purpose="batch")]
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file.id)
+    with pytest.raises(openai.BadRequestError):
+        client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+
+
+def test_a_batch_outlives_its_input_file(client: openai.OpenAI) -> None:
+    file = client.files.create(
+        file=("in.jsonl", lines_of(*(chat_line(f"{i}") for i in range(20)))), purpose="batch"
+    )
+    batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    client.files.delete(file.id)
+    assert ended(client, batch.id).status == "completed"
+
+
+def test_lists_come_in_pages(client: openai.OpenAI) -> None:
+    ids = [create(client, b"").id for _ in range(3)]
+    listed = [batch.id for batch in client.batches.list(limit=1)]  # the client asks for page after page
+    assert set(ids) <= set(listed)
+    assert len(set(listed)) == len(listed)
+    page = client.batches.list(limit=2)
+    assert len(page.data) == 2
+    assert page.has_more
+    following = client.batches.list(limit=2, after=page.data[-1].id)
+    assert following.data[0].id == listed[2]
+    with pytest.raises(openai.BadRequestError):
+        client.batches.list(after="batch_none")
+
+
+def test_a_cancelled_batch_keeps_what_is_finished(client: openai.OpenAI) -> None:
+    lines = [chat_line(f"r{i}", f"say {i}", max_tokens=100, ignore_eos=True) for i in range(64)]
+    batch = create(client, lines_of(*lines))
+    deadline = time.monotonic() + 60
+    while client.batches.retrieve(batch.id).request_counts.completed == 0:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+    batch = ended(client, batch.id)
+    assert batch.status == "cancelled"
+    assert batch.cancelling_at <= batch.cancelled_at
+    done = [line["custom_id"] for line in content_of(client, batch.output_file_id)]
+    left = content_of(client, batch.error_file_id)
+    assert 0 < len(done) < 64
+    assert sorted([*done, *(line["custom_id"] for line in left)]) == sorted(
+        line["custom_id"] for line in lines
+    )
+    assert {line["error"]["code"] for line in left} == {"batch_cancelled"}
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (64, len(done), len(left))
+    with pytest.raises(openai.BadRequestError):
+        client.batches.cancel(batch.id)
+
+
+def test_a_batch_ends_with_its_window(client: openai.OpenAI) -> None:
+    lines = [chat_line(f"r{i}", max_tokens=200, ignore_eos=True) for i in range(200)]
+    batch = ended(client, create(client, lines_of(*lines), completion_window="1s").id)
+    assert batch.status == "expired"
+    assert batch.expired_at >= batch.expires_at
+    assert {line["error"]["code"] for line in content_of(client, batch.error_file_id)} == {"batch_expired"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [
+        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"completion_window": "soon"}, "completion_window"),
+        ({"completion_window": "900h"}, "completion_window"),
+        ({"input_file_id": "file-none"}, "file_id"),
+        ({"metadata": {"k" * 65: "v"}}, "metadata"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused(
+    server: BackgroundServer, client: openai.OpenAI, changed: Any, param: str
+) -> None:
+    file = client.files.create(file=("in.jsonl", lines_of(chat_line("a"))), purpose="batch")
+    body = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"} | changed
+    answer = httpx.post(f"{server.url}/v1/batches", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def upload(server: BackgroundServer, files: Any, data: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/files", files=files, data=data)
+
+
+def test_bad_uploads_are_refused(server: BackgroundServer) -> None:
+    good = {"file": ("in.jsonl", b"{}")}
+    assert upload(server, good, {"purpose": "fine-tune"}).status_code == 400
+    assert upload(server, good, {}).status_code == 400
+    assert upload(server, good, {"purpose": "batch", "extra": "1"}).json()["error"]["param"] == "extra"
+    assert upload(server, {"other": ("in.jsonl", b"{}")}, {"purpose": "batch"}).status_code == 400
+    assert httpx.post(f"{server.url}/v1/files", json={"purpose": "batch"}).status_code == 400
+    named = upload(server, {"file": ("../../etc/passwd", b"{}")}, {"purpose": "batch"})
+    assert named.json()["filename"] == "passwd"
+    torn = b'--b\r\nContent-Disposition: form-data; name="file"\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert httpx.post(f"{server.url}/v1/files", content=torn, headers=headers).status_code == 400
+    headers = {"Content-Type": "multipart/form-data"}
+    assert httpx.post(f"{server.url}/v1/files", content=torn, headers=headers).status_code == 400
+
+
+def test_a_file_that_is_too_large_leaves_nothing(server: BackgroundServer, root: Path) -> None:
+    before = sorted(path.name for path in (root / "files").iterdir())
+    for size in (MAX_FILE_BYTES + 1, 10 * MAX_FILE_BYTES):
+        answer = upload(server, {"file": ("in.jsonl", b"x" * size)}, {"purpose": "batch"})
+        assert answer.status_code == 413, size
+    assert sorted(path.name for path in (root / "files").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "path", ["files/file-none", "files/file-none/content", "batches/batch_none", "files/..%2Fx"]
+)
+def test_what_is_not_there_is_not_found(server: BackgroundServer, path: str) -> None:
+    answer = httpx.get(f"{server.url}/v1/{path}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"]
