@@ -4,8 +4,8 @@
     step thread             engine.step(), and between two steps what was asked for   (engine/step_thread.py)
     text thread             tokens to text, outputs to their receivers                (engine/text_thread.py)
 
-Prompts are made tokens in the caller's thread (of an asyncio task: in a thread beside the event loop), texts in
-the text thread; the step thread only schedules and dispatches.
+Prompts are made tokens in the caller's thread (of an asyncio task: in a thread beside the event loop), texts
+in the text thread; the step thread only schedules and dispatches.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class AsyncEngine:
     Each request that is taken comes to one end: an output that is `finished`, an exception, or nothing where
     its caller left (a cancelled task, a closed stream). Whichever it is, its pages are free afterwards.
 
-    max_waiting: unfinished requests, running ones included, past which `Overloaded` is raised, but for a tenant
-        that has less than its share of them (engine/doorkeeper.py); None: no bound.
+    max_waiting: unfinished requests, running ones included, past which `Overloaded` is raised, but for a
+        tenant that has less than its share of them (engine/doorkeeper.py); None: no bound.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int | None = None):
@@ -74,7 +74,7 @@ class AsyncEngine:
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Take no more requests, wait up to `drain_seconds` for those that are unfinished, end the rest with
-        finish reason "abort", and end the threads. The engine itself stays open, and is the caller's again."""
+        finish reason "abort", and end the threads. The engine stays open, and is the caller's again."""
         with self._lock:
             self._is_closed = True
             if self._is_started:
@@ -138,9 +138,7 @@ class AsyncEngine:
             Overloaded: `max_waiting` are unfinished.
             EngineClosed: no requests are taken any more.
         """
-        request = self._reserve(
-            request_id, tenant, prompt, timeout_s, stream, on_output, on_error or _ignore
-        )
+        request = self._reserve(request_id, tenant, prompt, timeout_s, stream, on_output, on_error or _ignore)
         try:
             token_ids = self._tokens(request.request_id, prompt)
             self._add(request, token_ids, sampling, priority, cache_salt).result()
@@ -160,11 +158,11 @@ class AsyncEngine:
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Complete one prompt and yield an output whenever a text has grown, the last one `finished`; `options`
-        as for `generate`. What cannot run is refused when the first output is asked for.
+        """Complete one prompt and yield an output whenever a text has grown, the last one `finished`;
+        `options` as for `generate`. What cannot run is refused when the first output is asked for.
 
-        `outputs[i].text` is sample i's text so far, of which nothing is taken back; `delta_text` what sample 0's
-        grew by, and joined its text. Closing the generator, or cancelling its task, aborts the request.
+        `outputs[i].text` is sample i's text so far, of which nothing is taken back; `delta_text` what sample
+        0's grew by, and joined its text. Closing the generator, or cancelling its task, aborts the request.
         """
         return self._outputs(prompt, sampling, stream=True, **options)
 
@@ -215,9 +213,7 @@ class AsyncEngine:
         timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         mailbox = Mailbox(waker_of_running_loop())
-        request = self._reserve(
-            request_id, tenant, prompt, timeout_s, stream, mailbox.put, mailbox.fail
-        )
+        request = self._reserve(request_id, tenant, prompt, timeout_s, stream, mailbox.put, mailbox.fail)
         try:
             if isinstance(prompt, str) or not is_token_ids(prompt):
                 loop = asyncio.get_running_loop()

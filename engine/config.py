@@ -44,11 +44,11 @@ class EngineConfig:
     """What cached prefixes may hold of the pages that no request holds: a number of pages (a whole number), or
     a share of all pages (0.3); None: all that are left."""
     scheduling_policy: str = "fcfs"
-    """"fcfs", or "priority": lower `priority` first, then age; such a request also takes the place of a running
-    one of higher `priority` when seats or pages run out."""
+    """"fcfs", or "priority": lower `priority` first, then age; such a request also takes the place of a
+    running one of higher `priority` when seats or pages run out."""
     priority_aging_steps: int | None = 1000
-    """Under the priority policy a waiting request is overtaken only by those more urgent by p that come less than
-    p times this many steps after it; None: by all of them, without end."""
+    """Under the priority policy a waiting request is overtaken only by those more urgent by p that come less
+    than p times this many steps after it; None: by all of them, without end."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step."""
     stream_interval_ms: int = 20
@@ -107,7 +107,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             self._check_integer(name, getattr(self, name), 1, 1 << 20)
-        for name in ("max_model_len", "kv_cache_bytes", "long_prefill_token_threshold", "priority_aging_steps"):
+        for name in (
+            "max_model_len",
+            "kv_cache_bytes",
+            "long_prefill_token_threshold",
+            "priority_aging_steps",
+        ):
             if getattr(self, name) is not None:
                 self._check_integer(name, getattr(self, name), 2 if name == "max_model_len" else 1, 1 << 50)
         self._check_integer("stream_interval_ms", self.stream_interval_ms, 0, 60_000)

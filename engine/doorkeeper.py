@@ -1,4 +1,4 @@
-"""Who is let in where a bounded number of requests may be unfinished, and when the others should come again."""
+"""Who is let in where a bounded number of requests may be unfinished, and when others should come again."""
 
 from __future__ import annotations
 

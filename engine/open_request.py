@@ -1,12 +1,13 @@
 """A request as the asynchronous front knows it, from its submission to its last output or its error.
 
-Each field has one writer: who submits it, the step thread, or the text thread (engine/async_engine.py).
+Each field has one writer: who submits it, the step thread, or any thread where it is set once
+(engine/async_engine.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.outputs import RequestOutput
@@ -15,7 +16,7 @@ from engine.request_group import ends_with_hidden_token
 if TYPE_CHECKING:
     from engine.request import Request
     from engine.request_group import RequestGroup
-    from engine.text_thread import GrowingTexts
+    from engine.seat_watch import Drawn
 
 
 @dataclass(slots=True, eq=False)
@@ -33,52 +34,42 @@ class OpenRequest:
 
     is_dropped: bool = False
     """Whoever waited for it has gone: nothing is delivered any more. Set once, by any thread."""
-
     is_aborted: bool = False
-    """It is to end as soon as the step thread has it."""
-    group: RequestGroup | None = None
-    """Of a stream, once the step thread has queued it."""
-    num_shown: list[int] = field(default_factory=list)
-    """The step thread's: tokens of each sample that it has passed on."""
-    texts: GrowingTexts | None = None
-    """The text thread's: what a stream has shown."""
-
-    def take_growth(self) -> Growth | None:
-        """What the samples have drawn since the last time; None when nothing. Between two steps only."""
-        assert self.group is not None
-        parts: list[SampleGrowth] = []
-        for index, request in enumerate(self.group.requests):
-            count = request.num_tokens
-            if count > self.num_shown[index]:
-                parts.append(SampleGrowth.of(request, self.num_shown[index]))
-                self.num_shown[index] = count
-        return Growth(self, parts) if parts else None
+    """It is to end as soon as the step thread has it. Set once, by any thread."""
 
 
-class SampleGrowth(NamedTuple):
-    """New tokens of one sample."""
+class Opened(NamedTuple):
+    """A stream has been queued in the engine."""
 
-    index: int
+    request: OpenRequest
+    group: RequestGroup
+
+
+class SampleEnd(NamedTuple):
+    """A sample of a stream has ended, others of it have not."""
+
+    request: OpenRequest
+    sample: Request
     token_ids: list[int]
+    """Its output."""
     num_hidden: int
     """The last ones of these that are no part of its text: 1 where it ended with such a token."""
     finish_reason: str | None
     stop_reason: int | str | None
 
     @classmethod
-    def of(cls, request: Request, start: int) -> SampleGrowth:
-        """A sample's tokens from position `start` on."""
+    def of(cls, request: OpenRequest, sample: Request) -> SampleEnd:
         # A stop string ends in a token of the text.
-        hides = ends_with_hidden_token(request) and not isinstance(request.stop_reason, str)
-        token_ids = request.token_ids(start, request.num_tokens)
-        return cls(request.sample_index, token_ids, int(hides), request.finish_reason, request.stop_reason)
+        hides = ends_with_hidden_token(sample) and not isinstance(sample.stop_reason, str)
+        token_ids, reason = sample.output_token_ids, sample.finish_reason
+        return cls(request, sample, token_ids, int(hides), reason, sample.stop_reason)
 
 
 class Growth(NamedTuple):
-    """A stream has grown."""
+    """What was drawn since the last time, for streams and others, and samples of streams that have ended."""
 
-    request: OpenRequest
-    samples: list[SampleGrowth]
+    drawn: list[Drawn]
+    ends: list[SampleEnd]
 
 
 class Ended(NamedTuple):
@@ -95,4 +86,10 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Event = Growth | Ended | Failed
+class Dropped(NamedTuple):
+    """Nobody waits for a stream any more, and it has left the engine."""
+
+    request: OpenRequest
+
+
+Event = Opened | Growth | Ended | Failed | Dropped

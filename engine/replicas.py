@@ -20,6 +20,7 @@ from engine.prefix_cache import PrefixCache
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.scheduler_settings import SchedulerSettings, SchedulerStats
+from engine.seat_table import SeatTable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +119,10 @@ class Replicas:
         for request in finished:
             self._forget(request)
         return finished
+
+    @property
+    def tables(self) -> list[SeatTable]:
+        return [table for scheduler in self._schedulers for table in scheduler.tables]
 
     def preempt_all(self) -> None:
         for scheduler in self._schedulers:

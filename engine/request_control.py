@@ -10,6 +10,7 @@ from engine.duplicates import as_if_its_own
 from engine.errors import ConfigError
 from engine.observer import Observed
 from engine.outputs import RequestOutput, ended_early
+from engine.seat_watch import SeatWatch
 
 if TYPE_CHECKING:
     from engine.duplicates import Duplicates
@@ -70,6 +71,10 @@ class RequestControl(Observed):
         """What is known of an unfinished request's samples, to be read between two steps only; None when it
         is not unfinished, or is given another one's result."""
         return self._groups.get(request_id)
+
+    def watch_seats(self) -> list[SeatWatch]:
+        """What tells, between two steps, which tokens the running requests have drawn; one a replica."""
+        return [SeatWatch(table) for table in self._scheduler.tables]
 
     def drawn_tokens(self, request_id: str) -> tuple[DrawnTokens, ...] | None:
         """What an engine to come can go on from, a sample each (`add_request`); None for a request that is

@@ -297,6 +297,11 @@ class Scheduler:
     def _plan_chunk(self, request: Request, step: StepDraft) -> None:
         self._plan(request, self._chunk_len(request, step), step)
 
+    @property
+    def tables(self) -> list[SeatTable]:
+        """Where the numbers of the running requests are."""
+        return [self._table]
+
     def preempt_all(self) -> None:
         """Let all running requests wait again, their pages freed: no step may be in flight."""
         for request in self._table.running():

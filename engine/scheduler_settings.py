@@ -24,8 +24,8 @@ class SchedulerSettings:
     policy: str = "fcfs"
     """"fcfs", or "priority": lower `Request.priority` first, then age."""
     aging_steps: int | None = None
-    """Under the priority policy, how many steps of waiting weigh as much as one unit of priority; None: none do,
-    and a request may wait for ever."""
+    """Under the priority policy, how many steps of waiting weigh as much as one unit of priority; None: none
+    do, and a request may wait for ever."""
     enable_prefix_caching: bool = True
     max_cached_pages: int | None = None
     """Most pages that are kept for what they hold while no request holds them; None: all that are left."""
@@ -74,8 +74,8 @@ class SchedulerSettings:
         )
 
     def rank(self, request: Request) -> tuple[int, int]:
-        """Who comes first: the lowest. It never changes, so that who was first stays first: what waits does not
-        come nearer to the front by the clock, but what comes later is placed behind it."""
+        """Who comes first: the lowest. It never changes, so that who is first stays first: ageing is that
+        what comes later is placed behind, not that what waits is moved."""
         if self.policy == "fcfs":
             return 0, request.arrival
         if self.aging_steps is None:

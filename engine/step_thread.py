@@ -18,12 +18,13 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import EngineClosed
-from engine.open_request import Ended, Event, Failed, OpenRequest
+from engine.open_request import Dropped, Ended, Event, Failed, Growth, Opened, OpenRequest, SampleEnd
 from engine.outputs import RequestOutput
 from engine.text_thread import TextThread
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.request import Request
 
 T = TypeVar("T")
 
@@ -51,7 +52,10 @@ class StepThread:
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._is_over = False
         self._open: dict[str, OpenRequest] = {}
-        self._streams: dict[str, OpenRequest] = {}
+        self._num_streams = 0
+        # Of streams of several samples, those that had not ended at the last look.
+        self._several: dict[OpenRequest, set[Request]] = {}
+        self._watches = engine.watch_seats()
         self._deadlines: list[tuple[float, int, OpenRequest]] = []
         self._num_deadlines = 0
         self._shown_at = 0.0
@@ -92,18 +96,17 @@ class StepThread:
 
     # -- the step thread ---------------------------------------------------------------------------
 
-    def add(self, request: OpenRequest, **arguments: object) -> None:
+    def add(self, request: OpenRequest, **arguments: Any) -> None:
         """Queue a request in the engine, `arguments` being those of `Engine.add_request`."""
         engine, request_id = self._engine, request.request_id
-        engine.add_request(
-            request_id, stream=False, shares_result=not request.stream, **arguments
-        )  # type: ignore[arg-type]
+        engine.add_request(request_id, stream=False, shares_result=not request.stream, **arguments)
         self._open[request_id] = request
-        if request.stream:
-            request.group = engine.request_group(request_id)
-            assert request.group is not None
-            request.num_shown = [sample.prompt_len for sample in request.group.requests]
-            self._streams[request_id] = request
+        group = engine.request_group(request_id) if request.stream else None
+        if group is not None:
+            self._num_streams += 1
+            self._text.put([Opened(request, group)])
+            if len(group.requests) > 1:
+                self._several[request] = set(group.requests)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, self._num_deadlines, request))
             self._num_deadlines += 1
@@ -124,10 +127,12 @@ class StepThread:
         if self._is_open(request):
             self._engine.abort_request(request.request_id)
             self._forget(request)
+            self._text.put([Dropped(request)])
 
     def pause(self) -> None:
-        self._engine.pause()
+        """What streams have drawn is shown; of the step in progress after the pause."""
         self._show_streams(time.monotonic())
+        self._engine.pause()
 
     def finish_all(self, reason: str) -> None:
         for request in list(self._open.values()):
@@ -161,7 +166,7 @@ class StepThread:
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
             self.finish(heapq.heappop(self._deadlines)[-1], "timeout")
-        if self._streams and now - self._shown_at >= self._interval:
+        if self._num_streams and now - self._shown_at >= self._interval:
             self._show_streams(now)
 
     def _next_calls(self) -> list[tuple[Future[Any], Callable[[], Any]]]:
@@ -185,16 +190,21 @@ class StepThread:
             self._text.put(events)
 
     def _show_streams(self, now: float) -> None:
-        """Pass on what the streams have drawn since the last time."""
+        """Pass on what has been drawn since the last time."""
         self._shown_at = now
-        growth = [request.take_growth() for request in self._streams.values()]
-        events = [each for each in growth if each is not None]
-        if events:
-            self._text.put(events)
+        drawn = [each for watch in self._watches if (each := watch.look()) is not None]
+        ends: list[SampleEnd] = []
+        for request, unfinished in self._several.items():
+            ended = [sample for sample in unfinished if sample.is_finished]
+            ends += [SampleEnd.of(request, sample) for sample in ended]
+            unfinished.difference_update(ended)
+        if drawn or ends:
+            self._text.put([Growth(drawn, ends)])
 
     def _forget(self, request: OpenRequest) -> None:
         del self._open[request.request_id]
-        self._streams.pop(request.request_id, None)
+        self._num_streams -= request.stream
+        self._several.pop(request, None)
         if len(self._deadlines) > 2 * len(self._open) + _MAX_STALE:  # most are of requests that have ended
             self._deadlines = [each for each in self._deadlines if self._is_open(each[-1])]
             heapq.heapify(self._deadlines)

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.errors import RequestError
 
-MAX_WAYS = 4096
+MAX_WAYS = 1024
 MAX_WIDTH = 256
 """Characters of a pattern, and of what it matches."""
 

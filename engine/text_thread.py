@@ -1,8 +1,11 @@
 """The thread that makes texts of tokens and hands outputs to whoever waits for them.
 
-The step thread gives it lists of events and never waits for it. Texts of streams are made here in portions, as
-many tokens at a time as an interval brought: a character is shown whole or not yet, and text that may begin a
-stop string is held back until it is certain (engine/detokenizer.py).
+The step thread gives it lists of events and never waits for it. Texts of streams are made here in portions,
+as many tokens at a time as an interval brought: a character is shown whole or not yet, and text that may
+begin a stop string is held back until it is certain (engine/detokenizer.py).
+
+Where a sample ends is the step thread's to say. So requests with stop strings have their text made there as
+well, token by token: no token is computed after a stop that could have been known of.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from engine.detokenizer import IncrementalDetokenizer
-from engine.open_request import Ended, Event, Failed, Growth, OpenRequest, SampleGrowth
-from engine.outputs import CompletionOutput, RequestOutput
-from engine.request_group import RequestGroup
+from engine.growing_texts import GrowingTexts
+from engine.open_request import Ended, Event, Failed, Growth, Opened, OpenRequest
+from engine.outputs import RequestOutput
+from engine.request import Request
 
 _LOG = logging.getLogger(__name__)
 
 _PORTION = 8
-"""Events that are delivered in one go."""
+"""Outputs that are delivered in one go."""
 _BREAK_SECONDS = 1e-5
 """Long enough for a waiting thread to be woken; with 0 this one would be back first."""
 
@@ -36,6 +39,10 @@ class TextThread:
     def __init__(self, abort: Callable[[OpenRequest], None]):
         self._abort = abort
         self._events: queue.SimpleQueue[Sequence[Event] | None] = queue.SimpleQueue()
+        self._texts: dict[OpenRequest, GrowingTexts] = {}
+        # Whose each sample of an open stream is.
+        self._owners: dict[Request, OpenRequest] = {}
+        self._num_delivered = 0
         self._thread = threading.Thread(target=self._run, name="tidemill-text", daemon=True)
 
     def start(self) -> None:
@@ -55,92 +62,70 @@ class TextThread:
 
     def _run(self) -> None:
         while (events := self._events.get()) is not None:
-            for index, event in enumerate(events):
-                # A step thread that wants the interpreter meanwhile would otherwise be given it only after
-                # `sys.getswitchinterval()`, which is as long as a step.
-                if index % _PORTION == _PORTION - 1:
-                    time.sleep(_BREAK_SECONDS)
-                self._deliver(event)
+            for event in events:
+                self._take(event)
 
-    def _deliver(self, event: Event) -> None:
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Growth):
+            self._grow(event)
+            return
         request = event.request
+        if isinstance(event, Opened):
+            self._texts[request] = GrowingTexts(event.group)
+            self._owners.update(dict.fromkeys(event.group.requests, request))
+        elif isinstance(event, Failed):
+            self._deliver(request, lambda: request.on_error(event.error))
+            self._forget(request)
+        elif isinstance(event, Ended):
+            self._deliver(request, lambda: request.on_output(self._last_output(event)))
+            self._forget(request)
+        else:
+            self._forget(request)
+
+    def _grow(self, growth: Growth) -> None:
+        grown: dict[OpenRequest, GrowingTexts] = {}
+        for drawn in growth.drawn:
+            rows = zip(drawn.requests, drawn.lens.tolist(), drawn.token_ids.tolist(), strict=True)
+            for sample, length, token_ids in rows:
+                owner = self._owners.get(sample)
+                if owner is not None and not owner.is_dropped:
+                    texts = grown[owner] = self._texts[owner]
+                    texts.grow(sample.sample_index, length, token_ids)
+        for end in growth.ends:
+            texts = grown[end.request] = self._texts[end.request]
+            texts.end(end)
+        for request, texts in grown.items():
+            output = texts.take_output()
+            if output is not None:
+                self._deliver(request, lambda r=request, o=output: r.on_output(_with_prompt(o, r)))
+
+    def _deliver(self, request: OpenRequest, call: Callable[[], None]) -> None:
         if request.is_dropped:
             return
+        # A step thread that wants the interpreter meanwhile would otherwise be given it only after
+        # `sys.getswitchinterval()`, which is as long as a step.
+        self._num_delivered += 1
+        if self._num_delivered % _PORTION == 0:
+            time.sleep(_BREAK_SECONDS)
         try:
-            if isinstance(event, Failed):
-                request.on_error(event.error)
-            elif isinstance(event, Ended):
-                request.on_output(_last_output(event))
-            else:
-                if request.texts is None:
-                    assert request.group is not None
-                    request.texts = GrowingTexts(request.group)
-                output = request.texts.grow(event.samples)
-                if output is not None:
-                    request.on_output(_with_prompt(output, request))
+            call()
         except Exception:  # the receiver's: nobody else is to suffer from it
             _LOG.exception("the receiver of request %r failed: the request is aborted", request.request_id)
             self._abort(request)
 
+    def _last_output(self, event: Ended) -> RequestOutput:
+        request, output = event
+        # Made now, and not in the receiver's time.
+        first, *_ = [sample.text for sample in output.outputs]
+        if request.stream:
+            output = replace(output, delta_text=self._texts[request].rest(first))
+        return _with_prompt(output, request)
 
-class GrowingTexts:
-    """The texts of one stream's samples, as far as they have been shown."""
-
-    def __init__(self, group: RequestGroup):
-        self._group = group
-        self._samples = [_Sample(group.new_text()) for _ in group.requests]
-
-    @property
-    def first(self) -> str:
-        """What has been shown of sample 0."""
-        return self._samples[0].text
-
-    def grow(self, growth: Sequence[SampleGrowth]) -> RequestOutput | None:
-        """Take in new tokens; an output if a text has grown or a sample ended."""
-        num_shown, has_news = len(self.first), False
-        for part in growth:
-            has_news |= self._samples[part.index].grow(part)
-        if not has_news:
-            return None
-        outputs = tuple(map(self._completion, range(len(self._samples))))
-        return self._group.output_of(outputs, False, self.first[num_shown:])
-
-    def _completion(self, index: int) -> CompletionOutput:
-        sample, request = self._samples[index], self._group.requests[index]
-        return self._group.completion_of(
-            request, tuple(sample.token_ids), sample.text, sample.finish_reason, sample.stop_reason
-        )
-
-
-class _Sample:
-    def __init__(self, detokenizer: IncrementalDetokenizer):
-        self._detokenizer = detokenizer
-        self.text = ""
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None
-        self.stop_reason: int | str | None = None
-
-    def grow(self, growth: SampleGrowth) -> bool:
-        """Take in new tokens; whether there is more to show than before."""
-        tokens = growth.token_ids
-        self.token_ids += tokens
-        delta = self._detokenizer.push(tokens[: len(tokens) - growth.num_hidden])
-        if growth.finish_reason is not None:
-            delta += self._detokenizer.finish()
-            self.finish_reason, self.stop_reason = growth.finish_reason, growth.stop_reason
-        self.text += delta
-        return bool(delta) or growth.finish_reason is not None
-
-
-def _last_output(event: Ended) -> RequestOutput:
-    """The output with its texts made, here and not in its receiver's time."""
-    request, output = event
-    for sample in output.outputs:
-        assert isinstance(sample.text, str)
-    if request.stream:
-        num_shown = 0 if request.texts is None else len(request.texts.first)
-        output = replace(output, delta_text=output.outputs[0].text[num_shown:])
-    return _with_prompt(output, request)
+    def _forget(self, request: OpenRequest) -> None:
+        texts = self._texts.pop(request, None)
+        if texts is not None:
+            for sample in texts.requests:
+                del self._owners[sample]
 
 
 def _with_prompt(output: RequestOutput, request: OpenRequest) -> RequestOutput:

@@ -115,9 +115,9 @@ class Upkeep(RequestControl):
         self._end_step()
         told = Options(self.config, self.options, frozenset({"dtype"}))
         loaded, _ = model_for(model, tokenizer, revision, told, is_whole=True)
-        if frees_first is None:
+        if self._runner is not None and frees_first is None:
             frees_first = not self._runner.device_name.startswith("cpu")
-        if frees_first:
+        if self._runner is not None and frees_first:
             self._lost = f"the engine lost {self.model_name!r} to a swap that failed: call swap_model again"
             self._runner.drop_pages()
             self._runner = None

@@ -8,9 +8,9 @@
 more urgent only if that came less than p x `aging_steps` steps after it: what comes later waits behind it.
 
 **Tenants take turns of equal tokens** (the virtual token counter of Sheng et al., "Fairness in Serving Large
-Language Models", OSDI 2024). A tenant's counter grows by the tokens that its requests compute: those of a prompt
-that were not cached when it starts, and those it draws. The tenant with the lowest counter is next. One that comes
-to wait begins no lower than the one that was served last: nobody saves up turns by asking for nothing.
+Language Models", OSDI 2024). A tenant's counter grows by the tokens of its requests: those of a prompt that
+were not cached when it starts, and those that are drawn. The tenant with the lowest counter is next. One that
+comes to wait begins no lower than the one served last: nobody saves up turns by asking for nothing.
 
 Requests that had started before, and lost their pages, come first in their level.
 """
@@ -31,7 +31,7 @@ _MAX_IDLE = 1024
 
 
 class WaitingQueue:
-    """The waiting requests. One that ends while it waits stays until its turn, and is the caller's to skip."""
+    """The waiting requests. One that ends while it waits stays until its turn: the caller passes it over."""
 
     def __init__(self, settings: SchedulerSettings):
         self._settings = settings
@@ -135,8 +135,8 @@ class _Level:
         self._counters = counters
         self._returning: _Heap = []
         self._tenants: dict[str | None, _Heap] = {}
-        # (counter, arrival of its oldest, tenant), once a tenant: who is next. That its counter has grown since,
-        # or that it has left, is seen when its turn comes.
+        # (counter, arrival of its oldest, tenant), once a tenant: who is next. That its counter has grown, or
+        # that it has left, is seen when its turn comes.
         self._turns: list[tuple[int, int, str | None]] = []
         self._has_turn: set[str | None] = set()
 

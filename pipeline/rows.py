@@ -35,6 +35,7 @@ REASONS = {
     "bad_id": "the id is empty or too long",
     "duplicate_id": "an earlier row has the same id",
     "bad_sampling": "sampling values are out of range or unknown",
+    "bad_schema": "the row's JSON schema cannot be followed",
     "template_error": "a template fails on the row",
     "prompt_too_long": "the prompt and max_tokens do not fit the model",
     "bad_method": "the method of a batch file's line is not POST",

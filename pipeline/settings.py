@@ -286,7 +286,7 @@ def _sampling(values: Mapping[str, Any]) -> SamplingParams:
     # Through its own constructor, which normalises and names each value's range. An absent bias is null in
     # YAML, because an empty mapping there would refuse new keys on the command line.
     values = {key: value for key, value in values.items() if not (key == "logit_bias" and value is None)}
-    names = {each.name for each in dataclasses.fields(SamplingParams)} - INTERACTIVE_FIELDS
+    names = {each.name for each in dataclasses.fields(SamplingParams)} - INTERACTIVE_FIELDS.keys()
     for key in values:
         if key in INTERACTIVE_FIELDS:
             raise ConfigError(f"sampling.{key} is for callers of the engine: a job {INTERACTIVE_FIELDS[key]}")

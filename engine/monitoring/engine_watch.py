@@ -38,6 +38,8 @@ _HISTOGRAMS = (
 )
 # Reported from the start, so that a rate sees the first one.
 _STATUSES = ("completed", "aborted", "timeout")
+# Finish reasons of requests that were ended from outside, and the status that they make.
+_CUT_SHORT = {"timeout": "timeout", "abort": "aborted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ class EngineWatch(EngineObserver):
         self._inter_token: deque[float] = deque(maxlen=RECENT_REQUESTS)
         self._duration: deque[float] = deque(maxlen=RECENT_REQUESTS)
         # (time, tokens generated until then), oldest first; the first may be older than the window.
-        self._generated: deque[tuple[float, int]] = deque([(clock(), engine.totals().num_generated_tokens)])
+        self._stepped_at = clock()
+        self._generated = deque([(self._stepped_at, engine.totals().num_generated_tokens)])
 
     # -- what happens, on the stepping thread ------------------------------------------------------
 
@@ -91,7 +94,7 @@ class EngineWatch(EngineObserver):
             self._histograms[of.EXECUTION_DURATION].add(facts.execution_seconds)
             self._step_sequences += facts.num_sequences
             self._last_step = facts
-            now = self._clock()
+            now = self._stepped_at = self._clock()
             if now - self._generated[-1][0] >= _RATE_SPACING_S:
                 self._generated.append((now, self.engine.totals().num_generated_tokens))
                 self._forget_before(now - RATE_SECONDS)
@@ -102,8 +105,8 @@ class EngineWatch(EngineObserver):
         with self._lock:
             for sample in output.outputs:
                 self._finish_reasons[sample.finish_reason or "none"] += 1
-            has_timed_out = any(sample.finish_reason == "timeout" for sample in output.outputs)
-            self._ended["timeout" if has_timed_out else "completed"] += 1
+            reasons = {sample.finish_reason for sample in output.outputs}
+            self._ended[next((_CUT_SHORT[each] for each in _CUT_SHORT if each in reasons), "completed")] += 1
             self._histograms[of.REQUEST_PROMPT_TOKENS].add(len(output.prompt_token_ids))
             self._histograms[of.REQUEST_GENERATED_TOKENS].add(sum(lens))
             if times.first_scheduled_time is not None:
@@ -171,10 +174,12 @@ class EngineWatch(EngineObserver):
     def _rate(self, num_generated: int) -> float:
         """Tokens a second over the window; while it is idle nothing is added to it, and the rate falls."""
         now = self._clock()
+        if num_generated != self._generated[-1][1]:  # by steps since the last entry
+            self._generated.append((self._stepped_at, num_generated))
         self._forget_before(now - RATE_SECONDS)
         since, before = self._generated[0]
         seconds = now - max(since, now - RATE_SECONDS)
-        return (num_generated - before) / seconds if seconds > 0 else 0.0
+        return max(0, num_generated - before) / seconds if seconds > 0 else 0.0
 
     def _forget_before(self, moment: float) -> None:
         """Keep one from before the window: how many tokens there were when it began."""

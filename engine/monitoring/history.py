@@ -75,14 +75,18 @@ class EngineHistory:
         assert self._before is not None, "rates are between two looks"
         seconds, before = monotonic - self._before[0], self._before[1]
         stats, earlier = now.stats, before.stats
-        num_prompt = stats.num_prompt_tokens - earlier.num_prompt_tokens
-        num_cached = stats.num_cached_tokens - earlier.num_cached_tokens
+
+        def grew(name: str) -> int:
+            """Of an engine that was given another model in between, what it has done since."""
+            return max(0, getattr(stats, name) - getattr(earlier, name))
+
+        num_prompt, num_cached = grew("num_prompt_tokens"), grew("num_cached_tokens")
         num_ended = sum(now.num_ended.values()) - sum(before.num_ended.values())
         return Point(
             number=self._num_points,
             unix_time=unix_time,
             requests_per_second=num_ended / seconds,
-            generated_per_second=(stats.num_generated_tokens - earlier.num_generated_tokens) / seconds,
+            generated_per_second=grew("num_generated_tokens") / seconds,
             prompt_per_second=num_prompt / seconds,
             hit_rate=min(num_cached / num_prompt, 1.0) if num_prompt > 0 else None,
             running=stats.running,

@@ -44,7 +44,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._watches: dict[str, EngineWatch] = {}
         self._sources: list[Source] = []
         self._history: History | None = None

@@ -31,7 +31,8 @@ class KeyStateError(TidemillError):
 class ApiKey:
     """What may be shown of a key. Times are seconds since 1970; `role` and `status` are of ROLES and STATES.
 
-    A `user` may use the models, a `monitor` may read /metrics and /dashboard only, an `admin` may do everything.
+    A `user` may use the models, a `monitor` may read /metrics and /dashboard only, an `admin` may do
+    everything.
     """
 
     id: str
@@ -45,8 +46,14 @@ class ApiKey:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ConfigError(f"role {self.role!r} of an API key: expected one of {', '.join(ROLES)}")
-        if not isinstance(self.label, str) or len(self.label) > MAX_LABEL_CHARS or not self.label.isprintable():
-            raise ConfigError(f"the label of an API key is printable text of at most {MAX_LABEL_CHARS} characters")
+        if (
+            not isinstance(self.label, str)
+            or len(self.label) > MAX_LABEL_CHARS
+            or not self.label.isprintable()
+        ):
+            raise ConfigError(
+                f"the label of an API key is printable text of at most {MAX_LABEL_CHARS} characters"
+            )
         if KEY_PATTERN.search(self.label):
             raise ConfigError("the label of an API key must not hold a key: labels are shown and logged")
 
@@ -64,7 +71,8 @@ class ApiKey:
 
 @dataclass(slots=True)
 class KeyEntry:
-    """A key, what it used, and the hashes by which it is found, each with the time it ends (None: with the key)."""
+    """A key, what it used, and the hashes by which it is found, each with the time it ends (None: with the
+    key)."""
 
     key: ApiKey
     meter: KeyMeter

@@ -12,7 +12,6 @@ from engine.engine import Engine
 from engine.monitoring import Metrics
 from engine.server.app import create_app
 from engine.server.keys import KeyRing
-from engine.server.served import DEFAULT
 from engine.server.serving import serve
 from engine.server.settings import ServerSettings
 
@@ -68,5 +67,4 @@ class eSurgeApiServer:
 
 
 def _name_of(engine: AnyEngine) -> str:
-    inner = engine.engine if isinstance(engine, AsyncEngine) else engine
-    return getattr(inner, "name", None) or DEFAULT
+    return (engine.engine if isinstance(engine, AsyncEngine) else engine).model_name

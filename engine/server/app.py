@@ -72,6 +72,10 @@ def create_app(
     install_errors(app)
     for routes in _routes(served, settings, batches, metrics):
         app.include_router(routes)
+    if metrics is not None:
+        from engine.monitoring import dashboard_routes
+
+        dashboard_routes(app, metrics)
     _install_guards(app, keys, settings, batches)
     return app
 

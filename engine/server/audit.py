@@ -1,4 +1,5 @@
-"""The audit log: who did what to which API key, and when, as JSON lines that are only ever added to; never a key."""
+"""The audit log: who did what to which API key, and when, as JSON lines that are only ever added to; never a
+key."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def redacted(text: str) -> str:
 class AuditLog:
     """Events in a file (mode 0600) and the last of them in memory; thread-safe.
 
-    At `max_bytes` the file becomes `<path>.1`, that one `<path>.2` and so on; `num_kept` old ones are kept. Without a
-    path only the last `num_recent` events are, and they are gone when the process ends.
+    At `max_bytes` the file becomes `<path>.1`, that one `<path>.2` and so on; `num_kept` old ones are kept.
+    Without a path only the last `num_recent` events are, and they are gone when the process ends.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class AuditLog:
         self._lock = threading.Lock()
 
     def record(self, action: str, *, actor: str, key_id: str | None = None, **details: Any) -> None:
-        """Add an event. Raises OutputError when it cannot be written: what it records must then not happen."""
+        """Add an event. Raises OutputError when it cannot be written: what it records must then not
+        happen."""
         at = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
         event = {"at": at, "actor": actor, "action": action, "key_id": key_id, **details}
         line = redacted(json.dumps(event, default=str))

@@ -1,8 +1,8 @@
 """Who may do what: API keys at the door of every route, their limits, and what they have left.
 
-Everything is closed but what `open_paths` names, `/health` by default. What a request may do is decided on its path and
-method, never on its Host header, and before anything of it but the headers is read. A path that is not spelled as
-routes are opens nothing: it is as closed as any other.
+Everything is closed but what `open_paths` names, `/health` by default. What a request may do is decided on
+its path and method, never on its Host header, and before anything of it but the headers is read. A path that
+is not spelled as routes are opens nothing: it is as closed as any other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from engine.server.api_key import ApiKey
@@ -19,6 +20,7 @@ from engine.server.credentials import BadCredentials, take_key, unauthorized
 from engine.server.key_limits import Allowance, Exceeded
 from engine.server.keys import KeyRing
 from engine.server.refusals import AsgiApp, Message, Receive, Refusal, Scope, Send, refuse
+from engine.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -27,25 +29,14 @@ OPEN_PATHS = frozenset({"/health"})
 MONITOR_PARTS = ("metrics", "dashboard")
 
 
-class AuthSettings(Protocol):
-    """What of ServerSettings is used here."""
-
-    @property
-    def require_api_key(self) -> bool: ...
-    @property
-    def api_key_in_query(self) -> bool: ...
-    @property
-    def max_concurrent_per_key(self) -> int: ...
-
-
 def install_auth(
-    app: FastAPI, keys: KeyRing, settings: AuthSettings, *, open_paths: Collection[str] = OPEN_PATHS
+    app: FastAPI, keys: KeyRing, settings: ServerSettings, *, open_paths: Collection[str] = OPEN_PATHS
 ) -> None:
     """Let in what has a key of `keys`, and add the routes of `/v1/admin`.
 
-    Afterwards `request.state.key` is the ApiKey of a request, or None. Without `require_api_key` requests without a
-    key or with an unknown one are let in as nobody's, but not to `/v1/admin`; a known key counts, and one that is
-    suspended, revoked or expired is refused.
+    Afterwards `request.state.key` is the ApiKey of a request, or None. Without `require_api_key` requests
+    without a key or with an unknown one are let in as nobody's, but not to `/v1/admin`; a known key counts,
+    and one that is suspended, revoked or expired is refused.
     """
     from engine.server.admin import admin_routes
 
@@ -57,7 +48,12 @@ class AuthMiddleware:
     """ASGI middleware of `install_auth`, for apps that are not FastAPI's too."""
 
     def __init__(
-        self, app: AsgiApp, *, keys: KeyRing, settings: AuthSettings, open_paths: Collection[str] = OPEN_PATHS
+        self,
+        app: AsgiApp,
+        *,
+        keys: KeyRing,
+        settings: ServerSettings,
+        open_paths: Collection[str] = OPEN_PATHS,
     ):
         self._app = app
         self._keys = keys
@@ -83,7 +79,7 @@ class AuthMiddleware:
             address = (scope.get("client") or ("",))[0]
             await self._beside_others(f"address {address}", scope, receive, send)
 
-    def _decide(self, scope: Scope) -> ApiKey | None | Refusal:
+    def _decide(self, scope: Scope) -> ApiKey | Refusal | None:
         try:
             presented = take_key(scope, in_query=self._settings.api_key_in_query)
         except BadCredentials as error:
@@ -107,7 +103,9 @@ class AuthMiddleware:
             )
         match self._keys.why_refused(key):
             case "suspended":
-                return _forbidden("This API key is suspended; its administrator can reactivate it.", "key_suspended")
+                return _forbidden(
+                    "This API key is suspended; its administrator can reactivate it.", "key_suspended"
+                )
             case "revoked":
                 return unauthorized("This API key was revoked: use another.", "key_revoked")
             case "expired":
@@ -116,10 +114,16 @@ class AuthMiddleware:
             return None
         if needed == "monitor" and not self._settings.require_api_key:
             return None
-        return _forbidden(f"This API key has the role {key.role}; this path needs {needed}.", "insufficient_permissions")
+        return _forbidden(
+            f"This API key has the role {key.role}; this path needs {needed}.", "insufficient_permissions"
+        )
 
     def _is_open(self, scope: Scope) -> bool:
-        return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and route_path(scope) in self._open_paths
+        return (
+            scope["type"] == "http"
+            and scope["method"] in ("GET", "HEAD")
+            and route_path(scope) in self._open_paths
+        )
 
     async def _counted(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
         exceeded = self._keys.admit(key.id)
@@ -177,24 +181,30 @@ def role_needed(path: str) -> str:
         elif name := part.strip(" .").partition(";")[0].lower():
             plain.append(name)
             resolved.append(name)
-    if any(("v1", "admin") in zip(parts, parts[1:], strict=False) for parts in (plain, resolved)):
+    if any(("v1", "admin") in pairwise(parts) for parts in (plain, resolved)):
         return "admin"
     return "monitor" if resolved and resolved[0] in MONITOR_PARTS else "user"
 
 
 def too_many(exceeded: Exceeded, allowances: Mapping[str, Allowance]) -> Refusal:
-    """The 429 of a limit. One that waiting does not mend is `insufficient_quota`, which OpenAI's client does not retry."""
+    """The 429 of a limit. One that waiting does not mend is `insufficient_quota`, which OpenAI's client does
+    not retry."""
     headers = _allowance_headers(allowances)
     if exceeded.retry_after_s is None:
-        message = f"This API key has used its {exceeded.limit} {exceeded.kind}: ask its administrator for more."
+        message = (
+            f"This API key has used its {exceeded.limit} {exceeded.kind}: ask its administrator for more."
+        )
         headers["x-should-retry"] = "false"
         return Refusal(429, message, "insufficient_quota", "insufficient_quota", headers)
     seconds = max(1, math.ceil(exceeded.retry_after_s))
     headers["retry-after"] = str(seconds)
     if exceeded.kind == "concurrency":
-        message = f"{exceeded.limit} requests of yours run at this moment, and no more may: wait for one to end."
+        message = (
+            f"{exceeded.limit} requests of yours run at this moment, and no more may: wait for one to end."
+        )
         return Refusal(429, message, "requests", "concurrency_limit_exceeded", headers)
-    message = f"Rate limit reached: {exceeded.limit} {exceeded.kind} per {exceeded.window}. Try again in {seconds} s."
+    most = f"{exceeded.limit} {exceeded.kind} per {exceeded.window}"
+    message = f"Rate limit reached: {most}. Try again in {seconds} s."
     return Refusal(429, message, exceeded.kind, "rate_limit_exceeded", headers)
 
 

@@ -156,7 +156,10 @@ async def _prompts(model: ServedModel, body: CompletionBody, settings: ServerSet
         if isinstance(each, list) and max(each) >= model.vocab_size:
             message = f"token id {max(each)} is not in the vocabulary of {model.vocab_size}"
             raise bad_request(message, "prompt", "bad_token_id")
-        prompts.append(await text_prompt(model, each) if isinstance(each, str) else each)
+        ids = await text_prompt(model, each) if isinstance(each, str) else each
+        if not ids:
+            raise bad_request("a prompt has no tokens: it needs at least one", "prompt", "empty_prompt")
+        prompts.append(ids)
     return prompts
 
 

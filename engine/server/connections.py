@@ -1,20 +1,22 @@
 """Connections that keep the server waiting: uvicorn's HTTP protocol with the time limits that it leaves out.
 
-uvicorn (0.40 to 0.51) waits for ever for the end of a request's headers, for the rest of a body that nobody reads any
-more, and for a client that does not take its answer, and counts connections only when a request is whole. Here each
-of these has a limit. A connection that waits costs a socket and a timer, no thread and no task.
+uvicorn (0.40 to 0.51) waits for ever for the end of a request's headers, for the rest of a body that nobody
+reads any more, and for a client that does not take its answer, and counts connections only when a request is
+whole. Here each of these has a limit. A connection that waits costs a socket and a timer, no thread and no
+task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.server.refusals import Refusal
+from engine.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from uvicorn.config import Config
@@ -22,20 +24,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class ConnectionSettings(Protocol):
-    """What of ServerSettings is used here."""
-
-    @property
-    def max_connections(self) -> int: ...
-    @property
-    def max_header_bytes(self) -> int: ...
-    @property
-    def header_timeout_s(self) -> float: ...
-    @property
-    def send_timeout_s(self) -> float: ...
-
-
-def uvicorn_options(settings: ConnectionSettings) -> dict[str, Any]:
+def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
     """Keyword arguments of `uvicorn.Config` with which a server holds `settings`."""
 
     class Connection(BoundedConnection):
@@ -53,7 +42,7 @@ def uvicorn_options(settings: ConnectionSettings) -> dict[str, Any]:
 class BoundedConnection(H11Protocol):
     """One connection. `limits` is set by the subclass that `uvicorn_options` makes."""
 
-    limits: ConnectionSettings
+    limits: ServerSettings
 
     def __init__(self, config: Config, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -88,7 +77,9 @@ class BoundedConnection(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._take_timer is None:
-            self._take_timer = self.loop.call_later(self.limits.send_timeout_s, self._cut_off, "takes no answer")
+            self._take_timer = self.loop.call_later(
+                self.limits.send_timeout_s, self._cut_off, "takes no answer"
+            )
 
     def resume_writing(self) -> None:
         self._stop_take_timer()
@@ -97,7 +88,9 @@ class BoundedConnection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         if len(self.conn.trailing_data[0]) > self.limits.max_header_bytes:
             most = self.limits.max_header_bytes
-            refusal = Refusal(431, f"The headers are over {most} bytes.", "invalid_request_error", "headers_too_large")
+            refusal = Refusal(
+                431, f"The headers are over {most} bytes.", "invalid_request_error", "headers_too_large"
+            )
         else:
             refusal = Refusal(400, msg, "invalid_request_error", "bad_request")
         self._answer_and_close(refusal)

@@ -1,4 +1,5 @@
-"""The API key of a request: read once at the door and taken out of it, so that nothing behind can log or pass it on."""
+"""The API key of a request: read once at the door and taken out of it, so that nothing behind can log or
+pass it on."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def unauthorized(message: str, code: str) -> Refusal:
 def take_key(scope: Scope, *, in_query: bool) -> bytes | None:
     """The key that a request gives, None without one; it is removed from the scope's headers and query.
 
-    Looked for in `Authorization: Bearer`, `X-API-Key` and, if `in_query`, the query's `api_key`. The scope is changed in
-    place, because the server that made it logs it. Raises BadCredentials.
+    Looked for in `Authorization: Bearer`, `X-API-Key` and, if `in_query`, the query's `api_key`. The scope
+    is changed in place, because the server that made it logs it. Raises BadCredentials.
     """
     headers = [(name.lower(), value) for name, value in scope["headers"]]
     scope["headers"] = [(name, value) for name, value in headers if name not in _KEY_HEADERS]

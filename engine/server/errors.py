@@ -17,10 +17,10 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from engine.errors import EngineClosed, Overloaded, RequestError
+from engine.errors import EngineClosed, MissingExtraError, Overloaded, RequestError
 
 log = logging.getLogger("tidemill.server")
 
@@ -100,13 +100,13 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
-        return _of_validation(error.errors())
-    if isinstance(error, ValidationError):
-        return _of_validation([dict(each, loc=("body", *each["loc"])) for each in error.errors()])
+        return _of_validation(error)
     if isinstance(error, StarletteHTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, RequestError):
         return _of_request_error(error)
+    if isinstance(error, MissingExtraError):
+        return bad_request(f"this server cannot do that: {error}", code="not_supported")
     if isinstance(error, Overloaded):
         after = {"Retry-After": str(error.retry_after_s)}
         return ApiError(429, str(error), code="overloaded", headers=after)
@@ -125,7 +125,8 @@ def install_errors(app: FastAPI) -> None:
     async def nobody(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
-    for kind in (RequestValidationError, StarletteHTTPException, RequestError, Overloaded, EngineClosed):
+    kinds = (RequestValidationError, StarletteHTTPException, RequestError, MissingExtraError, Overloaded)
+    for kind in (*kinds, EngineClosed):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, answer)
     app.add_exception_handler(ClientGone, nobody)
@@ -146,19 +147,33 @@ def _of_request_error(error: RequestError) -> ApiError:
     return bad_request(str(error).removeprefix("sampling."), param, code)
 
 
-def _of_validation(errors: Sequence[Any]) -> ApiError:
-    """The first thing that is wrong with a body; an unknown field comes before all others."""
+def _of_validation(error: RequestValidationError) -> ApiError:
+    """What is wrong with a body: an unknown field before all others, else what is wrong deepest inside, which
+    of a value's alternatives is in the one that it fits best."""
+    errors = error.errors()
     unknown = [each for each in errors if each["type"] == "extra_forbidden"]
-    # Of a value that fits no alternative of a union, the last complaint is about the most structured one.
-    first = (unknown or list(errors))[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    first = max(unknown or errors, key=lambda each: len(_place(each, error.body)))
+    param = ".".join(map(str, _place(first, error.body))) or None
     if first["type"] == "json_invalid":
-        return bad_request("the body is not JSON: " + str(first.get("ctx", {}).get("error", "")), None)
+        return bad_request("the body is not JSON: " + str(first["ctx"]["error"]), code="invalid_json")
     if unknown:
         return bad_request(f"Unrecognized request argument supplied: {param}", param, "unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
     return bad_request(f"Invalid value for {param or 'the body'}: {first['msg']}", param, "invalid_value")
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[str | int]:
+    """Where in the body it is. What validation adds to say which alternative it tried is left out."""
+    place: list[str | int] = []
+    value = body
+    for part in error["loc"][1:]:
+        if part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int):
+            place.append(part)
+            value = value[part]
+    if error["type"] == "missing" and len(error["loc"]) > 1:
+        place.append(error["loc"][-1])
+    return place
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
-"""How deep JSON nests, told from its bytes as they come: before any parser recurses, in time linear in their number."""
+"""How deep JSON nests, told from its bytes as they come: before any parser recurses, in time linear in their
+number."""
 
 from __future__ import annotations
 

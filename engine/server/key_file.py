@@ -1,4 +1,5 @@
-"""The file that keeps API keys (their hashes) and what they used: one writer, replaced whole, for its owner only."""
+"""The file that keeps API keys (their hashes) and what they used: one writer, replaced whole, for its owner
+only."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ VERSION = 1
 class KeyFile:
     """A JSON file of records, locked for as long as this object is open: a second server on it is refused.
 
-    A reader sees the records before a save or those after it, never a part. The file and its lock have mode 0600.
+    A reader sees the records before a save or those after it, never a part. The file and its lock have mode
+    0600.
     """
 
     def __init__(self, path: str | Path):
@@ -27,7 +29,8 @@ class KeyFile:
         self._lock_fd = self._lock()
 
     def load(self) -> list[dict[str, Any]]:
-        """The records; none where there is no file yet. Raises ConfigError for a file that is not to be trusted."""
+        """The records; none where there is no file yet. Raises ConfigError for a file that is not to be
+        trusted."""
         try:
             fd = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
@@ -79,7 +82,9 @@ class KeyFile:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)
-            raise ConfigError(f"{self.path} is in use by another server: give each its own keys_file") from error
+            raise ConfigError(
+                f"{self.path} is in use by another server: give each its own keys_file"
+            ) from error
         return fd
 
     def _sync_folder(self) -> None:

@@ -1,4 +1,5 @@
-"""How much a key may use: requests and tokens in sliding windows and in all its life, and requests at once."""
+"""How much a key may use: requests and tokens in sliding windows and in all its life, and requests at
+once."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ KINDS: tuple[Kind, Kind] = ("requests", "tokens")
 class KeyLimits:
     """The most that a key may use; None is no limit.
 
-    Requests are those admitted. Tokens are those of prompts and completions together, known when a request ends: a
-    key over its limit of tokens is refused the next request, and those that run go on.
+    Requests are those admitted. Tokens are those of prompts and completions together, known when a request
+    ends: a key over its limit of tokens is refused the next request, and those that run go on.
     """
 
     requests_per_minute: int | None = None
@@ -46,7 +47,8 @@ class KeyLimits:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> KeyLimits:
-        """Limits by name. Raises ConfigError for a name that is none, with the nearest one, or a bad value."""
+        """Limits by name. Raises ConfigError for a name that is none, with the nearest one, or a bad
+        value."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -71,7 +73,8 @@ class Exceeded:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """The tightest window of a kind: what is left of its limit, and seconds until nothing is used any more."""
+    """The tightest window of a kind: what is left of its limit, and seconds until nothing is used any
+    more."""
 
     limit: int
     remaining: int
@@ -81,9 +84,10 @@ class Allowance:
 class SlidingWindow:
     """The sum of what was added within the last `length_s` seconds (a multiple of 60), in 61 numbers at most.
 
-    Time is cut in slots of a sixtieth of the window, and an amount counts until its whole slot is `length_s` ago: never
-    shorter than the window, one slot longer at most. So no interval of `length_s` seconds ever holds more than a
-    limit that is kept at each moment. Times are seconds on any clock that does not go back.
+    Time is cut in slots of a sixtieth of the window, and an amount counts until its whole slot is `length_s`
+    ago: never shorter than the window, one slot longer at most. So no interval of `length_s` seconds ever
+    holds more than a limit that is kept at each moment. Times are seconds on any clock that does not go
+    back.
     """
 
     def __init__(self, length_s: int, slots: Iterable[tuple[int, int]] = ()):
@@ -128,7 +132,8 @@ class SlidingWindow:
 
 
 class KeyMeter:
-    """What one key has used and uses now, against its limits. Not thread-safe: its key ring's lock guards it."""
+    """What one key has used and uses now, against its limits. Not thread-safe: its key ring's lock guards
+    it."""
 
     def __init__(self, limits: KeyLimits, stored: Mapping[str, Any] | None = None):
         stored = stored or {}
@@ -138,7 +143,7 @@ class KeyMeter:
         self.completion_tokens: int = stored.get("completion_tokens", 0)
         self.in_flight = 0
         slots = stored.get("windows", {})
-        self._windows = {
+        self._windows: dict[tuple[Kind, str], SlidingWindow] = {
             (kind, window): SlidingWindow(length_s, slots.get(f"{kind}_per_{window}", ()))
             for kind in KINDS
             for window, length_s in WINDOW_SECONDS.items()

@@ -1,4 +1,5 @@
-"""API keys: made, found, limited, counted and withdrawn. What is kept of a key is its SHA-256, never the key."""
+"""API keys: made, found, limited, counted and withdrawn. What is kept of a key is its SHA-256, never the
+key."""
 
 from __future__ import annotations
 
@@ -34,11 +35,12 @@ _log = logging.getLogger(__name__)
 class KeyRing:
     """All API keys of a server; thread-safe.
 
-    `path`: a file that keeps keys, totals and windows over restarts (0600; hashes only). Changes of keys are there
-    before they take effect; what keys used is written every `save_interval_s` seconds, so a crash loses that
-    much of it, and on `close`. `api_keys`: keys known beforehand, each with its label, role, `expires_in_s` and limits,
-    as `{"demo-key": {"label": "UI", "requests_per_minute": 60}}`. One of them that `path` holds already keeps its
-    id, state and totals and takes label, role and limits from here. `clock`: seconds since 1970.
+    `path`: a file that keeps keys, totals and windows over restarts (0600; hashes only). Changes of keys are
+    there before they take effect; what keys used is written every `save_interval_s` seconds, so a crash
+    loses that much of it, and on `close`. `api_keys`: keys known beforehand, each with its label, role,
+    `expires_in_s` and limits, as `{"demo-key": {"label": "UI", "requests_per_minute": 60}}`. One of them
+    that `path` holds already keeps its id, state and totals and takes label, role and limits from here.
+    `clock`: seconds since 1970.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class KeyRing:
         self._file = None if path is None else KeyFile(path)
         try:
             self._load()
-            self._add_known(api_keys if isinstance(api_keys, Mapping) else dict.fromkeys(api_keys, {}))
+            self._add_known(api_keys if isinstance(api_keys, Mapping) else {key: {} for key in api_keys})
         except BaseException:
             self.close(save=False)
             raise
@@ -115,7 +117,12 @@ class KeyRing:
         return self._set_status(key_id, "revoked", "key.revoke", actor)
 
     def update(
-        self, key_id: str, *, label: str | None = None, limits: KeyLimits | None = None, actor: str = "program"
+        self,
+        key_id: str,
+        *,
+        label: str | None = None,
+        limits: KeyLimits | None = None,
+        actor: str = "program",
     ) -> ApiKey:
         """Another label or other limits (all of them: what is not given is no limit)."""
         with self._change_lock:
@@ -150,7 +157,8 @@ class KeyRing:
         return "expired" if key.expires_at is not None and self._clock() >= key.expires_at else None
 
     def admit(self, key_id: str) -> Exceeded | None:
-        """Count a request of a key as begun, or say which limit it would exceed; `release` it when it ends."""
+        """Count a request of a key as begun, or say which limit it would exceed; `release` it when it
+        ends."""
         with self._lock:
             meter, now = self._entry(key_id).meter, self._clock()
             exceeded = meter.exceeded(now)
@@ -187,7 +195,8 @@ class KeyRing:
             return self._entry(key_id).key
 
     def usage(self, key_id: str) -> dict[str, int]:
-        """Totals of a key: `requests`, `prompt_tokens`, `completion_tokens`, `total_tokens`, and `in_flight`."""
+        """Totals of a key: `requests`, `prompt_tokens`, `completion_tokens`, `total_tokens`, and
+        `in_flight`."""
         with self._lock:
             meter = self._entry(key_id).meter
             return {**meter.totals(), "in_flight": meter.in_flight}
@@ -201,7 +210,8 @@ class KeyRing:
             }
 
     def close(self, *, save: bool = True) -> None:
-        """Write what is not yet written and give the file free. Raises OutputError when it cannot be written."""
+        """Write what is not yet written and give the file free. Raises OutputError when it cannot be
+        written."""
         with self._lock:
             if self._saver is not None:
                 self._saver.cancel()
@@ -243,7 +253,8 @@ class KeyRing:
             return key
 
     def _change(self, entry: KeyEntry, action: str, actor: str, **details: Any) -> None:
-        """Put `entry` in the place of what its key was: audited, then saved, then true. The change lock is held."""
+        """Put `entry` in the place of what its key was: audited, then saved, then true. The change lock is
+        held."""
         key = entry.key
         self.audit.record(action, actor=actor, key_id=key.id, **details)
         if self._file is not None:
@@ -259,7 +270,8 @@ class KeyRing:
             self._index()
 
     def _index(self) -> None:
-        """Ids by the first bytes of their hashes: whose key it may be is then found by comparing one or two."""
+        """Ids by the first bytes of their hashes: whose key it may be is then found by comparing one or
+        two."""
         self._by_digest_start = {}
         for key_id, entry in self._entries.items():
             for digest, _ in entry.digests:

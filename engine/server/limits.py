@@ -1,17 +1,19 @@
 """What a request may be before an endpoint sees it: size of headers and body, nesting of JSON, and time.
 
-Bodies are checked as they come, with or without a Content-Length, so nothing is held that will be refused. What only the
-connection can see, headers that come slowly and answers that are not taken, is in `engine.server.connections`.
+Bodies are checked as they come, with or without a Content-Length, so nothing is held that will be refused.
+What only the connection can see, headers that come slowly and answers that are not taken, is in
+`engine.server.connections`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from engine.server.json_depth import JsonDepth
 from engine.server.refusals import AsgiApp, Message, Receive, Refusal, Scope, Send, refuse
+from engine.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -24,29 +26,17 @@ LINGER_SECONDS = 2.0
 LINGER_BYTES = 16 << 20
 
 
-class LimitSettings(Protocol):
-    """What of ServerSettings is used here."""
-
-    @property
-    def max_body_bytes(self) -> int: ...
-    @property
-    def max_header_bytes(self) -> int: ...
-    @property
-    def body_timeout_s(self) -> float: ...
-    @property
-    def request_timeout_s(self) -> float: ...
-
-
 def install_limits(
     app: FastAPI,
-    settings: LimitSettings,
+    settings: ServerSettings,
     *,
     max_body_bytes: Mapping[str, int] | None = None,
     grace_s: float = GRACE_SECONDS,
 ) -> None:
     """Refuse what is over the limits of `settings`; `max_body_bytes` holds those of single paths (uploads).
 
-    A request still unfinished `grace_s` after its time is cut off: the endpoint had that long to end it in order.
+    A request still unfinished `grace_s` after its time is cut off: the endpoint had that long to end it in
+    order.
     """
     app.add_middleware(LimitsMiddleware, settings=settings, max_body_bytes=max_body_bytes, grace_s=grace_s)
 
@@ -58,7 +48,7 @@ class LimitsMiddleware:
         self,
         app: AsgiApp,
         *,
-        settings: LimitSettings,
+        settings: ServerSettings,
         max_body_bytes: Mapping[str, int] | None = None,
         grace_s: float = GRACE_SECONDS,
     ):
@@ -86,7 +76,7 @@ class LimitsMiddleware:
             if time_limit.expired():
                 if not answer.started:
                     await refuse(scope, send, _timed_out(self._settings.request_timeout_s))
-                return  # of an answer that is not whole the server closes the connection, which tells the client
+                return  # the server closes the connection of an answer that has no end: its client can tell
             if body.refusal is None:  # otherwise it is what comes of a body that was cut off
                 raise
         if body.refusal is not None and not answer.started:
@@ -97,7 +87,9 @@ class LimitsMiddleware:
         size += len(scope["path"]) + len(scope.get("query_string", b""))
         if size > self._settings.max_header_bytes:
             most = self._settings.max_header_bytes
-            return Refusal(431, f"The headers are over {most} bytes.", "invalid_request_error", "headers_too_large")
+            return Refusal(
+                431, f"The headers are over {most} bytes.", "invalid_request_error", "headers_too_large"
+            )
         lengths = {value for name, value in scope["headers"] if name == b"content-length"}
         if len(lengths) > 1 or not all(value.isdigit() and len(value) < 20 for value in lengths):
             return Refusal(400, "Content-Length is not one number.", "invalid_request_error", "bad_length")
@@ -180,7 +172,8 @@ class _Answer:
 
 
 async def _refuse_and_drain(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
-    """Answer, then take a bounded rest of the body, so that a client that is still sending gets to read the answer."""
+    """Answer, then take a bounded rest of the body, so that a client that is still sending gets to read the
+    answer."""
     headers = list(dict([*refusal.raw_headers(), (b"connection", b"close")]).items())
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": refusal.body(), "more_body": True})

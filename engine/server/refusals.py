@@ -29,12 +29,17 @@ class Refusal:
         return json.dumps({"error": error}).encode()
 
     def raw_headers(self) -> list[tuple[bytes, bytes]]:
-        headers = {"content-type": "application/json", "content-length": str(len(self.body())), **self.headers}
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(self.body())),
+            **self.headers,
+        }
         return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
 
 async def refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
-    """Answer a request with `refusal`; a websocket is closed before it opens, which is a 403 to its client."""
+    """Answer a request with `refusal`; a websocket is closed before it opens, which is a 403 to its
+    client."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": refusal.code})
         return

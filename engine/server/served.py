@@ -68,11 +68,19 @@ class ServedModels:
 
 
 def _served(name: str, engine: AsyncEngine, settings: ServerSettings) -> ServedModel:
-    template = getattr(engine.engine.tokenizer, "chat_template", None)
-    tool, reasoning = choose_parsers(template if isinstance(template, str) else None)
-    if settings.tool_parser != "auto":
-        tool = settings.tool_parser
-    if settings.reasoning_parser != "auto":
-        reasoning = settings.reasoning_parser
+    inner = engine.engine
+    template = getattr(inner.tokenizer, "chat_template", None)
+    by_template = choose_parsers(
+        template if isinstance(template, str) else None, inner.model_config.architecture
+    )
+    # The server's word counts before the engine's options, and both before the template.
+    tool = _first_said(settings.tool_parser, inner.options.tool_parser, by_template[0])
+    reasoning = _first_said(settings.reasoning_parser, inner.options.reasoning_parser, by_template[1])
     check_parser_names(tool, reasoning)
     return ServedModel(name, engine, int(time.time()), tool, reasoning)
+
+
+def _first_said(of_server: str | None, of_engine: str | None, by_template: str | None) -> str | None:
+    if of_server != "auto":
+        return of_server
+    return by_template if of_engine in (None, "auto") else of_engine

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.async_engine import AsyncEngine
@@ -35,13 +35,7 @@ def run(source: str, num_steps: int, device_ms: float, interval_ms: int, stream:
         stream_interval_ms=interval_ms,
     )
     engine, device = make_engine(source, config, num_pages=4096)
-    collect = device.collect
-
-    def collect_in_time(step: InFlight) -> Any:
-        time.sleep(max(0.0, step.dispatched_at + device_ms / 1000 - time.monotonic()))
-        return collect(step)
-
-    device.collect = collect_in_time  # type: ignore[method-assign]
+    device.collect = _taking_time(device.collect, device_ms / 1000)  # type: ignore[method-assign]
     text_ids = engine.tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
     count = 2 * NUM_SEQS + (NUM_STEPS_BEFORE + num_steps) * NUM_SEQS // MIN_NEW
     crowd = Crowd(text_ids, 0, count)
@@ -76,6 +70,19 @@ def _wait_for(front: AsyncEngine, num_steps: int) -> tuple[int, float, float]:
         if found[0] >= num_steps:
             return found
         time.sleep(0.02)
+
+
+def _taking_time(collect: Callable[[InFlight], Any], seconds: float) -> Callable[[InFlight], Any]:
+    """`collect` of a device that takes so long for a step, one after the other."""
+    free_at = 0.0
+
+    def collect_in_time(step: InFlight) -> Any:
+        nonlocal free_at
+        free_at = max(free_at, step.dispatched_at) + seconds
+        time.sleep(max(0.0, free_at - time.monotonic()))
+        return collect(step)
+
+    return collect_in_time
 
 
 class _Count:

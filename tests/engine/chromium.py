@@ -10,8 +10,10 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,14 @@ class Chromium:
             f"--user-data-dir={profile}",
         ]
         # It reads file descriptor 3 and writes 4.
-        command = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", *arguments]
+        command = ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", *arguments]
         self._process = subprocess.Popen(
             command,
             pass_fds=(to_browser, from_browser),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(to_browser)
         os.close(from_browser)
@@ -60,7 +63,8 @@ class Chromium:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        with suppress(ProcessLookupError):  # all of its processes, some of which may have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         os.close(self._write)
         os.close(self._read)
@@ -101,6 +105,7 @@ class Chromium:
         )
         page.prefer(dark=dark)
         page.send("Page.navigate", url=url)
+        page.wait_for("location.href !== 'about:blank' && document.readyState === 'complete'")
         return page
 
 

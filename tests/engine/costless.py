@@ -13,11 +13,14 @@ from typing import Any, cast
 
 import numpy as np
 
+from engine.async_engine import AsyncEngine
 from engine.checkpoints import LoadedModel
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.in_flight import Draws
+from engine.outputs import RequestOutput
 from engine.plan import StepPlan, StepResults
+from engine.sampling_params import SamplingParams
 from tests.engine.engines import varied_model
 
 
@@ -107,3 +110,15 @@ class Gate:
     def open(self) -> None:
         self._is_open = True
         self._permits.release()
+
+
+async def stream_all(
+    front: AsyncEngine, prompt: Any, sampling: SamplingParams, **options: Any
+) -> list[RequestOutput]:
+    return [output async for output in front.stream(prompt, sampling, **options)]
+
+
+def assert_nothing_is_left(front: AsyncEngine) -> None:
+    stats = front.stats()
+    assert (stats.pages_held, stats.running, stats.waiting, front.num_unfinished) == (0, 0, 0, 0)
+    front.run_on_step_thread(front.engine.check_integrity).result()

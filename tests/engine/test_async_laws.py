@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -107,6 +108,11 @@ def front() -> Iterator[AsyncEngine]:
         yield front
 
 
+def held_pages(front: AsyncEngine) -> tuple[bool, int]:
+    """Whether it is paused, and the pages that are held."""
+    return front.engine.is_paused, front.engine.stats().pages_held
+
+
 def play(front: AsyncEngine, script: list[Submission], receivers: list[Receiver]) -> None:
     for submission in script:
         prompt = [submission.first + index % 3 for index in range(submission.prompt_len)]
@@ -130,8 +136,7 @@ def play(front: AsyncEngine, script: list[Submission], receivers: list[Receiver]
         )
         if submission.pauses:
             front.pause()
-            engine = front.engine
-            state = front.run_on_step_thread(lambda: (engine.is_paused, engine.stats().pages_held)).result()
+            state = front.run_on_step_thread(partial(held_pages, front)).result()
             assert state == (True, 0) or not state[0]  # another thread may have resumed
         if submission.aborts:
             front.abort(request_id)

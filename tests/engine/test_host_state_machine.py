@@ -237,7 +237,7 @@ class HostMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.planned is None)
     @rule()
     def preempt_all(self):
-        """As a pause does: no step is in flight, nobody has a page, and all go on from what they had drawn."""
+        """As a pause does: nobody has a page any more, and all go on from what they had drawn."""
         if self.in_flight is not None:
             self.take_back(self.in_flight)
         self.scheduler.preempt_all()

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from engine.server.auth import install_auth
+from engine.server.errors import install_errors
 from engine.server.keys import KeyRing
+from engine.server.settings import ServerSettings
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The limits of ServerSettings that the middlewares use, small enough to be reached."""
-
-    require_api_key: bool = True
-    api_key_in_query: bool = False
-    max_concurrent_per_key: int = 100
-    max_body_bytes: int = 10_000
-    max_header_bytes: int = 4_000
-    header_timeout_s: float = 0.5
-    body_timeout_s: float = 0.5
-    send_timeout_s: float = 0.5
-    request_timeout_s: float = 5.0
-    max_connections: int = 500
+def small_settings(**given: Any) -> ServerSettings:
+    """Limits that tests can reach."""
+    small = {
+        "max_body_bytes": 10_000,
+        "max_header_bytes": 4_000,
+        "header_timeout_s": 0.5,
+        "body_timeout_s": 0.5,
+        "send_timeout_s": 0.5,
+        "request_timeout_s": 5.0,
+        "max_connections": 500,
+    }
+    return ServerSettings(**(small | given))
 
 
-def guarded_app(keys: KeyRing, settings: Settings) -> FastAPI:
+def guarded_app(keys: KeyRing, settings: ServerSettings) -> FastAPI:
     """Echoes what an endpoint sees; fails where told to."""
     app = FastAPI()
 
@@ -65,5 +64,6 @@ def guarded_app(keys: KeyRing, settings: Settings) -> FastAPI:
         return {"hidden": "seen"}
 
     app.mount("/mounted", inner)
+    install_errors(app)
     install_auth(app, keys, settings)
     return app

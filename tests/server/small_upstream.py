@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-COMPLETE = b'{"object": "chat.completion", "model": "m", "usage": {"prompt_tokens": 3, "completion_tokens": 4}}'
+COMPLETE = (
+    b'{"object": "chat.completion", "model": "m", "usage": {"prompt_tokens": 3, "completion_tokens": 4}}'
+)
 
 
 @dataclass
 class SmallUpstream:
-    """An ASGI app. `faults` are taken one a request: a status, or `hang`, `close`, `break` (in its stream)."""
+    """An ASGI app. `faults` are taken one a request: a status, or `hang`, `close` (after the headers),
+    `break` (in its stream)."""
 
     name: str = "a"
     models: Sequence[str] = ("m",)
@@ -67,8 +70,8 @@ class SmallUpstream:
             await _answer(send, fault, b'{"error": {"message": "of the upstream"}}', (b"retry-after", b"7"))
         elif fault == "hang":
             await asyncio.sleep(60)
-        elif fault == "close":
-            return
+        elif fault == "close":  # uvicorn closes a connection whose answer is not whole
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
         elif body.get("stream"):
             await self._stream(body, fault, send)
         else:
@@ -85,7 +88,9 @@ class SmallUpstream:
             self.num_events_sent += 1
             await asyncio.sleep(self.event_seconds)
         if (body.get("stream_options") or {}).get("include_usage"):
-            await send(_event(json.dumps({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 6}})))
+            await send(
+                _event(json.dumps({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 6}}))
+            )
         await send(_event("[DONE]"))
         await send({"type": "http.response.body", "body": b""})
 

@@ -40,7 +40,7 @@ def refusal(server: BackgroundServer, path: str, body: bytes | dict[str, Any]) -
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages.0.content",
+            "messages.0.content.0",
             "invalid_value",
         ),
         ({"n": 200}, "n", "above_max_value"),
@@ -68,7 +68,7 @@ def refusal(server: BackgroundServer, path: str, body: bytes | dict[str, Any]) -
             "response_format",
             "missing_required_parameter",
         ),
-        ({"guided_choice": ["a"], "guided_regex": "b"}, "guided_regex", None),
+        ({"guided_choice": ["a"], "guided_regex": "b"}, "guided_choice", None),
         ({"guided_grammar": "x" * 70_000}, "guided_grammar", "string_above_max_length"),
         ({"messages": [{"role": "user", "content": "long " * 2000}]}, "messages", "context_length_exceeded"),
     ],
@@ -127,7 +127,8 @@ def test_an_engine_with_too_much_to_do_says_when_to_come_back(loaded: Any):
     with BackgroundServer(create_app({MODEL: crowded}, settings=OPEN), OPEN) as server:
         long = {**CHAT, "max_tokens": 1500, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", server.url + CHATS, json=long) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()
+            next(lines)
             for body in (CHAT, {**CHAT, "stream": True}):
                 answer = httpx.post(server.url + CHATS, json=body)
                 assert answer.status_code == 429

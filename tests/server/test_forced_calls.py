@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ CALLS = st.lists(st.tuples(st.sampled_from(["a", "get_b", 'c"d']), VALUES), min_
 
 def pieces(text: str, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    return [text[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [text[start:stop] for start, stop in pairwise(edges)]
 
 
 @given(calls=CALLS, cuts=st.lists(st.integers(0, 500), max_size=8), indent=st.sampled_from([None, 1]))

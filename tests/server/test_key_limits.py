@@ -1,4 +1,5 @@
-"""Sliding windows against a plain list of all that was used, and what they promise whatever they are made of."""
+"""Sliding windows against a plain list of all that was used, and what they promise whatever they are made
+of."""
 
 from __future__ import annotations
 
@@ -116,7 +117,9 @@ def test_of_two_limits_the_longer_wait_is_told():
     assert exceeded.window == "hour"
 
 
-@pytest.mark.parametrize("bad", [{"requests_per_minute": 0}, {"tokens_per_day": -1}, {"max_concurrent": True}])
+@pytest.mark.parametrize(
+    "bad", [{"requests_per_minute": 0}, {"tokens_per_day": -1}, {"max_concurrent": True}]
+)
 def test_a_limit_is_a_whole_number_of_at_least_one(bad: dict[str, int]):
     with pytest.raises(ConfigError, match="at least 1"):
         KeyLimits.from_mapping(bad)

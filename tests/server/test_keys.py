@@ -1,4 +1,5 @@
-"""The life of API keys: made, found, withdrawn, limited, and kept over restarts without being written down."""
+"""The life of API keys: made, found, withdrawn, limited, and kept over restarts without being written
+down."""
 
 from __future__ import annotations
 
@@ -24,6 +25,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def id_of(key: ApiKey) -> str:
+    return key.id
 
 
 def only_key(ring: KeyRing) -> ApiKey:
@@ -160,7 +165,7 @@ def test_a_restart_keeps_keys_states_totals_and_windows(tmp_path: Path):
     ring.suspend(made.id)
     ring.close()
     again = KeyRing(path, api_keys=with_limit, clock=clock)
-    assert [key.id for key in again.keys()] == [demo.id, made.id]
+    assert list(map(id_of, again.keys())) == [demo.id, made.id]
     assert again.usage(made.id)["total_tokens"] == 10
     assert again.usage(demo.id)["in_flight"] == 0
     assert again.admit(demo.id) is not None

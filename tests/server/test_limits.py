@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 
 from engine.server.json_depth import JsonDepth
 from engine.server.limits import MAX_JSON_DEPTH, LimitsMiddleware, install_limits
-from tests.server.guarded_app import Settings
+from engine.server.settings import ServerSettings
+from tests.server.guarded_app import small_settings
 from tests.server.uvicorn_thread import serving
 
 values = st.recursive(
     st.none() | st.integers() | st.text(st.sampled_from('[]{}"\\ab\u00e9\n'), max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('[{"\\', max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text('[{"\\', max_size=3), inner, max_size=3)
+    ),
     max_leaves=20,
 )
 
@@ -53,7 +56,7 @@ def test_depth_of_a_long_text_is_told_without_recursion():
     assert not JsonDepth(64).is_exceeded_by(b'["' + b"[" * 1_000_000 + b'"]')
 
 
-def limited_app(settings: Settings, **options: Any) -> FastAPI:
+def limited_app(settings: ServerSettings, **options: Any) -> FastAPI:
     app = FastAPI()
 
     @app.post("/read")
@@ -101,24 +104,24 @@ async def in_pieces(size: int, num: int) -> AsyncIterator[bytes]:
 
 
 def test_a_body_may_be_as_large_as_the_limit_and_no_larger():
-    app = limited_app(Settings(max_body_bytes=1000), max_body_bytes={"/files": 5000})
+    app = limited_app(small_settings(max_body_bytes=1000), max_body_bytes={"/files": 5000})
     for path, most in (("/read", 1000), ("/parse", 1000), ("/files", 5000)):
-        largest = post(app, path, b"{}" + b" " * (most - 2))
+        largest = post(app, path, b"{}" + b" " * (most - 2), content_type="application/json")
         assert largest.status_code == 200, path
         for larger in (b"{}" + b" " * (most - 1), in_pieces(100, most // 100 + 1)):
-            answer = post(app, path, larger)
+            answer = post(app, path, larger, content_type="application/json")
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large"), path
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "+5", "0x10", "9" * 30, "5, 5"])
 def test_a_content_length_is_a_number(length: str):
-    app = limited_app(Settings())
+    app = limited_app(small_settings())
     assert post(app, "/read", b"hello", content_length=length).status_code in (400, 413)
 
 
 @pytest.mark.parametrize("path", ["/read", "/parse"])
 def test_json_nests_as_deep_as_the_limit_and_no_deeper(path: str):
-    app = limited_app(Settings(max_body_bytes=300_000))
+    app = limited_app(small_settings(max_body_bytes=300_000))
     for depth, status in ((MAX_JSON_DEPTH, 200), (MAX_JSON_DEPTH + 1, 400), (100_000, 400)):
         content = b'{"a":' * (depth - 1) + b"[]" + b"}" * (depth - 1) if depth < 1000 else b"[" * depth
         answer = post(app, path, content, content_type="application/json")
@@ -128,13 +131,13 @@ def test_json_nests_as_deep_as_the_limit_and_no_deeper(path: str):
 
 
 def test_files_in_a_form_may_hold_what_they_like():
-    app = limited_app(Settings())
+    app = limited_app(small_settings())
     answer = post(app, "/read", b"[" * 1000, content_type="multipart/form-data; boundary=x")
     assert answer.json() == {"length": 1000}
 
 
 def test_headers_and_encodings():
-    app = limited_app(Settings(max_header_bytes=1000))
+    app = limited_app(small_settings(max_header_bytes=1000))
     assert post(app, "/read", b"", x="y" * 2000).status_code == 431
     assert post(app, "/read?" + "q" * 2000, b"").status_code == 431
     assert post(app, "/read", b"x", content_encoding="gzip").status_code == 415
@@ -142,13 +145,13 @@ def test_headers_and_encodings():
 
 
 def test_a_request_that_takes_too_long_is_a_504():
-    app = limited_app(Settings(request_timeout_s=0.1), grace_s=0.0)
+    app = limited_app(small_settings(request_timeout_s=0.1), grace_s=0.0)
     answer = post(app, "/sleep")
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
 
 
 def test_an_answer_that_takes_too_long_is_broken_off_so_that_its_client_knows():
-    app = limited_app(Settings(request_timeout_s=0.2), grace_s=0.0)
+    app = limited_app(small_settings(request_timeout_s=0.2), grace_s=0.0)
     with serving(app) as url, httpx.Client(base_url=url) as client:
         with client.stream("POST", "/stream") as answer:
             assert answer.status_code == 200
@@ -164,14 +167,17 @@ def test_an_apps_own_timeout_error_is_not_taken_for_ours():
     async def nothing(*_message: Any) -> Any:
         return {"type": "http.disconnect"}
 
-    middleware = LimitsMiddleware(fails, settings=Settings())
+    middleware = LimitsMiddleware(fails, settings=small_settings())
     scope = {"type": "http", "path": "/", "headers": [], "query_string": b""}
     with pytest.raises(TimeoutError, match="of the app"):
         asyncio.run(middleware(scope, nothing, nothing))
 
 
 def test_a_client_that_still_sends_gets_to_read_that_its_body_is_too_large():
-    with serving(limited_app(Settings(max_body_bytes=1000))) as url, httpx.Client(base_url=url) as client:
+    with (
+        serving(limited_app(small_settings(max_body_bytes=1000))) as url,
+        httpx.Client(base_url=url) as client,
+    ):
         declared = client.post("/read", content=b"x" * 4_000_000)
         assert (declared.status_code, declared.headers["connection"]) == (413, "close")
         in_chunks = client.post("/read", content=(b"x" * 50_000 for _ in range(80)))

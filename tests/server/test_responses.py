@@ -53,9 +53,12 @@ def test_the_events_of_a_stream_add_up_to_the_answer(client: openai.OpenAI):
     assert "".join(delta.delta for delta in deltas) == whole.output_text
     last: Any = events[-1]
     assert last.response.output[0].content == whole.output[0].content
-    assert last.response.usage == whole.usage
+    assert (last.response.usage.input_tokens, last.response.usage.output_tokens) == (
+        whole.usage.input_tokens,
+        whole.usage.output_tokens,
+    )
     logprobs = whole.output[0].content[0].logprobs
-    assert [entry for delta in deltas for entry in delta.logprobs] != None
+    assert [entry.token for delta in deltas for entry in delta.logprobs] == [each.token for each in logprobs]
     assert "".join(entry.token for entry in logprobs) == whole.output_text
     assert all(len(entry.top_logprobs) == 2 for entry in logprobs)
 

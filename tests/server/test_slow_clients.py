@@ -16,7 +16,8 @@ from fastapi.responses import Response
 from engine.server.connections import uvicorn_options
 from engine.server.keys import KeyRing
 from engine.server.limits import install_limits
-from tests.server.guarded_app import Settings, guarded_app
+from engine.server.settings import ServerSettings
+from tests.server.guarded_app import guarded_app, small_settings
 from tests.server.uvicorn_thread import serving
 
 KEY = "user-key"
@@ -26,7 +27,7 @@ WITH_KEY = HEAD + b"X-API-Key: user-key\r\nContent-Length: 1000\r\n\r\n"
 
 
 @contextmanager
-def limited(settings: Settings, app: FastAPI | None = None) -> Iterator[str]:
+def limited(settings: ServerSettings, app: FastAPI | None = None) -> Iterator[str]:
     if app is None:
         app = guarded_app(KeyRing(api_keys=[KEY]), settings)
         install_limits(app, settings)
@@ -80,7 +81,7 @@ def seconds_until_closed(connection: socket.socket, drip: bytes = b"") -> float:
     ids=["nothing", "half a line", "half the headers", "no body", "half a body", "refused, no body"],
 )
 def test_who_stops_sending_is_cut_off(begun: bytes, says: bytes):
-    with limited(Settings()) as url, connect(url) as connection:
+    with limited(small_settings()) as url, connect(url) as connection:
         connection.sendall(begun)
         began = time.monotonic()
         assert says in answer_of(connection).partition(b"\r\n")[0]
@@ -93,18 +94,20 @@ def test_who_stops_sending_is_cut_off(begun: bytes, says: bytes):
     ids=["headers", "a path", "a body that was refused", "a body"],
 )
 def test_sending_a_little_now_and_then_wins_no_time(begun: bytes, drip: bytes):
-    with limited(Settings()) as url, connect(url) as connection:
+    with limited(small_settings()) as url, connect(url) as connection:
         connection.sendall(begun)
         assert 0.3 < seconds_until_closed(connection, drip) < 3.0
 
 
 def test_the_next_request_of_a_connection_is_timed_too():
     request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    with limited(Settings()) as url, connect(url) as connection:
+    with limited(small_settings()) as url, connect(url) as connection:
         for _ in range(3):
             connection.sendall(request)
             assert b"200 OK" in connection.recv(65536)
-            time.sleep(0.3)  # idle for less than uvicorn keeps a connection, in all longer than headers may take
+            time.sleep(
+                0.3
+            )  # idle for less than uvicorn keeps a connection, in all longer than headers may take
         connection.sendall(request[:10])
         assert 0.3 < seconds_until_closed(connection, b"x") < 3.0
 
@@ -117,17 +120,17 @@ def test_who_takes_no_answer_is_cut_off():
     def large() -> Response:
         return Response(b"x" * size)
 
-    with limited(Settings(), app) as url, connect(url) as connection:
+    with limited(small_settings(), app) as url, connect(url) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(100)
         time.sleep(1.5)
         assert len(answer_of(connection)) < size
-    with limited(Settings(), app) as url:
+    with limited(small_settings(), app) as url:
         assert len(httpx.get(url).content) == size
 
 
 def test_a_hundred_slow_clients_slow_nobody():
-    settings = Settings(header_timeout_s=20.0, body_timeout_s=20.0)
+    settings = small_settings(header_timeout_s=20.0, body_timeout_s=20.0)
     with limited(settings) as url, ExitStack() as stack:
         slow = [stack.enter_context(connect(url)) for _ in range(100)]
         for number, connection in enumerate(slow):
@@ -156,7 +159,7 @@ def test_a_hundred_slow_clients_slow_nobody():
 
 
 def test_where_all_connections_are_taken_the_longest_waiting_gives_way():
-    settings = Settings(max_connections=10, header_timeout_s=20.0)
+    settings = small_settings(max_connections=10, header_timeout_s=20.0)
     with limited(settings) as url, ExitStack() as stack:
         slow = [stack.enter_context(connect(url)) for _ in range(10)]
         for connection in slow:
@@ -180,7 +183,7 @@ def test_where_all_connections_are_at_work_one_more_is_refused():
         go_on.wait(10)
         return "done"
 
-    with limited(Settings(max_connections=2, request_timeout_s=20.0), app) as url, ExitStack() as stack:
+    with limited(small_settings(max_connections=2, request_timeout_s=20.0), app) as url, ExitStack() as stack:
         busy = [stack.enter_context(connect(url)) for _ in range(2)]
         for connection in busy:
             connection.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -192,7 +195,7 @@ def test_where_all_connections_are_at_work_one_more_is_refused():
 
 
 def test_headers_that_are_too_large_or_none_are_refused_in_the_same_format():
-    with limited(Settings()) as url:
+    with limited(small_settings()) as url:
         for sent, says in ((HEAD + b"X-A: " + b"a" * 9000, b" 431 "), (b"nonsense\r\n\r\n", b" 400 ")):
             with connect(url) as connection:
                 connection.sendall(sent)

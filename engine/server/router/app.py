@@ -4,38 +4,36 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from engine.server.auth import AuthSettings, install_auth
+from engine.server.auth import install_auth
+from engine.server.errors import ApiError, install_errors
 from engine.server.keys import KeyRing
-from engine.server.limits import LimitSettings, install_limits
-from engine.server.refusals import AsgiApp, Receive, Refusal, Scope, Send
+from engine.server.limits import install_limits
+from engine.server.refusals import AsgiApp, Receive, Scope, Send
 from engine.server.router.forward import FORWARDED_PATHS, Forwarder
 from engine.server.router.pool import UpstreamPool
 from engine.server.router.settings import RouterSettings
+from engine.server.settings import ServerSettings
 
 OPEN_PATHS = ("/health", "/liveness", "/readiness")
-
-
-class FrontSettings(AuthSettings, LimitSettings, Protocol):
-    """What of ServerSettings a router uses."""
 
 
 def create_router_app(
     settings: RouterSettings,
     *,
-    server: FrontSettings,
+    server: ServerSettings,
     keys: KeyRing | None = None,
     local: Mapping[str, AsgiApp] | None = None,
 ) -> FastAPI:
     """A router over `settings.upstreams`; those without a url are the apps of `local`, by name.
 
-    Local apps start and end with the router's. With `keys` every path but OPEN_PATHS wants one of them, as on a
-    server; tokens count for a key as far as answers say how many they took, and streams are made to. Upstreams
-    get their own keys, never a client's. Raises ConfigError for upstreams that cannot be.
+    Local apps start and end with the router's. With `keys` every path but OPEN_PATHS wants one of them, as
+    on a server; tokens count for a key as far as answers say how many they took, and streams are made to.
+    Upstreams get their own keys, never a client's. Raises ConfigError for upstreams that cannot be.
     """
     pool = UpstreamPool(settings, local)
 
@@ -50,8 +48,13 @@ def create_router_app(
             yield
 
     app = FastAPI(
-        title="Tidemill router", summary="OpenAI's API over several servers", lifespan=lifespan, docs_url=None, redoc_url=None
+        title="Tidemill router",
+        summary="OpenAI's API over several servers",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
+    install_errors(app)
     _add_health(app, pool, keys)
     _add_models(app, pool)
     forwarder = Forwarder(pool, None if keys is None else keys.record_usage)
@@ -70,7 +73,9 @@ def _add_health(app: FastAPI, pool: UpstreamPool, keys: KeyRing | None) -> None:
 
     @app.get("/readiness", summary="Whether an upstream can take a request")
     async def readiness() -> Response:
-        return JSONResponse({"status": "ok" if pool.is_ready else "no upstream"}, 200 if pool.is_ready else 503)
+        return JSONResponse(
+            {"status": "ok" if pool.is_ready else "no upstream"}, 200 if pool.is_ready else 503
+        )
 
     @app.get("/health", summary="As /readiness; with a key, also how each upstream is")
     async def health(request: Request) -> Response:
@@ -90,8 +95,7 @@ def _add_models(app: FastAPI, pool: UpstreamPool) -> None:
         found = pool.models().get(name)
         if found is None:
             message = f"The model {name[:100]!r} does not exist."
-            refusal = Refusal(404, message, "invalid_request_error", "model_not_found")
-            return Response(refusal.body(), 404, media_type="application/json")
+            raise ApiError(404, message, code="model_not_found", type="invalid_request_error")
         return JSONResponse(found)
 
 

@@ -1,4 +1,5 @@
-"""How a request's prompt begins, so that requests with the same template go to the replica that has it cached."""
+"""How a request's prompt begins, so that requests with the same template go to the replica that has it
+cached."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ _SYSTEM_ROLES = ("system", "developer")
 def prompt_beginning(body: Mapping[str, Any], num_chars: int) -> bytes | None:
     """What of a request's prompt its place is decided by; None for none.
 
-    The system messages (or `instructions`) and tools, whole, if there are some, for they are what a template puts in
-    front; otherwise the first `num_chars` characters of the prompt. `body` is a client's: any shape is accepted.
+    The system messages (or `instructions`) and tools, whole, if there are some, for they are what a template
+    puts in front; otherwise the first `num_chars` characters of the prompt. `body` is a client's: any shape
+    is accepted.
     """
     if num_chars == 0:
         return None

@@ -1,4 +1,5 @@
-"""A circuit breaker: who failed several times in a row is left alone for a while, then tried with one request."""
+"""A circuit breaker: who failed several times in a row is left alone for a while, then tried with one
+request."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from collections.abc import Callable
 class CircuitBreaker:
     """Closed (requests pass), open (none do) or half open (one does, as a trial).
 
-    After `failures_to_open` failures in a row it opens for `backoff_s`, then lets one request pass. If that fails it opens
-    for twice as long as before, up to `max_backoff_s`; a success closes it. `clock`: seconds that do not go back.
+    After `failures_to_open` failures in a row it opens for `backoff_s`, then lets one request pass. If that
+    fails it opens for twice as long as before, up to `max_backoff_s`; a success closes it. `clock`: seconds
+    that do not go back.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""One request through a router: read, sent to an upstream, to another if that fails, and its answer passed on."""
+"""One request through a router: read, sent to an upstream, to another if that fails, and its answer passed
+on."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,14 @@ STORING_PATHS = ("/v1/responses",)
 """What is sent there may leave something behind, so it is not sent twice."""
 REQUEST_HEADERS = (b"accept", b"content-type", b"user-agent", b"x-request-id", b"traceparent", b"tracestate")
 """What an upstream gets to see of a client's headers: no key, no cookie, nothing of the connection."""
-ANSWER_HEADERS = ("content-type", "content-length", "cache-control", "retry-after", "x-request-id", "openai-processing-ms")
+ANSWER_HEADERS = (
+    "content-type",
+    "content-length",
+    "cache-control",
+    "retry-after",
+    "x-request-id",
+    "openai-processing-ms",
+)
 BUSY_STATUSES = (429, 503)
 RETRIED_STATUSES = (429, 502, 503, 504)
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
@@ -109,13 +117,17 @@ class Forwarder:
             raise BadBody(f"The model {model[:100]!r} does not exist.", "model_not_found", 404)
         if body.get("previous_response_id") is not None and len(serving) > 1:
             raise BadBody(
-                "previous_response_id: the model is served in several places, which do not know each other's answers; "
-                "send the conversation.",
+                "previous_response_id: the model is served in several places, which do not know each other's "
+                "answers; send the conversation.",
                 "unsupported_value",
             )
         key = scope.get("state", {}).get("key")
         asked = with_usage_asked(path, body) if key is not None and self._record_usage else None
-        headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in REQUEST_HEADERS}
+        headers = {
+            name.decode(): value.decode("latin-1")
+            for name, value in scope["headers"]
+            if name in REQUEST_HEADERS
+        }
         if asked is not None:
             raw = json.dumps(asked).encode()
         return Routed(path, model, asked or body, raw, headers, key, asked is not None)
@@ -135,7 +147,8 @@ class Forwarder:
         await refuse(scope, send, last or _none_available(routed.model))
 
     async def _try(self, upstream: Upstream, routed: Routed, send: Send) -> tuple[Refusal, bool] | None:
-        """None once an answer was sent; otherwise the error so far, and whether another upstream may be tried."""
+        """None once an answer was sent; otherwise the error so far, and whether another upstream may be
+        tried."""
         try:
             response = await upstream.post(routed.path, routed.headers, _salted(routed, upstream), routed.key)
         except httpx.HTTPError as error:
@@ -166,13 +179,16 @@ class Forwarder:
         message = f"The upstream {upstream.name} answered {response.status_code}."
         status = response.status_code if response.status_code in BUSY_STATUSES else 502
         kind = "rate_limit_error" if status == 429 else "server_error"
-        refusal = Refusal(status, message, kind, "upstream_busy" if status == 429 else "upstream_failed", headers)
+        refusal = Refusal(
+            status, message, kind, "upstream_busy" if status == 429 else "upstream_failed", headers
+        )
         return refusal, response.status_code in BUSY_STATUSES or routed.may_be_repeated
 
     async def _pass_on(
         self, upstream: Upstream, response: httpx.Response, routed: Routed, send: Send
     ) -> tuple[Refusal, bool] | None:
-        """Send an answer as it comes. Its head waits for its first bytes: until then another upstream can be tried."""
+        """Send an answer as it comes. Its head waits for its first bytes: until then another upstream can be
+        tried."""
         usage = UsageReader()
         started = False
         try:
@@ -187,7 +203,9 @@ class Forwarder:
         except httpx.HTTPError as error:
             upstream.breaker.failed()
             _log.warning("router upstream %s failed in its answer: %s", upstream.name, type(error).__name__)
-            if started:  # the server closes the connection of an answer that has no end, which tells the client
+            if (
+                started
+            ):  # the server closes the connection of an answer that has no end, which tells the client
                 return None
             return _bad_gateway(upstream, error), routed.may_be_repeated
         finally:
@@ -228,14 +246,15 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def _salted(routed: Routed, upstream: Upstream) -> bytes:
-    """The body; where the upstream knows `cache_salt`, with one for the client's key instead of what it sent."""
+    """The body; where the upstream knows `cache_salt`, with one for the client's key instead of what it
+    sent."""
     if not upstream.settings.takes_cache_salt or routed.key is None:
         return routed.raw
     salt = hashlib.sha256(routed.key.id.encode()).hexdigest()
     return json.dumps({**routed.body, "cache_salt": salt}).encode()
 
 
-async def _chunks(response: httpx.Response, routed: Routed, usage: UsageReader) -> AsyncIterator[bytes]:
+async def _chunks(response: httpx.Response, routed: Routed, usage: UsageReader) -> AsyncGenerator[bytes]:
     is_events = response.headers.get("content-type", "").startswith("text/event-stream")
     events = UsageEventFilter() if routed.drops_usage and is_events else None
     async for chunk in response.aiter_raw():
@@ -251,7 +270,11 @@ async def _chunks(response: httpx.Response, routed: Routed, usage: UsageReader) 
 
 def _head(response: httpx.Response, routed: Routed) -> Message:
     names = [name for name in ANSWER_HEADERS if not (name == "content-length" and routed.drops_usage)]
-    headers = [(name.encode(), response.headers[name].encode("latin-1")) for name in names if name in response.headers]
+    headers = [
+        (name.encode(), response.headers[name].encode("latin-1"))
+        for name in names
+        if name in response.headers
+    ]
     return {"type": "http.response.start", "status": response.status_code, "headers": headers}
 
 

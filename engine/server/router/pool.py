@@ -29,7 +29,9 @@ class UpstreamPool:
         local = local or {}
         for each in settings.upstreams:
             if (each.url is None) != (each.name in local):
-                raise ConfigError(f"router upstream {each.name!r} must have a url or be an app of this process")
+                raise ConfigError(
+                    f"router upstream {each.name!r} must have a url or be an app of this process"
+                )
         self.settings = settings
         self.upstreams = {
             each.name: Upstream(each, settings, clock, local.get(each.name)) for each in settings.upstreams
@@ -57,7 +59,7 @@ class UpstreamPool:
         found: dict[str, dict[str, Any]] = {}
         for each in self.upstreams.values():
             if each.reachable:
-                found = {**each.models, **found}
+                found |= {name: model for name, model in each.models.items() if name not in found}
         return found
 
     def serving(self, model: str) -> list[Upstream]:

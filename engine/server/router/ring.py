@@ -1,7 +1,8 @@
-"""Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018): alike goes to alike, but never too much.
+"""Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018): alike goes to alike, but
+never too much.
 
-Names and keys are points on a ring; a key belongs to the first name behind it. When a name goes, only its keys move. A
-name whose load is at its bound passes on to the next.
+Names and keys are points on a ring; a key belongs to the first name behind it. When a name goes, only its
+keys move. A name whose load is at its bound passes on to the next.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ class HashRing:
 
     def __init__(self, names: Iterable[str]):
         points = sorted(
-            (_point(f"{name}\0{number}".encode()), name) for name in names for number in range(POINTS_PER_NAME)
+            (_point(f"{name}\0{number}".encode()), name)
+            for name in names
+            for number in range(POINTS_PER_NAME)
         )
         self._points = [point for point, _ in points]
         self._names = [name for _, name in points]
@@ -37,7 +40,8 @@ def load_bound(loads: Iterable[int], load_factor: float) -> int:
 
 
 def by_prefix(order: Iterable[str], loads: Mapping[str, int], load_factor: float) -> list[str]:
-    """The names of `loads` as they come in `order`, those at their bound last, the least loaded of them first."""
+    """The names of `loads` as they come in `order`, those at their bound last, the least loaded of them
+    first."""
     bound = load_bound(loads.values(), load_factor)
     names = [name for name in order if name in loads]
     free = [name for name in names if loads[name] < bound]

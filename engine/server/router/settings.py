@@ -1,4 +1,5 @@
-"""Where a router sends requests, and when it stops doing so. From the configuration only, never from a client."""
+"""Where a router sends requests, and when it stops doing so. From the configuration only, never from a
+client."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from engine.errors import ConfigError
 class UpstreamSettings:
     """A server that speaks OpenAI's API: at `url`, or without one an app of this process, known by `name`.
 
-    name: in logs, health and errors, and what the upstream's place among the others is made from.
-    url: `http://10.0.0.2:8000`; a `/v1` at its end makes no difference.
-    api_key: what the upstream wants; or `api_key_env`, the environment variable that holds it.
-    models: the models to route to it; None asks it.
-    takes_cache_salt: it knows the field `cache_salt`, so that one client's prompts are not another's cache hits.
+    name: in logs, health and errors, and what the upstream's place among the others is made from. url:
+    `http://10.0.0.2:8000`; a `/v1` at its end makes no difference. api_key: what the upstream wants; or
+    `api_key_env`, the environment variable that holds it. models: the models to route to it; None asks it.
+    takes_cache_salt: it knows the field `cache_salt`, so that one client's prompts are not another's cache
+    hits.
     """
 
     name: str
@@ -58,12 +59,13 @@ class UpstreamSettings:
 class RouterSettings:
     """Upstreams, and how requests are spread over them. Seconds end in `_s`.
 
-    prefix_chars: of a prompt's beginning, by which requests that begin alike go to the same upstream; a chat's system
+    prefix_chars: of a prompt's beginning, by which requests that begin alike go to the same upstream; a
+    chat's system
         message counts whole. 0 spreads by load alone.
-    load_factor: no upstream gets more than this many times the average load, whatever its prompts begin with.
-    max_attempts: upstreams tried for a request, while nothing of an answer has been sent.
-    read_timeout_s: the longest silence of an upstream, before its answer and within it.
-    failures_to_open: failed requests in a row after which an upstream is left alone, for `backoff_s`, and twice as long
+    load_factor: no upstream gets more than this many times the average load, whatever its prompts begin
+    with. max_attempts: upstreams tried for a request, while nothing of an answer has been sent.
+    read_timeout_s: the longest silence of an upstream, before its answer and within it. failures_to_open:
+    failed requests in a row after which an upstream is left alone, for `backoff_s`, and twice as long
         each time that it fails again, up to `max_backoff_s`.
     """
 

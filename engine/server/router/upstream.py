@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 
 
 class Upstream:
-    """Used by one event loop. `load` is what requests are spread by: ours that it has, and those that wait there."""
+    """Used by one event loop. `load` is what requests are spread by: ours that it has, and those that wait
+    there."""
 
     def __init__(
         self,
@@ -32,9 +33,7 @@ class Upstream:
     ):
         self.settings = settings
         self.name = settings.name
-        self.breaker = CircuitBreaker(
-            router.failures_to_open, router.backoff_s, router.max_backoff_s, clock
-        )
+        self.breaker = CircuitBreaker(router.failures_to_open, router.backoff_s, router.max_backoff_s, clock)
         self.in_flight = 0
         self.num_waiting = 0
         self.models: dict[str, dict[str, Any]] = {name: _model(name) for name in settings.models or ()}
@@ -75,14 +74,18 @@ class Upstream:
         finally:
             self.in_flight -= 1
 
-    async def post(self, path: str, headers: dict[str, str], body: bytes, key: ApiKey | None) -> httpx.Response:
+    async def post(
+        self, path: str, headers: dict[str, str], body: bytes, key: ApiKey | None
+    ) -> httpx.Response:
         """Send a request; the answer's body is still to be read, and to be closed. Raises httpx.HTTPError.
 
         An app of this process learns the client's `key` as `request.state.key`; nobody else does.
         """
         url = self.settings.base_url + path
         extensions = {ASGI_STATE: {"key": key}} if self.settings.url is None else {}
-        request = self._client.build_request("POST", url, headers=headers, content=body, extensions=extensions)
+        request = self._client.build_request(
+            "POST", url, headers=headers, content=body, extensions=extensions
+        )
         return await self._client.send(request, stream=True)
 
     async def check(self) -> None:

@@ -29,7 +29,8 @@ class UsageReader:
         self._num_events += chunk.count(b"\n\n")
 
     def tokens(self) -> tuple[int, int]:
-        """Prompt and completion tokens. Of a stream that was broken off, which does not say: a token an event."""
+        """Prompt and completion tokens. Of a stream that was broken off, which does not say: a token an
+        event."""
         prompt, completion = _PROMPT.findall(self._tail), _COMPLETION.findall(self._tail)
         if not prompt:
             return 0, self._num_events
