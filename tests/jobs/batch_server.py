@@ -21,6 +21,7 @@ from jobs.batches.running import BatchModel
 from tests.engine.engines import PAGE_BYTES
 
 MODEL = "tiny"
+NOW = 1_700_000_000
 SETTINGS = ServerSettings(require_api_key=False, drain_seconds=1)
 
 
@@ -39,17 +40,20 @@ def load_engine(checkpoint: str, **options: Any) -> tuple[Engine, str]:
     return Engine(loaded, EngineConfig(**(defaults | options))), loaded.fingerprint
 
 
-def server_of(root: Path, engine: AsyncEngine, fingerprint: str, **options: Any) -> BackgroundServer:
-    """A server with batches, to be entered; an `AsyncEngine` ends with its server."""
-    backend = PipelineBatches(root, {MODEL: BatchModel(engine=engine, fingerprint=fingerprint)}, **options)
-    return BackgroundServer(create_app({MODEL: engine}, settings=SETTINGS, batches=backend), SETTINGS)
+def server_of(root: Path, model: BatchModel, **options: Any) -> BackgroundServer:
+    """A server with batches, to be entered; its engine ends with it."""
+    backend = PipelineBatches(root, {MODEL: model}, **options)
+    app = create_app({MODEL: model.engine}, settings=SETTINGS, batches=backend)
+    return BackgroundServer(app, SETTINGS)
 
 
 def main() -> None:
     checkpoint, root, cache = sys.argv[1:]
     engine, fingerprint = load_engine(checkpoint, compilation_cache_dir=cache)
     shared = AsyncEngine(engine)
-    backend = PipelineBatches(root, {MODEL: BatchModel(engine=shared, fingerprint=fingerprint)})
+    backend = PipelineBatches(
+        root, {MODEL: BatchModel(engine=shared, fingerprint=fingerprint)}, clock=lambda: NOW
+    )
     app = create_app({MODEL: shared}, settings=SETTINGS, batches=backend)
     serve(app, SETTINGS, port=0, on_ready=lambda url: print(url, flush=True))
 
