@@ -31,13 +31,12 @@ from jobs.batches.running import (
     tokens_used,
     write_outputs,
 )
-from jobs.batches.store import BatchStore, output_file_id
+from jobs.batches.store import MAX_FILE_BYTES, BatchStore, output_file_id
 from jobs.batches.validation import check_input
 from pipeline.signals import StopRequest
 
 log = logging.getLogger("tidemill.batches")
 
-MAX_FILE_BYTES = 200 * 2**20
 MAX_UNFINISHED = 100
 """Of a tenant."""
 MAX_STORED_BYTES = 20 * 2**30

@@ -35,6 +35,7 @@ from engine.server.batches.backend import (
 )
 
 T = TypeVar("T")
+MAX_FILE_BYTES = 200 * 2**20
 COPIED_BYTES = 1 << 20
 _ID = re.compile(r"(file|batch)-[0-9a-f]{24,32}|batch_[0-9a-f]{24,32}")
 
@@ -42,7 +43,7 @@ _ID = re.compile(r"(file|batch)-[0-9a-f]{24,32}|batch_[0-9a-f]{24,32}")
 class BatchStore:
     """Files and batches by their ids. One server a folder: ConfigError where another has it open."""
 
-    def __init__(self, root: str | Path, *, max_file_bytes: int):
+    def __init__(self, root: str | Path, *, max_file_bytes: int = MAX_FILE_BYTES):
         if "://" in str(root):
             raise ConfigError(f"{root}: batches are kept in a local folder; give its path")
         self.max_file_bytes = max_file_bytes

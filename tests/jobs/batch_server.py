@@ -1,6 +1,8 @@
 """A real server with batches of the tiny model, for tests in this process and, as a program, to be killed.
 
-python -m tests.jobs.batch_server CHECKPOINT FOLDER CACHE      prints its URL
+    python -m tests.jobs.batch_server CHECKPOINT FOLDER CACHE      prints its URL
+
+Its clock stands at `NOW`, so that two servers make the same bytes.
 """
 
 from __future__ import annotations

@@ -371,12 +371,12 @@ def test_a_server_that_is_closed_goes_on_when_it_is_started_again(
 
 
 def test_a_server_that_is_killed_goes_on_when_it_is_started_again(
-    tiny_checkpoint: str, repository: Path, undisturbed: list[bytes], tmp_path: Path
+    tiny_checkpoint: str, repository: Path, model: BatchModel, undisturbed: list[bytes], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tests.jobs.batch_server", tiny_checkpoint, str(tmp_path / "root")]
+    command = [sys.executable, "-m", "tests.jobs.batch_server", tiny_checkpoint, str(tmp_path)]
     command.append(str(repository / ".cache" / "jax"))
-    batch_id = None
-    for number in range(NUM_KILLS + 1):
+    batch_id, done = "", 0
+    for _ in range(NUM_KILLS):
         with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None
@@ -384,25 +384,29 @@ def test_a_server_that_is_killed_goes_on_when_it_is_started_again(
                 assert url, "the server did not start"
                 with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
                     batch_id = batch_id or create(client, lines_of(*LONG)).id
-                    before = client.batches.retrieve(batch_id).request_counts.completed  # type: ignore[union-attr]
-                    if number == NUM_KILLS:
-                        batch = ended(client, batch_id, seconds=120)
-                        files = (batch.output_file_id, batch.error_file_id)
-                        assert [client.files.content(file_id).content for file_id in files] == undisturbed
-                        break
-                    wait_for(
-                        lambda: client.batches.retrieve(batch_id).request_counts.completed > before  # noqa: B023
-                    )
+                    wait_for(lambda before=done: num_completed(client, batch_id) > before)  # noqa: B023
+                    done = num_completed(client, batch_id)
             finally:
                 process.kill()
-    assert batch_id is not None
+    with closing(PipelineBatches(tmp_path, {MODEL: model}, clock=lambda: NOW)) as backend:
+        begun = backend.batch(None, batch_id)
+        assert begun.status == "in_progress"
+        assert begun.counts.completed >= done
+        backend.start()
+        wait_for(lambda: backend.batch(None, batch_id).is_finished)
+        assert files_of(backend, begun) == undisturbed
+
+
+def num_completed(client: openai.OpenAI, batch_id: str) -> int:
+    counts = client.batches.retrieve(batch_id).request_counts
+    assert counts is not None
+    return counts.completed
 
 
 def test_files_and_batches_are_their_tenants(model: BatchModel, tmp_path: Path) -> None:
-    used = []
-    with closing(
-        PipelineBatches(tmp_path, {MODEL: model}, record_usage=lambda *each: used.append(each))
-    ) as backend:
+    used: list[tuple[str, int, int]] = []
+    record: Any = lambda *each: used.append(each)  # noqa: E731
+    with closing(PipelineBatches(tmp_path, {MODEL: model}, record_usage=record)) as backend:
         backend.start()
         batch = queue_batch(backend, [chat_line("a", temperature=0)], tenant="mine")
         for tenant in ("other", None):
@@ -451,8 +455,8 @@ def test_a_tenant_has_so_many_bytes_and_batches(model: BatchModel, tmp_path: Pat
 
 
 def test_a_folder_has_one_server(model: BatchModel, tmp_path: Path) -> None:
-    with closing(PipelineBatches(tmp_path, {MODEL: model})):
-        with pytest.raises(ConfigError, match="another server"):
-            PipelineBatches(tmp_path, {MODEL: model})
+    first = PipelineBatches(tmp_path, {MODEL: model})
+    with closing(first), pytest.raises(ConfigError, match="another server"):
+        PipelineBatches(tmp_path, {MODEL: model})
     with pytest.raises(ConfigError, match="local folder"):
         PipelineBatches("s3://bucket/folder", {MODEL: model})
