@@ -184,6 +184,15 @@ def whole_text(
     return decoder.push(token_ids) + decoder.finish()
 
 
+def bytes_of_token(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What one token stands for by itself, special ones too; it may be part of a character. A tokenizer that
+    is not byte-level is asked for the token's text."""
+    token_bytes = _token_bytes(tokenizer, skip_special_tokens=False)
+    if token_bytes is None:
+        return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8")
+    return token_bytes[token_id] if token_id < len(token_bytes) else b""
+
+
 def text_decoder(
     tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool = False
 ) -> TextDecoder:
@@ -326,3 +335,11 @@ def _bytes_of_token(token: str) -> bytes:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:  # an added token, spelled in plain text
         return token.encode("utf-8")
+
+
+def bytes_of_token_id(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes that a token adds to a text, which need not be whole characters; of a special token its name."""
+    table = _token_bytes(tokenizer, skip_special_tokens=False)
+    if table is None:
+        return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8", "replace")
+    return table[token_id] if token_id < len(table) else b""

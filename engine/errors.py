@@ -35,12 +35,14 @@ class MissingExtraError(ConfigError):
 class RequestError(TidemillError):
     """One request cannot run; the others are unaffected.
 
-    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row.
+    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row;
+    `param` names the field of an API request that is wrong, where it is one.
     """
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str, param: str | None = None):
         super().__init__(message)
         self.reason = reason
+        self.param = param
 
 
 class Overloaded(TidemillError):

@@ -37,7 +37,7 @@ def _refuse(name: str, value: object, expected: str) -> NoReturn:
     shown = repr(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."
-    raise RequestError("bad_sampling", f"sampling.{name} is {shown}: it must be {expected}")
+    raise RequestError("bad_sampling", f"sampling.{name} is {shown}: it must be {expected}", param=name)
 
 
 def _integer(name: str, value: object, low: int, high: int, expected: str | None = None) -> int:
