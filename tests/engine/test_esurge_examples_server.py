@@ -54,6 +54,7 @@ server = ed.eSurgeApiServer(
 
 # Additional keys can be issued programmatically
 print("Generated key:", server.generate_api_key(label="notebook"), flush=True)
+print("Monitor's key:", server.generate_api_key(label="prometheus", role="monitor"), flush=True)
 
 server.fire(host="0.0.0.0", port=0, on_ready=lambda url: print("Ready:", url, flush=True))
 """
@@ -63,6 +64,7 @@ server.fire(host="0.0.0.0", port=0, on_ready=lambda url: print("Ready:", url, fl
 class Running:
     url: str
     generated_key: str
+    monitor_key: str
     process: subprocess.Popen[str]
 
 
@@ -79,17 +81,17 @@ def server(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
     try:
         assert process.stdout is not None
         told = {}
-        while len(told) < 2 and (line := process.stdout.readline()):
+        while len(told) < 3 and (line := process.stdout.readline()):
             name, _, value = line.partition(": ")
             told[name] = value.strip()
-        assert told.keys() == {"Generated key", "Ready"}, "the script ended before it was ready"
+        assert "Ready" in told, "the script ended before it was ready"
         url = told["Ready"].replace("0.0.0.0", "127.0.0.1")
-        yield Running(url, told["Generated key"], process)
+        yield Running(url, told["Generated key"], told["Monitor's key"], process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) in (0, -signal.SIGTERM)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def test_using_the_api(server: Running, capsys: pytest.CaptureFixture[str]):
@@ -141,7 +143,7 @@ def test_function_calling(server: Running):
 
 
 def test_metrics_tell_each_keys_usage(server: Running):
-    request = urllib.request.Request(f"{server.url}/metrics", headers={"X-API-Key": "demo-key"})
+    request = urllib.request.Request(f"{server.url}/metrics", headers={"X-API-Key": server.monitor_key})
     with urllib.request.urlopen(request) as answer:
         text = answer.read().decode()
     assert 'tidemill_api_key_prompt_tokens_total{key="' in text
