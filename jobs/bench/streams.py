@@ -47,9 +47,9 @@ def run(source: str, num_steps: int, device_ms: float, interval_ms: int, stream:
         spare_long_lived_objects()
         front.resume()
         before = _wait_for(front, NUM_STEPS_BEFORE)
-        num_before = outputs.count
+        num_before, text_before = outputs.count, outputs.cpu_seconds
         after = _wait_for(front, before[0] + num_steps)
-        num_outputs = outputs.count - num_before
+        num_outputs, text_seconds = outputs.count - num_before, outputs.cpu_seconds - text_before
         # What is left is ended without being run.
         front.run_on_step_thread(engine.pause).result()
     steps, seconds, cpu_seconds = (b - a for a, b in zip(before, after, strict=True))
@@ -57,6 +57,7 @@ def run(source: str, num_steps: int, device_ms: float, interval_ms: int, stream:
         "num_steps": steps,
         "ms_per_step": 1000 * seconds / steps,
         "step_thread_cpu_ms_per_step": 1000 * cpu_seconds / steps,
+        "text_thread_cpu_ms_per_step": 1000 * text_seconds / steps,
         "outputs_per_step": num_outputs / steps,
     }
 
@@ -86,11 +87,16 @@ def _taking_time(collect: Callable[[InFlight], Any], seconds: float) -> Callable
 
 
 class _Count:
+    """A receiver that looks at nothing."""
+
     def __init__(self) -> None:
         self.count = 0
+        self.cpu_seconds = 0.0
+        """Of the text thread, which calls this."""
 
     def take(self, output: RequestOutput) -> None:
         self.count += 1
+        self.cpu_seconds = time.thread_time()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = run(options.model, options.steps, options.device_ms, options.interval_ms, stream)
             print(
                 f"{name:9} {found['ms_per_step']:.3f} ms a step, "
-                f"{found['step_thread_cpu_ms_per_step']:.3f} ms of it the step thread's CPU, "
+                f"{found['step_thread_cpu_ms_per_step']:.3f} ms of it the step thread's CPU; "
+                f"{found['text_thread_cpu_ms_per_step']:.3f} ms of CPU in the text thread for "
                 f"{found['outputs_per_step']:.1f} outputs a step"
             )
     except TidemillError as error:
