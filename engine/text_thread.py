@@ -54,7 +54,7 @@ class TextThread:
 
     @property
     def is_behind(self) -> bool:
-        """What was handed over has not all been taken up: more growth would only wait, and make more work than
+        """What was handed over has not all been taken up: more growth would wait, and make more work than
         the same tokens all at once."""
         return not self._events.empty()
 
