@@ -6,7 +6,6 @@ beginning is being computed by another in this very step is passed over, to find
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings
 from engine.seat_table import SeatTable
 from engine.step_draft import StepDraft
+from engine.waiting_queue import WaitingQueue
 
 # Requests of which one step looks up what is known, only to find that they have to wait for what it computes.
 MAX_LOOKED_UP = 32
@@ -33,8 +33,7 @@ class Admission:
         self._table = table
         self._pool = pool
         self._cache = cache
-        # A heap; what was aborted while waiting stays until it comes to the top.
-        self._waiting: list[tuple[int, int, Request]] = []
+        self._waiting = WaitingQueue(settings)
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self._num_set_aside = 0  # pages, over all running requests
@@ -44,20 +43,23 @@ class Admission:
         self._copies: dict[Request, tuple[int, int]] = {}
 
     def wait(self, request: Request) -> None:
-        # By age, so a preempted request comes before all that were never admitted.
-        heapq.heappush(self._waiting, (*self._settings.rank(request), request))
+        self._waiting.push(request)
 
     def count_waiting(self) -> int:
         """The waiting requests, counted one by one."""
-        return sum(request.status is RequestStatus.WAITING for *_, request in self._waiting)
+        return sum(request.status is RequestStatus.WAITING for request in self._waiting)
 
     def admit(
         self,
         step: StepDraft,
         plan: Callable[[Request, StepDraft], None],
+        preempt: Callable[[Request, StepDraft], None],
         now: float | None,
     ) -> None:
         """Start waiting requests, in order, while the step has room and the pages suffice for all.
+
+        Under the priority policy one for which there is no seat, or no pages, takes those of running requests
+        that it outranks, the last ones first, where that is enough.
 
         A request whose next page is being computed in this very step is passed over: it will find the page
         in a step or two, and then share or copy it. The claim lasts as long as this step's plan, so an owner
@@ -65,28 +67,31 @@ class Admission:
 
         Args:
             plan: plans a started request's first tokens in the step, taking pages and setting others aside.
+            preempt: takes a running request out of the step, and lets it wait.
         """
         limits = self._settings
         if not self._waiting:
             return
+        if self._waiting.has_tenants and self._has_seat(step):
+            self._waiting.charge_drawn(self._table.running())
         passed_over: list[Request] = []
         num_looked_up = 0
         while (
             self._waiting
             and step.tokens_left > 0
-            and step.spare_logits > 0
-            and self._table.num_taken < limits.max_num_seqs
+            and (self._has_seat(step) or limits.policy == "priority")
             and len(passed_over) < limits.max_num_seqs  # these two bound the work of one step
             and num_looked_up < MAX_LOOKED_UP
         ):
-            request = heapq.heappop(self._waiting)[-1]
+            request = self._waiting.pop()
             if request.status is RequestStatus.FINISHED:
                 self._awaited.pop(request, None)
                 continue
-            if self._still_waits(request):
-                passed_over.append(request)
-                continue
-            if request.num_pending:  # preempted by this plan, which was given up: its last token is to come
+            if not self._has_seat(step) and not limits.outranks(request, self._table.last):
+                self.wait(request)
+                break
+            # One with a token to come was preempted by this plan, or by one that was given up.
+            if self._still_waits(request) or request.num_pending or request in step.preempted:
                 passed_over.append(request)
                 continue
             found = self._find(request)
@@ -94,14 +99,19 @@ class Admission:
                 num_looked_up += 1
                 passed_over.append(request)
                 continue
-            # Room for what it is expected to need, and for the same of everyone running: a request admitted
-            # into less would soon be preempted, or preempt.
-            num_unheld = sum(not self._pool.is_held(page) for page in found.pages)
-            to_come = self._num_pages_to_come(request) - len(found.pages)
-            num_spare = self._pool.num_available - self._num_set_aside - to_come - num_unheld
-            if num_spare < (self._num_wanted(found.pages) if self._table.num_taken else 0):
-                self.wait(request)
-                break
+            num_spare = self._num_spare(request, found)
+            num_wanted = self._num_wanted(found.pages) if self._table.num_taken else 0
+            if num_spare < num_wanted or not self._has_seat(step):
+                victims = self._victims(request, found, num_wanted - num_spare)
+                for victim in victims:
+                    preempt(victim, step)
+                    step.spare_logits += 1
+                if victims:
+                    found = self._find(request)
+                    num_spare = self._num_spare(request, found)
+                if not victims or num_spare < num_wanted:
+                    self.wait(request)
+                    break
             if found.num_copied and num_spare == 0 and not self._pool.is_held(found.source):
                 found = found._replace(num_copied=0)  # there is no room to hold what would be copied
             self._start(request, found, now)
@@ -109,6 +119,34 @@ class Admission:
             plan(request, step)
         for request in passed_over:
             self.wait(request)
+
+    def _has_seat(self, step: StepDraft) -> bool:
+        return step.spare_logits > 0 and self._table.num_taken < self._settings.max_num_seqs
+
+    def _num_spare(self, request: Request, found: _Found) -> int:
+        """Pages that would be left once it and everyone running has what it is expected to need: a request
+        admitted into less would soon be preempted, or preempt."""
+        num_unheld = sum(not self._pool.is_held(page) for page in found.pages)
+        to_come = self._num_pages_to_come(request) - len(found.pages)
+        return self._pool.num_available - self._num_set_aside - to_come - num_unheld
+
+    def _victims(self, request: Request, found: _Found, num_missing: int) -> list[Request]:
+        """The fewest running requests, the last in order first, whose seats and pages are enough for this one
+        that outranks them all; none where that cannot be done."""
+        victims: list[Request] = []
+        if self._settings.policy != "priority":
+            return victims
+        for victim in reversed(self._table.running()):
+            if not self._settings.outranks(request, victim):
+                break
+            victims.append(victim)
+            num_missing -= victim.num_pages_to_come
+            num_missing -= sum(
+                self._pool.num_holders(page) == 1 and page not in found.pages for page in victim.page_ids
+            )
+            if num_missing <= 0:
+                return victims
+        return []
 
     def set_aside(self, request: Request) -> None:
         """Reckon anew what is set aside for a running request, its pages having changed."""
@@ -119,6 +157,8 @@ class Admission:
     def release(self, request: Request) -> None:
         """The request is about to give up its pages: nothing is set aside for it any more, and what they hold
         behind the last full one is made known."""
+        if self._waiting.has_tenants:
+            self._waiting.charge_drawn((request,))
         self._num_set_aside -= request.num_pages_to_come
         request.num_pages_to_come = 0
         if request in self._copies:  # not dispatched, so its page does not hold what it counts as computed
@@ -183,6 +223,7 @@ class Admission:
         request.status = RequestStatus.RUNNING
         self._table.take(request)
         if request.num_preemptions == 0:
+            self._waiting.charge_start(request)
             request.first_scheduled_time = now
             request.num_cached_tokens = min(request.num_computed, request.prompt_len)
             if found.num_readable:

@@ -17,10 +17,16 @@ class Bucket(NamedTuple):
 
 
 def declare_buckets(
-    min_token_pad: int, max_num_batched_tokens: int, max_num_seqs: int, *, skips_padding: bool = False
+    min_token_pad: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    *,
+    min_input_pad: int | None = None,
+    skips_padding: bool = False,
 ) -> tuple[Bucket, ...]:
     """Buckets in the order they are tried: the first that holds a step is the cheapest that does.
 
+    min_input_pad: the rows of logits are a multiple of this (default: of `min_token_pad`).
     skips_padding: the step's kernels compute no padding rows, so that only what is cheap is done for them:
         then there are few buckets, each twice as large as the one before or more.
 
@@ -29,19 +35,20 @@ def declare_buckets(
     """
     sizes = [min_token_pad]
     most_tokens = _round_up(max_num_batched_tokens, min_token_pad)
-    most_logits = _round_up(max_num_seqs, min_token_pad)
+    input_pad = min_input_pad or min_token_pad
+    most_logits = _round_up(max_num_seqs, input_pad)
     if skips_padding:
         while sizes[-1] < most_tokens:
             sizes.append(min(sizes[-1] * (4 if sizes[-1] < 256 else 2), most_tokens))
-        return tuple(Bucket(size, min(size, most_logits)) for size in sizes)
+        return tuple(Bucket(size, min(_round_up(size, input_pad), most_logits)) for size in sizes)
     while sizes[-1] < max_num_batched_tokens:
         doubling = 1 << (sizes[-1].bit_length() - 1)  # the power of two at or below
         apart = max(min_token_pad, 16, doubling // 4)
         sizes.append(min((sizes[-1] // apart + 1) * apart, most_tokens))
-    buckets = [Bucket(size, min(size, most_logits)) for size in sizes]
+    buckets = [Bucket(size, min(_round_up(size, input_pad), most_logits)) for size in sizes]
     # A step as large as this is mostly prefill, and often needs few logits: a head of a large vocabulary
     # over rows that nobody asked for would be a good part of it.
-    few = _round_up(-(-most_logits // 4), min_token_pad)
+    few = _round_up(-(-most_logits // 4), input_pad)
     if few < most_logits < sizes[-1]:
         buckets.insert(-1, Bucket(sizes[-1], few))
     return tuple(buckets)

@@ -11,6 +11,14 @@ from engine.mesh import AXES
 DTYPES = ("float32", "bfloat16")
 KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 WEIGHT_DTYPES = (*DTYPES, "int8", "int4")
+FLAGS = (
+    "enable_prefix_caching",
+    "async_scheduling",
+    "compiled_steps_trusted",
+    "use_aot_forward",
+    "compile_runner",
+    "runner_verbose",
+)
 CPU_KV_CACHE_BYTES = 2 << 30
 """The default byte budget of the KV cache on a CPU, where no device memory bounds it."""
 
@@ -32,10 +40,19 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Bytes for KV pages instead of a share; None on a CPU: 2 GiB."""
     enable_prefix_caching: bool = True
+    prefix_cache_capacity: int | float | None = None
+    """What cached prefixes may hold of the pages that no request holds: a number of pages (a whole number),
+    or a share of all pages (0.3); None: all that are left."""
     scheduling_policy: str = "fcfs"
-    """"fcfs", or "priority": lower `priority` first, then age."""
+    """"fcfs", or "priority": lower `priority` first, then age; such a request also takes the place of a
+    running one of higher `priority` when seats or pages run out."""
+    priority_aging_steps: int | None = 1000
+    """Under the priority policy a waiting request is overtaken only by those more urgent by p that come less
+    than p times this many steps after it; None: by all of them, without end."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step."""
+    stream_interval_ms: int = 20
+    """Streams of an `AsyncEngine` show what they have drawn at most this often; 0: after every step."""
     async_scheduling: bool = True
     """Plan and start each step while the one before it still runs; False: one after the other."""
     dtype: str = "float32"
@@ -67,6 +84,15 @@ class EngineConfig:
     `compiled_steps_path` is in."""
     min_token_pad: int = 16
     """The smallest step that is compiled, a power of two from 8: fewer tokens are padded up to it."""
+    min_input_pad: int | None = None
+    """The same for the rows of a step's logits, the sequences that draw a token; None: `min_token_pad`."""
+    use_aot_forward: bool = True
+    """Steps are compiled ahead of time, and one of a shape that was not declared is an error; False: they go
+    through `jax.jit`, which traces and compiles whatever shape comes."""
+    compile_runner: bool = True
+    """Every step is compiled when the engine is made; False: each when it first runs."""
+    runner_verbose: bool = False
+    """Write a line for every step that is compiled or run to the log `engine.runner`."""
     sharding_axis_dims: tuple[int, ...] = (1, 1, 1, -1, 1)
     """Chips along each axis of the mesh, (dp, fsdp, ep, tp, sp); -1, once at most, is all the rest
     (`engine.mesh`). Sequences, tokens and bytes above are those of one dp (or fsdp) replica, of one chip."""
@@ -81,11 +107,18 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             self._check_integer(name, getattr(self, name), 1, 1 << 20)
-        for name in ("max_model_len", "kv_cache_bytes", "long_prefill_token_threshold"):
+        for name in (
+            "max_model_len",
+            "kv_cache_bytes",
+            "long_prefill_token_threshold",
+            "priority_aging_steps",
+        ):
             if getattr(self, name) is not None:
                 self._check_integer(name, getattr(self, name), 2 if name == "max_model_len" else 1, 1 << 50)
+        self._check_integer("stream_interval_ms", self.stream_interval_ms, 0, 60_000)
         self._check_integer("seed", self.seed, 0, 2**63 - 1)
-        for name, low, high in (("page_size", 8, 512), ("min_token_pad", 8, 1024)):
+        pads = [("min_token_pad", 8, 1024), ("min_input_pad", 8, 1024)]
+        for name, low, high in (("page_size", 8, 512), *pads[: 1 if self.min_input_pad is None else 2]):
             value = self._check_integer(name, getattr(self, name), low, high)
             if value & (value - 1):
                 raise ConfigError(f"engine.{name}={value}: give a power of two from {low} to {high}")
@@ -113,13 +146,29 @@ class EngineConfig:
             )
         self._check_axis_dims()
         self._check_processes()
-        for name in ("enable_prefix_caching", "async_scheduling", "compiled_steps_trusted"):
+        self._check_cache_capacity()
+        for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"engine.{name}={getattr(self, name)!r}: give true or false")
+        if self.compiled_steps_path is not None and not self.use_aot_forward:
+            raise ConfigError(
+                "engine.compiled_steps_path keeps steps that are compiled ahead of time, and "
+                "engine.use_aot_forward is false: leave one of them out"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"engine.max_num_batched_tokens={self.max_num_batched_tokens}: it must be at least "
                 f"engine.max_num_seqs ({self.max_num_seqs}), or running requests would wait for one another"
+            )
+
+    def _check_cache_capacity(self) -> None:
+        capacity = self.prefix_cache_capacity
+        if capacity is None or (type(capacity) is int and capacity >= 0):
+            return
+        if not isinstance(capacity, float) or not 0.0 <= capacity <= 1.0:
+            raise ConfigError(
+                f"engine.prefix_cache_capacity={capacity!r}: give a whole number of pages, or a share of all "
+                "pages from 0.0 to 1.0"
             )
 
     def _check_axis_dims(self) -> None:
@@ -157,6 +206,11 @@ class EngineConfig:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ConfigError(f"engine.{name}={value!r}: give a whole number from {low} to {high}")
         return value
+
+    def max_cached_pages(self, num_pages: int) -> int | None:
+        """`prefix_cache_capacity` in pages, of `num_pages`; None: no bound."""
+        capacity = self.prefix_cache_capacity
+        return int(capacity * num_pages) if isinstance(capacity, float) else capacity
 
     @property
     def page_dtype(self) -> str:

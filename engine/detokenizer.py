@@ -6,15 +6,19 @@ be the beginning of a stop string. Everything else is given out as soon as it is
     text   [ released ........ | held ...... | pending bytes )
                                may begin a stop string
 
-Any stop string still to come begins in `held` or later, so only there it is looked for.
+Any stop string still to come begins in `held` or later, so only there it is looked for. The same goes for a
+stop pattern, for which as much is held as its longest match can have before it is complete.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
+
+from engine.special_tokens import SpacedDecoder
+from engine.stop_pattern import StopPattern
 
 
 class Tokenizer(Protocol):
@@ -51,11 +55,24 @@ class IncrementalDetokenizer:
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
+        stop_pattern: StopPattern | None = None,
+        spaces_between_special_tokens: bool = False,
+        may_stop_after: Callable[[str], bool] | None = None,
+        detokenize: bool = True,
     ):
+        """may_stop_after: told each piece of text in turn; whether stop strings count from this one on.
+        detokenize: False for a request whose text nobody wants: it stays empty.
+        """
         if "" in stop:
             raise ValueError("a stop string is empty")
-        self._decoder = text_decoder(tokenizer, skip_special_tokens)
+        self._decoder: TextDecoder = (
+            text_decoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+            if detokenize
+            else _NoText()
+        )
         self._stop = tuple(stop)
+        self._pattern = stop_pattern
+        self._may_stop_after = may_stop_after
         self._first_characters = frozenset(string[0] for string in self._stop)
         self._longest = max(map(len, self._stop), default=0)
         self._include_stop = include_stop_str_in_output
@@ -98,10 +115,13 @@ class IncrementalDetokenizer:
     def _extend(self, piece: str, may_stop: bool) -> str:
         if not piece:
             return ""
-        if not self._stop:
+        if not self._stop and self._pattern is None:
             self._release(piece)
             return piece
-        if not self._held and self._first_characters.isdisjoint(piece):
+        if self._may_stop_after is not None and not self._may_stop_after(piece):
+            self._release(piece)
+            return piece
+        if self._pattern is None and not self._held and self._first_characters.isdisjoint(piece):
             self._release(piece)  # the usual case: no stop string begins here
             return piece
         num_old = len(self._held)
@@ -128,10 +148,17 @@ class IncrementalDetokenizer:
             start = text.find(string, max(0, num_old - len(string) + 1))
             if start >= 0 and (found is None or (start + len(string), start) < found[:2]):
                 found = (start + len(string), start, string)
+        if self._pattern is not None:
+            match = self._pattern.find(text, num_old)
+            if match is not None and (found is None or match[:2] < found[:2]):
+                found = match
         return found
 
     def _first_possible_stop(self, text: str) -> int:
         """Where the longest end of `text` that begins a stop string, without completing it, begins."""
+        if self._pattern is not None:
+            longest = max(self._longest, self._pattern.width)
+            return max(0, len(text) - longest + 1)
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
             if text[start] in self._first_characters:
                 end = text[start:]
@@ -140,8 +167,16 @@ class IncrementalDetokenizer:
         return len(text)
 
 
-def whole_text(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+def whole_text(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    skip_special_tokens: bool,
+    spaces_between_special_tokens: bool = False,
+) -> str:
     """What an `IncrementalDetokenizer` makes of all these tokens when there are no stop strings."""
+    if spaces_between_special_tokens:
+        spaced = text_decoder(tokenizer, skip_special_tokens, True)
+        return spaced.push(token_ids) + spaced.finish()
     token_bytes = _token_bytes(tokenizer, skip_special_tokens)
     if token_bytes is not None:
         return _joined(token_bytes, token_ids).decode("utf-8", "replace")
@@ -149,12 +184,33 @@ def whole_text(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_toke
     return decoder.push(token_ids) + decoder.finish()
 
 
-def text_decoder(tokenizer: Tokenizer, skip_special_tokens: bool) -> TextDecoder:
+def bytes_of_token(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What one token stands for by itself, special ones too; it may be part of a character. A tokenizer that
+    is not byte-level is asked for the token's text."""
+    token_bytes = _token_bytes(tokenizer, skip_special_tokens=False)
+    if token_bytes is None:
+        return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8")
+    return token_bytes[token_id] if token_id < len(token_bytes) else b""
+
+
+def text_decoder(
+    tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool = False
+) -> TextDecoder:
     """The exact decoder where a token is a sequence of bytes, else one that only asks `tokenizer.decode`."""
+    if spaces_between_special_tokens and not skip_special_tokens:
+        return SpacedDecoder(tokenizer, lambda: text_decoder(tokenizer, False))
     token_bytes = _token_bytes(tokenizer, skip_special_tokens)
     if token_bytes is not None:
         return _ByteDecoder(token_bytes)
     return _WindowDecoder(tokenizer, skip_special_tokens)
+
+
+class _NoText:
+    def push(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 class _ByteDecoder:
@@ -279,3 +335,11 @@ def _bytes_of_token(token: str) -> bytes:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:  # an added token, spelled in plain text
         return token.encode("utf-8")
+
+
+def bytes_of_token_id(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes that a token adds to a text, which need not be whole characters; of a special token its name."""
+    table = _token_bytes(tokenizer, skip_special_tokens=False)
+    if table is None:
+        return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8", "replace")
+    return table[token_id] if token_id < len(table) else b""

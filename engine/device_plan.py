@@ -190,6 +190,7 @@ def buckets_of(config: EngineConfig, backends: Backends) -> tuple[Bucket, ...]:
         config.min_token_pad,
         config.max_num_batched_tokens,
         config.max_num_seqs,
+        min_input_pad=config.min_input_pad,
         skips_padding=backends.skips_padding,
     )
 

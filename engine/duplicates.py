@@ -100,6 +100,12 @@ class Duplicates:
             self._leading[key] = request_id
             self._leaders[request_id] = _Leader(key, priority, [])
 
+    def followed(self, request_id: str) -> tuple[str, Follower]:
+        """Whom a follower follows, and the follower."""
+        leader_id = self._following[request_id]
+        followers = self._leaders[leader_id].followers
+        return leader_id, next(each for each in followers if each.request_id == request_id)
+
     def leave(self, request_id: str) -> None:
         """A follower is aborted."""
         followers = self._leaders[self._following.pop(request_id)].followers
@@ -130,10 +136,10 @@ class Duplicates:
         for follower in leader.followers:
             del self._following[follower.request_id]
         self.num_duplicates += len(leader.followers)
-        return [_as_if_its_own(output, follower) for follower in leader.followers]
+        return [as_if_its_own(output, follower) for follower in leader.followers]
 
 
-def _as_if_its_own(output: RequestOutput, follower: Follower) -> RequestOutput:
+def as_if_its_own(output: RequestOutput, follower: Follower) -> RequestOutput:
     """The leader's result for a follower: found as much of its prompt as can be, no time before it came."""
     arrival, times = follower.arrival_time, output.metrics
 

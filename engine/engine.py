@@ -10,22 +10,29 @@ then step n is taken back. The tokens that n draws stay on the device for n + 1 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from engine.checkpoints import LoadedModel, prompt_tokens
+from engine.checkpoints import LoadedModel
 from engine.config import EngineConfig
 from engine.drawn import DrawnTokens, begin_with
 from engine.duplicates import Duplicates, Follower, duplicate_key
 from engine.errors import ConfigError, RequestError
-from engine.inputs import Chat, Prompts, TokenIds, as_list, checked_tokens, is_token_ids, sampling_of_each
+from engine.inputs import Chat, TokenIds
+from engine.new_requests import NewRequests
+from engine.observer import EngineObserver
+from engine.options import CacheConfig, Config, SchedulerConfig, read_options
 from engine.outputs import EngineStats, RequestOutput
 from engine.replicas import make_scheduler
-from engine.request import Request, request_key
-from engine.request_group import RequestGroup, bad_word_token_ids
+from engine.request import Request
+from engine.request_group import RequestGroup
 from engine.sampling_params import SamplingParams
 from engine.scheduler_settings import SchedulerSettings
-from engine.start import load_for, make_runner
+from engine.start import make_runner, model_for
+from engine.step_times import StepTimes
+from engine.structured.grammars import Grammars
+from engine.upkeep import Upkeep
+from engine.whole_calls import WholeCalls, one_of
 
 if TYPE_CHECKING:
     from engine.in_flight import InFlight
@@ -33,212 +40,173 @@ if TYPE_CHECKING:
     from engine.runner import StepRunner
 
 
-class Engine:
+class Engine(WholeCalls, Upkeep):
     """Continuous batching over paged keys and values. One thread: `generate`, or `add_request` and `step`.
 
-    runner: what runs the steps (default: a `StepRunner` of the model, on the platform of the config).
     Raises ConfigError where options, model and machine do not go together.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
-        config: EngineConfig | None = None,
+        model: LoadedModel | str,
+        config: EngineConfig | Config | None = None,
         *,
+        tokenizer: Any = None,
+        cache_config: CacheConfig | None = None,
+        scheduler_config: SchedulerConfig | None = None,
+        revision: str | None = None,
         takes_weights: bool = False,
         runner: StepRunner | None = None,
         lockstep: Lockstep | None = None,
+        **options: Any,
     ):
-        """`takes_weights`: nobody else needs `loaded.model`, whose arrays are then deleted as the engine
-        packs them, so that no two copies of the weights are held.
+        """Every option has a name of its own (`engine.options.OPTION_NAMES`: the fields of `EngineConfig` and
+        `RequestOptions`, and what eSurge calls them); configuration objects give several together.
 
-        lockstep: this process's connections to those that run this engine too; made where the config has a
-            coordinator's address and none are given.
+        Args:
+            model: loaded, or what `engine.checkpoints.load` finds: a name, path, URL, or a hub id of
+                `revision`.
+            tokenizer: in the place of the model's own: a fast tokenizer of transformers, or where to find
+                one.
+            takes_weights: nobody else needs the loaded model, whose arrays are then deleted as the engine
+                packs them, so that no two copies of the weights are held.
+            runner: what runs the steps (default: a `StepRunner` of the model, on the platform of the config).
+            lockstep: this process's connections to those that run this engine too; made where the config has
+                a coordinator's address and none are given.
         """
-        self.config = config or EngineConfig()
-        self.model_config = loaded.config
-        self.tokenizer = loaded.tokenizer
-        self.max_model_len = self.config.model_len(loaded.config.max_position_embeddings)
+        told = read_options(config, cache_config, scheduler_config, options)
+        self.options = told.requests
+        loaded, self.config = model_for(model, tokenizer, revision, told, is_whole=config is not None)
         self._lockstep = lockstep
+        self._begin(loaded, runner, takes_weights=takes_weights or isinstance(model, str))
+        self.observers: list[EngineObserver] = []
+        self._num_ids = 0
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._collected_at = 0.0
+        self._step_times = StepTimes()
+
+    def _begin(self, loaded: LoadedModel, runner: StepRunner | None, *, takes_weights: bool) -> None:
+        """Be ready to run this model, with no request."""
+        max_model_len = self.config.model_len(loaded.config.max_position_embeddings)
+        new_requests = NewRequests(loaded, self.config, self.options, max_model_len)
         # A runner that was given takes the plan of one scheduler.
         num_replicas = None
         if runner is None:
             runner, self._lockstep = make_runner(
-                loaded, self.config, self.max_model_len, takes_weights=takes_weights, lockstep=lockstep
+                loaded, self.config, max_model_len, takes_weights=takes_weights, lockstep=self._lockstep
             )
             num_replicas = runner.num_replicas
         self._runner = runner
         self._in_flight: InFlight | None = None
-        self._eos_token_ids = frozenset(loaded.config.eos_token_ids)
-        settings = SchedulerSettings.of(self.config, self.max_model_len, runner.num_pages)
+        self.max_model_len = max_model_len
+        self.model_config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.model_name = self.options.esurge_name or loaded.name
+        self._new_requests = new_requests
+        self.grammars = Grammars(loaded.tokenizer, loaded.config.vocab_size, new_requests.eos_token_ids)
+        settings = SchedulerSettings.of(self.config, max_model_len, runner.num_pages)
         self._num_replicas = num_replicas or 1
         self._scheduler: Any = make_scheduler(settings, num_replicas)
         self._groups: dict[str, RequestGroup] = {}
         self._duplicates = Duplicates()
         self._ready: list[RequestOutput] = []
-        self._num_ids = 0
+        self._is_paused = False
         # Samples whose text is wanted token by token.
         self._growing: set[Request] = set()
-        self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._collected_at = 0.0
-        self._step_seconds: list[float] = []
-        self._occupancy: list[int] = []
+        self._begin_upkeep()
 
     @classmethod
     def from_pretrained(cls, source: str, *, revision: str | None = None, **options: Any) -> Engine:
-        """Load a model (a name, path, URL or hub id: `engine.checkpoints.load`) and make an engine for it.
-
-        `options` are the fields of `EngineConfig`.
-        """
-        config = EngineConfig(**options)
-        return cls(load_for(config, source, revision), config, takes_weights=True)
-
-    # -- whole calls -------------------------------------------------------------------------------
-
-    def generate(
-        self, prompts: Prompts, sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
-        """Complete prompts and return them in input order.
-
-        Args:
-            prompts: a string, a chat (a list of messages with `role` and `content`) or token ids, or a list
-                of one of these.
-            sampling: one for all, or one a prompt.
-
-        Raises:
-            RequestError: a prompt cannot run (then none has), naming it.
-        """
-        each = as_list(prompts)
-        samplings = sampling_of_each(sampling, len(each))
-        ids: list[str] = []
-        try:
-            for prompt, params in zip(each, samplings, strict=True):
-                ids.append(self._add(prompt, params))
-        except RequestError as error:
-            for request_id in ids:
-                self.abort_request(request_id)
-            raise RequestError(error.reason, f"prompt {len(ids)}: {error}") from error
-        wanted = set(ids)
-        done: dict[str, RequestOutput] = {}
-        try:
-            while len(done) < len(ids):
-                for output in self.step():
-                    if output.request_id in wanted:
-                        done[output.request_id] = output
-                    else:
-                        self._ready.append(output)
-        finally:  # an interrupted call leaves nothing running behind it
-            for request_id in wanted - done.keys():
-                self.abort_request(request_id)
-        return [done[request_id] for request_id in ids]
-
-    def stream(
-        self, prompt: str | TokenIds | Chat, sampling: SamplingParams | None = None
-    ) -> Generator[RequestOutput, None, None]:
-        """Complete one prompt and yield an output whenever its text grows.
-
-        `delta_text` never splits a character nor shows a part of a stop string; joined, the deltas are the
-        final text. Closing the iterator aborts the request.
-        """
-        params = sampling or SamplingParams()
-        if params.n != 1:
-            raise RequestError("bad_sampling", f"sampling.n is {params.n}: a stream has one completion")
-        request_id = self._add(as_list(prompt)[0], params, stream=True)
-        try:
-            finished = False
-            while not finished:
-                outputs = self.step()
-                # Before the yield: the caller may never come back.
-                self._ready += [output for output in outputs if output.request_id != request_id]
-                for output in outputs:
-                    if output.request_id == request_id:
-                        finished = output.finished
-                        yield output
-        finally:
-            self.abort_request(request_id)
+        """`Engine(source, ...)`: load a model (a name, path, URL or hub id) and make an engine for it."""
+        return cls(source, revision=revision, **options)
 
     # -- a request at a time -----------------------------------------------------------------------
 
     def add_request(
         self,
-        request_id: str,
+        request_id: str | None = None,
         prompt_token_ids: TokenIds | None = None,
         prompt: str | Chat | None = None,
         sampling: SamplingParams | None = None,
         *,
+        sampling_params: SamplingParams | None = None,
         priority: int = 0,
         identity: str | None = None,
+        tenant: str | None = None,
         cache_salt: str | None = None,
         expected_output_len: int | None = None,
         drawn: Sequence[DrawnTokens] | None = None,
-        stream: bool = False,
-    ) -> None:
-        """Queue a prompt, as token ids or as text or a chat.
+        stream: bool | None = None,
+        shares_result: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Queue a prompt, as token ids or as text or a chat; returns its id.
 
         One that must come out as an unfinished one does (the same tokens, salt and sampling, and greedy or
-        with a seed) is given that one's result, unless it is streamed.
+        with a seed) is given that one's result, unless it is streamed or shall not share.
 
         Args:
-            request_id: unique among the unfinished.
+            request_id: unique among the unfinished; None: one is made.
+            sampling: how it is sampled; `sampling_params` is the same.
             priority: lower runs sooner, under the priority policy.
             identity: what the random draws descend from, with the run's seed (default: `request_id`).
+            tenant: on whose behalf it runs; of requests that wait at one priority, those of each tenant are
+                started in turns of equal tokens.
             cache_salt: share cached pages only with prompts of the same salt.
             expected_output_len: tokens it will probably generate, at least 1: so much memory is kept for it
                 once it runs (default: one page more than its prompt's). More running requests than fit would
                 take each other's pages. It changes no output.
             drawn: tokens of each sample to go on from (`drawn_tokens` of an earlier engine).
-            stream: `step` gives an output whenever the text grows, not only the last one.
+            stream: `step` gives an output whenever the text grows, not only the last one. None: as
+                `sampling.output_kind` says; without one, a request of one sample that is given no id is
+                streamed, and one with an id is not.
+            shares_result: it may be given the result of another one; False: it runs by itself.
+            tools: what a tool parser is to know of the functions that the prompt tells of.
 
         Raises:
             RequestError: it cannot run; nothing was queued.
         """
-        if not self.leads:
-            raise ConfigError("only process 0 takes requests: call Engine.follow() in the others")
-        params = sampling or SamplingParams()
-        if request_id in self._groups or request_id in self._duplicates:
+        self._check_takes_requests()
+        params = one_of(sampling, sampling_params) or SamplingParams()
+        if stream is None:
+            stream = self._streams(params, request_id)
+        if stream and params.num_samples > params.n:
+            raise RequestError("bad_sampling", "sampling.best_of chooses at the end: it cannot be streamed")
+        if request_id is None:
+            request_id = self._new_id()
+        elif request_id in self._groups or request_id in self._duplicates:
             raise RequestError("duplicate_request_id", f"request {request_id!r} is unfinished already")
-        params.check_vocab(self.model_config.vocab_size)
-        token_ids = prompt_tokens(self.tokenizer, request_id, prompt_token_ids, prompt)
-        tokens = checked_tokens(request_id, token_ids, self.model_config.vocab_size)
-        if expected_output_len is not None and expected_output_len < 1:
-            raise ValueError(f"expected_output_len is {expected_output_len}: give at least 1, or None")
-        text, now = prompt if isinstance(prompt, str) else None, time.monotonic()
-        key = None if stream else duplicate_key(tokens, cache_salt, params)
-        if key is not None and self._duplicates.follow(key, Follower(request_id, text, now), priority):
-            return
-        bad_words = bad_word_token_ids(self.tokenizer, params.bad_words)
-        # The samples share their prompt; its log-probabilities are computed once, with the first.
-        others = params if params.prompt_logprobs is None else params.replace(prompt_logprobs=None)
-        requests = [
-            Request(
-                request_id=request_id,
-                prompt_token_ids=token_ids,
-                packed_prompt=tokens,
-                sampling=others if index else params,
-                key=request_key(self.config.seed, identity or request_id, index, params.seed),
-                max_total_len=max(
-                    len(token_ids) + 1, min(len(token_ids) + params.max_tokens, self.max_model_len)
-                ),
-                sample_index=index,
-                priority=priority,
-                eos_token_ids=self._eos_token_ids,
-                bad_words_token_ids=bad_words,
-                cache_salt=cache_salt,
-                expected_len=None if expected_output_len is None else len(token_ids) + expected_output_len,
-            )
-            for index in range(params.n)
-        ]
+        asked = self._new_requests.read(request_id, prompt_token_ids, prompt, params, tools)
+        params, now = asked.sampling, time.monotonic()
+        self._see_idleness(now)
+        shares = shares_result and asked.may_share and not stream
+        key = duplicate_key(asked.tokens, cache_salt, params) if shares else None
+        if key is not None and self._duplicates.follow(key, Follower(request_id, asked.text, now), priority):
+            self._tell_added(request_id, len(asked.token_ids), params)
+            return request_id
+        requests = self._new_requests.make(
+            asked,
+            identity or request_id,
+            expected_output_len,
+            self.grammars.compiled(params),
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+        )
         if drawn is not None:
             begin_with(requests, drawn, self.model_config.vocab_size)
         for request in requests:  # the first is refused if any is: they differ in their index alone
             self._scheduler.add(request, now)
-        group = self._groups[request_id] = RequestGroup(requests, text, self.tokenizer, stream)
+        group = RequestGroup(requests, asked.text, self.tokenizer, stream, asked.shown)
+        self._groups[request_id] = group
         if group.grows:
             self._growing.update(requests)
-        self._num_prompt_tokens += len(token_ids) * params.n
+        self._num_prompt_tokens += len(asked.token_ids) * len(requests)
         if key is not None:
             self._duplicates.lead(key, request_id, priority)
+        self._tell_added(request_id, len(asked.token_ids), params)
+        return request_id
 
     def step(self) -> list[RequestOutput]:
         """Start the next step and take back the one before it.
@@ -247,11 +215,16 @@ class Engine:
         with the next call, unless `async_scheduling` is off.
         """
         outputs, self._ready = self._ready, []
+        if self._is_paused:
+            return outputs
         before = self._in_flight
         if before is not None and before.must_end_first:
             outputs += self._take_back(before)
             before = None
-        plan = self._scheduler.schedule(time.monotonic())
+        started = time.monotonic()
+        plan = self._scheduler.schedule(started)
+        if self.observers:
+            self._tell_scheduled(time.monotonic() - started)
         self._in_flight = self._runner.dispatch(plan, before) if plan.num_rows else None
         if before is not None:
             outputs += self._take_back(before)
@@ -263,29 +236,6 @@ class Engine:
             outputs += self._take_back(self._in_flight)
             self._in_flight = None
         return outputs
-
-    def abort_request(self, request_id: str) -> bool:
-        """Drop a request and free its pages; no output comes of it. False when it is not unfinished."""
-        if request_id in self._duplicates:
-            self._duplicates.leave(request_id)
-            return True
-        group = self._groups.pop(request_id, None)
-        if group is None:
-            return False
-        heir = self._duplicates.abdicate(request_id)
-        if heir is not None:
-            group.hand_over(heir.request_id, heir.prompt, heir.arrival_time)
-            self._groups[heir.request_id] = group
-            self._scheduler.rename(request_id, heir.request_id)
-            return True
-        self._growing.difference_update(self._scheduler.abort(request_id, time.monotonic()))
-        return True
-
-    def drawn_tokens(self, request_id: str) -> tuple[DrawnTokens, ...] | None:
-        """What an engine to come can go on from, a sample each (`add_request`); None for a request that is
-        not unfinished, or is given another one's result."""
-        group = self._groups.get(request_id)
-        return None if group is None else tuple(map(DrawnTokens.of, group.output("").outputs))
 
     def pin_prefix(self, token_ids: TokenIds, cache_salt: str | None = None) -> None:
         """Say that prompts to come begin with these tokens: their full pages, once computed, are evicted only
@@ -312,30 +262,24 @@ class Engine:
         return self._runner.num_pages * self._num_replicas
 
     def stats(self) -> EngineStats:
-        """Totals, and each step's seconds and sequences since the last call."""
-        scheduler, runner = self._scheduler.stats(), self._runner
-        steps, self._step_seconds = tuple(self._step_seconds), []
-        occupancy, self._occupancy = tuple(self._occupancy), []
-        return EngineStats(
+        """Totals, and each step's seconds and sequences since the last call: these are taken, by one reader.
+
+        Others read `totals`, or are told of each step (`observers`).
+        """
+        return self._stats(*self._step_times.take())
+
+    def totals(self) -> EngineStats:
+        """The totals alone: safe to ask for from any thread, and it takes nothing from `stats`."""
+        return self._stats((), ())
+
+    def _stats(self, step_seconds: tuple[float, ...], batch_occupancy: tuple[int, ...]) -> EngineStats:
+        return EngineStats.of(
+            self._scheduler.stats(),
+            self._runner,
             num_steps=self._num_steps,
-            step_seconds=steps,
-            batch_occupancy=occupancy,
+            step_seconds=step_seconds,
+            batch_occupancy=batch_occupancy,
             num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_tokens=scheduler.num_prefix_hits,
-            num_computed_tokens=runner.num_computed_tokens,
-            num_padded_tokens=runner.num_padded_tokens,
-            num_generated_tokens=scheduler.num_generated_tokens,
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            pages_free=scheduler.num_free_pages,
-            pages_cached=scheduler.num_cached_pages,
-            pages_held=scheduler.num_held_pages,
-            preemptions=scheduler.num_preemptions,
-            evictions=scheduler.num_evictions,
-            compile_seconds=runner.compile_seconds,
-            num_compiled=runner.num_compiled,
-            num_loaded=runner.num_loaded,
-            device=runner.device_name,
             num_duplicates=self._duplicates.num_duplicates,
             num_replicas=self._num_replicas,
         )
@@ -368,9 +312,9 @@ class Engine:
         now = time.monotonic()
         finished = self._scheduler.update(step.plan, results, now)
         self._num_steps += 1
-        self._step_seconds.append(now - max(step.dispatched_at, self._collected_at))
+        seconds = now - max(step.dispatched_at, self._collected_at)
         self._collected_at = now
-        self._occupancy.append(step.plan.num_rows)
+        self._step_times.add(seconds, step.plan.num_rows)
         if self._growing:
             ended = set(finished)
             finished = [r for r in step.plan.drawing if r in ended or r in self._growing]
@@ -381,6 +325,10 @@ class Engine:
                 outputs.append(output)
                 if output.finished:
                     outputs += self._duplicates.finish(output)
+        if self.observers:
+            self._tell_step(step.plan, seconds, now, outputs)
+        if self._notes_steps:
+            self._note_step(outputs)
         return outputs
 
     def _grow(self, request: Request, now: float) -> RequestOutput | None:
@@ -396,19 +344,22 @@ class Engine:
                 self._scheduler.finish(request, "stop", stopped_by, now)
         if request.is_finished:
             self._growing.discard(request)
+            if self._sampler_meter is not None:
+                self._sampler_meter.add(request)
             delta += group.close(request)
         if group.is_finished:
             del self._groups[request.request_id]
             return group.output(delta)
-        return group.output(delta) if group.stream and delta else None
+        return group.output(delta) if group.shows(delta) else None
 
-    def _add(self, prompt: str | TokenIds | Chat, params: SamplingParams, stream: bool = False) -> str:
-        """Queue a prompt of `generate` or `stream` under an id of the engine's own."""
-        request_id = f"request-{self._num_ids}"
-        self._num_ids += 1
-        if is_token_ids(prompt):
-            self.add_request(request_id, prompt, sampling=params, stream=stream)
-        else:
-            text_or_chat = cast("str | Chat", prompt)
-            self.add_request(request_id, prompt=text_or_chat, sampling=params, stream=stream)
-        return request_id
+    def _streams(self, params: SamplingParams, request_id: str | None) -> bool:
+        if params.output_kind is not None:
+            return params.output_kind != "final_only"
+        return request_id is None and params.num_samples == 1
+
+    def _new_id(self) -> str:
+        while True:
+            request_id = f"request-{self._num_ids}"
+            self._num_ids += 1
+            if request_id not in self._groups and request_id not in self._duplicates:
+                return request_id

@@ -35,12 +35,32 @@ class MissingExtraError(ConfigError):
 class RequestError(TidemillError):
     """One request cannot run; the others are unaffected.
 
-    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row.
+    `reason` is a short code (`bad_sampling`, `prompt_too_long`, ...) used as the reject reason of its row;
+    `param` names the field of an API request that is wrong, where it is one.
     """
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str, param: str | None = None):
         super().__init__(message)
         self.reason = reason
+        self.param = param
+
+
+class Overloaded(TidemillError):
+    """An engine that others share has as many unfinished requests as it may: this one was not taken.
+
+    `retry_after_s` is when one will probably have ended, in whole seconds, at least 1.
+    """
+
+    def __init__(self, max_waiting: int, retry_after_s: int):
+        super().__init__(
+            f"the engine has {max_waiting} unfinished requests, as many as it may have (max_waiting): "
+            f"try again in {retry_after_s} s"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class EngineClosed(TidemillError):
+    """The engine takes no requests any more: it was closed, or its device failed."""
 
 
 class RetryLater(TidemillError):

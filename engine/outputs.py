@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from engine.message_parsing import Parsing
 from engine.request import TopLogprobs
+
+if TYPE_CHECKING:
+    from engine.parsers import ParsedMessage, ToolCall
+    from engine.scheduler_settings import SchedulerStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +49,37 @@ class CompletionOutput:
     index: int
     token_ids: tuple[int, ...]
     finish_reason: str | None
-    """"stop", "length" or "abort"; None while it runs."""
+    """"stop", "length", "abort", "timeout", or "error" (its structured output cost more to follow than one
+    may); None while it runs."""
     text: _MadeWhenRead = _MadeWhenRead()
     """Where no step needed it (no stream, no stop strings) it is made of the tokens when it is first read, in
     the reader's time."""
     stop_reason: int | str | None = None
-    """The stop token id or stop string; None for end-of-sequence, length or abort."""
+    """The stop token id or stop string, or what the error is; None for end-of-sequence, length or abort."""
     cumulative_logprob: float | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    parsing: Parsing | None = None
+    """How its text is read as a message, where the engine has parsers."""
+
+    @property
+    def message(self) -> ParsedMessage | None:
+        """Its text as a message: content, reasoning, tool calls; None where the engine has no parsers. Made
+        when it is read, of the text so far."""
+        return None if self.parsing is None else self.parsing.parse(self.text)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        message = self.message
+        return () if message is None else message.tool_calls
+
+    @property
+    def reasoning_content(self) -> str | None:
+        message = self.message
+        return None if message is None else message.reasoning
+
+    def but(self, **changes: Any) -> CompletionOutput:
+        """A copy with some fields changed, as `dataclasses.replace`; the text is not made for it."""
+        return CompletionOutput(**{**vars(self), **changes})
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copies: with the text, without what makes it."""
@@ -67,6 +95,8 @@ class RequestMetrics:
     first_token_time: float | None
     finished_time: float | None
     num_preemptions: int = 0
+    output_time: float | None = None
+    """When this output was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +114,75 @@ class RequestOutput:
     delta_text: str = ""
     """Streaming: what sample 0 grew by since the output before."""
     num_cached_tokens: int = 0
+    num_truncated_tokens: int = 0
+    """Prompt tokens that were cut, because the request or the engine's options asked for it."""
+    num_generated_tokens: int = 0
+    """Of all samples together, those included that `best_of` did not choose."""
+    update_seq: int = 0
+    """Outputs given of this request, this one included."""
+    whole_text: str | None = None
+    """The text of sample 0, where `outputs` hold what is new alone."""
+
+    @property
+    def accumulated_text(self) -> str:
+        """The whole text of sample 0 so far."""
+        return self.outputs[0].text if self.whole_text is None else self.whole_text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Those of sample 0."""
+        return self.outputs[0].tool_calls
+
+    @property
+    def reasoning_content(self) -> str | None:
+        """That of sample 0."""
+        return self.outputs[0].reasoning_content
+
+    @property
+    def first_token_time(self) -> float | None:
+        """Seconds from its arrival to its first token."""
+        return self._seconds(self.metrics.arrival_time, self.metrics.first_token_time)
+
+    @property
+    def processing_time(self) -> float | None:
+        """Seconds from its arrival to its end, or to this output."""
+        return self._seconds(self.metrics.arrival_time, self._latest)
+
+    @property
+    def time_spent_generating(self) -> float | None:
+        """Seconds from its first step to its end, or to this output."""
+        return self._seconds(self.metrics.first_scheduled_time, self._latest)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens, of all samples, by the time spent generating; 0 before there is any."""
+        seconds = self.time_spent_generating
+        return self.num_generated_tokens / seconds if seconds else 0.0
+
+    @property
+    def _latest(self) -> float | None:
+        finished = self.metrics.finished_time
+        return self.metrics.output_time if finished is None else finished
+
+    @staticmethod
+    def _seconds(start: float | None, stop: float | None) -> float | None:
+        return None if start is None or stop is None else stop - start
+
+
+def ended_early(output: RequestOutput, reason: str, now: float) -> RequestOutput:
+    """The last output of a request that goes no further, given the one as it stands; `now` in monotonic
+    seconds."""
+    outputs = [
+        sample if sample.finish_reason else sample.but(finish_reason=reason) for sample in output.outputs
+    ]
+    metrics = replace(output.metrics, finished_time=now)
+    return replace(output, outputs=tuple(outputs), finished=True, metrics=metrics)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals since the engine was made, but for the two lists, which hold what came since the last look."""
+    """Totals since the engine was made, but for the two lists, which hold what came since the last look (of
+    the last 65,536 steps at most; empty in `Engine.totals`)."""
 
     num_steps: int
     step_seconds: tuple[float, ...]
@@ -122,3 +216,41 @@ class EngineStats:
     """Requests that were given the result of another one, none of their tokens being computed."""
     num_replicas: int = 1
     """Schedulers whose batches run in one step, each of up to `engine.max_num_seqs` sequences."""
+
+    @classmethod
+    def of(
+        cls,
+        scheduler: SchedulerStats,
+        runner: Any,
+        *,
+        num_steps: int,
+        step_seconds: tuple[float, ...],
+        batch_occupancy: tuple[int, ...],
+        num_prompt_tokens: int,
+        num_duplicates: int,
+        num_replicas: int,
+    ) -> EngineStats:
+        """Those of an engine, from its parts; `runner` is its `StepRunner`."""
+        return cls(
+            num_steps=num_steps,
+            step_seconds=step_seconds,
+            batch_occupancy=batch_occupancy,
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=scheduler.num_prefix_hits,
+            num_computed_tokens=runner.num_computed_tokens,
+            num_padded_tokens=runner.num_padded_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_free=scheduler.num_free_pages,
+            pages_cached=scheduler.num_cached_pages,
+            pages_held=scheduler.num_held_pages,
+            preemptions=scheduler.num_preemptions,
+            evictions=scheduler.num_evictions,
+            compile_seconds=runner.compile_seconds,
+            num_compiled=runner.num_compiled,
+            num_loaded=runner.num_loaded,
+            device=runner.device_name,
+            num_duplicates=num_duplicates,
+            num_replicas=num_replicas,
+        )

@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterable, Sequence
 class PagePool:
     """Reference-counted pages 0 .. num_pages - 1 with LRU eviction of those cached and not held."""
 
-    def __init__(self, num_pages: int):
+    def __init__(self, num_pages: int, max_cached: int | None = None):
+        """max_cached: most pages that are cached at a time; None: no bound."""
         if num_pages < 1:
             raise ValueError(f"a page pool needs at least one page, not {num_pages}")
+        self._max_cached = max_cached
         self.num_pages = num_pages
         self.num_evictions = 0
         self._num_holders = [0] * num_pages
@@ -115,6 +117,12 @@ class PagePool:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
+        if self._max_cached is not None:
+            self._evict_down_to(self._max_cached)
+
+    def evict_all(self) -> None:
+        """Give up what every cached page holds: all pages that nobody holds are free."""
+        self._evict_down_to(0)
 
     def keep(self, page: int, forget: Callable[[int], None]) -> None:
         """Keep a held page's content after its release; `forget(page)` is called when its room is needed."""
@@ -150,6 +158,10 @@ class PagePool:
         if self._num_holders[page] == 0:
             del self._cached_pinned[page]
             self._cached[page] = None
+
+    def _evict_down_to(self, num_cached: int) -> None:
+        while self.num_cached > num_cached:
+            self._free.append(self._evict_oldest())
 
     def _evict_oldest(self) -> int:
         queue = self._cached or self._cached_pinned

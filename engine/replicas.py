@@ -20,6 +20,7 @@ from engine.prefix_cache import PrefixCache
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.scheduler_settings import SchedulerSettings, SchedulerStats
+from engine.seat_table import SeatTable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +96,11 @@ class Replicas:
         for replica in {replica for replica, _ in places.values()}:
             self._schedulers[replica].rename(request_id, new_id)
 
+    def forget_prefixes(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler.forget_prefixes()
+        self._routing.forget()
+
     def schedule(self, now: float | None = None) -> ReplicaPlans:
         return ReplicaPlans(tuple(scheduler.schedule(now) for scheduler in self._schedulers))
 
@@ -113,6 +119,14 @@ class Replicas:
         for request in finished:
             self._forget(request)
         return finished
+
+    @property
+    def tables(self) -> list[SeatTable]:
+        return [table for scheduler in self._schedulers for table in scheduler.tables]
+
+    def preempt_all(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler.preempt_all()
 
     def stats(self) -> SchedulerStats:
         """The sums of all."""
@@ -188,6 +202,11 @@ class PrefixRouting:
             known.move_to_end(page)
         while len(known) > self._num_pages:
             known.popitem(last=False)
+
+    def forget(self) -> None:
+        """No replica has any page left."""
+        for known in self._known:
+            known.clear()
 
     def release(self, replica: int, cost: int) -> None:
         """A request that was counted as `cost` has ended."""

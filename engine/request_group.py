@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from engine.detokenizer import IncrementalDetokenizer, whole_text
 from engine.errors import RequestError
 from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from engine.presentation import Increments, Presentation
 from engine.request import Request, TopLogprobs
+from engine.stop_pattern import StopPattern
 
 
 class RequestGroup:
@@ -18,14 +21,27 @@ class RequestGroup:
     Text that nobody needs while it grows is made once, by who reads it in the output.
     """
 
-    def __init__(self, requests: list[Request], prompt: str | None, tokenizer: Any, stream: bool):
+    def __init__(
+        self,
+        requests: list[Request],
+        prompt: str | None,
+        tokenizer: Any,
+        stream: bool,
+        shown: Presentation | None = None,
+    ):
+        """shown: what the caller sees of it; default: all of it."""
         self._requests = requests
         self._prompt = prompt
         self._tokenizer = tokenizer
+        self._shown = shown
+        self._num_outputs = 0
+        kind = requests[0].sampling.output_kind
+        self._increments = Increments(len(requests)) if stream and kind == "delta" else None
         self.stream = stream
-        self.grows = stream or bool(requests[0].sampling.stop)
+        sampling = requests[0].sampling
+        self.grows = stream or bool(sampling.stop) or sampling.stop_pattern is not None
         """Its text is wanted token by token: `push` each one."""
-        self._texts = [self._new_text() for _ in requests] if self.grows else []
+        self._texts = [self.new_text() for _ in requests] if self.grows else []
         for request, text in zip(requests, self._texts, strict=False):
             for token in request.output_token_ids:  # given
                 text.push([token])
@@ -36,7 +52,7 @@ class RequestGroup:
 
         A token that stopped the sample is no part of its text unless asked for.
         """
-        if _ends_with_hidden_token(request):
+        if ends_with_hidden_token(request):
             return ""
         return self._texts[request.sample_index].push(
             request.token_ids(request.num_tokens - 1, request.num_tokens)
@@ -71,73 +87,128 @@ class RequestGroup:
     def is_finished(self) -> bool:
         return self._num_open == 0
 
+    @property
+    def requests(self) -> Sequence[Request]:
+        """The samples, in order."""
+        return self._requests
+
+    def shows(self, delta_text: str) -> bool:
+        """Whether a step after which it is unfinished gives an output: its text has grown, or it has none."""
+        return self.stream and bool(delta_text or not self._requests[0].sampling.detokenize)
+
+    def samples(self) -> tuple[CompletionOutput, ...]:
+        """All that were drawn, as they stand."""
+        return tuple([self._completion(request) for request in self._requests])
+
     def output(self, delta_text: str) -> RequestOutput:
-        first = self._requests[0]
+        return self.output_of(self.samples(), self.is_finished, delta_text if self.stream else "")
+
+    def output_of(
+        self, outputs: tuple[CompletionOutput, ...], finished: bool, delta_text: str
+    ) -> RequestOutput:
+        """An output of these samples (`completion_of`), which may lag behind what is known by now."""
+        first, whole_text = self._requests[0], None
+        self._num_outputs += 1
+        if self._shown is not None:
+            if self._shown.chooses:
+                outputs = self._shown.chosen(outputs)
+            outputs = self._shown.without_hidden(outputs)
+        if self._increments is not None:
+            whole_text, outputs = outputs[0].text, self._increments.of(outputs)
         return RequestOutput(
             request_id=first.request_id,
             prompt=self._prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=tuple([self._completion(request) for request in self._requests]),
-            finished=self.is_finished,
-            metrics=self._metrics(),
+            outputs=outputs,
+            finished=finished,
+            metrics=self._metrics(finished),
             prompt_logprobs=_prompt_logprobs(first),
-            delta_text=delta_text if self.stream else "",
+            delta_text=delta_text,
             num_cached_tokens=first.num_cached_tokens,
+            num_truncated_tokens=0 if self._shown is None else self._shown.num_cut,
+            num_generated_tokens=sum([request.num_output_tokens for request in self._requests]),
+            update_seq=self._num_outputs,
+            whole_text=whole_text,
         )
 
     def _completion(self, request: Request) -> CompletionOutput:
-        logprobs, token_ids = None, tuple(request.output_token_ids)
+        token_ids = tuple(request.output_token_ids)
+        text = self._text(request, token_ids)
+        return self.completion_of(request, token_ids, text, request.finish_reason, request.stop_reason)
+
+    def completion_of(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        text: str | Callable[[], str],
+        finish_reason: str | None,
+        stop_reason: int | str | None,
+    ) -> CompletionOutput:
+        """A sample's output up to these tokens, the first ones that it has."""
+        logprobs = None
         if request.sampling.logprobs is not None:
+            count = len(token_ids)
             logprobs = tuple(
                 TokenLogprob(*entry)
                 for entry in zip(
                     token_ids,
-                    request.output_logprobs,
-                    request.output_top_logprobs,
+                    request.output_logprobs[:count],
+                    request.output_top_logprobs[:count],
                     strict=True,
                 )
             )
         return CompletionOutput(
             index=request.sample_index,
             token_ids=token_ids,
-            finish_reason=request.finish_reason,
-            text=self._text(request, token_ids),
-            stop_reason=request.stop_reason,
+            finish_reason=finish_reason,
+            text=text,
+            stop_reason=stop_reason,
             cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
             logprobs=logprobs,
+            parsing=None if self._shown is None else self._shown.parsing,
         )
 
     def _text(self, request: Request, token_ids: tuple[int, ...]) -> str | Callable[[], str]:
+        sampling = request.sampling
+        if not sampling.detokenize:
+            return ""
         if self.grows:
             return self._texts[request.sample_index].text
-        shown = token_ids[:-1] if _ends_with_hidden_token(request) else token_ids
-        return partial(whole_text, self._tokenizer, shown, request.sampling.skip_special_tokens)
+        shown = token_ids[:-1] if ends_with_hidden_token(request) else token_ids
+        how = (sampling.skip_special_tokens, sampling.spaces_between_special_tokens)
+        return partial(whole_text, self._tokenizer, shown, *how)
 
-    def _new_text(self) -> IncrementalDetokenizer:
-        sampling = self._requests[0].sampling
+    def new_text(self) -> IncrementalDetokenizer:
+        """What makes the text of one sample, from its first token on."""
+        sampling, parsing = self._requests[0].sampling, None if self._shown is None else self._shown.parsing
         return IncrementalDetokenizer(
             self._tokenizer,
             skip_special_tokens=sampling.skip_special_tokens,
             stop=sampling.stop,
             include_stop_str_in_output=sampling.include_stop_str_in_output,
             min_tokens=sampling.min_tokens,
+            stop_pattern=None if sampling.stop_pattern is None else StopPattern.of(sampling.stop_pattern),
+            spaces_between_special_tokens=sampling.spaces_between_special_tokens,
+            may_stop_after=None if parsing is None else parsing.stop_gate(),
+            detokenize=sampling.detokenize,
         )
 
-    def _metrics(self) -> RequestMetrics:
+    def _metrics(self, finished: bool) -> RequestMetrics:
         requests, first = self._requests, self._requests[0]
         ends = [request.finished_time for request in requests if request.finished_time is not None]
         return RequestMetrics(
             arrival_time=first.arrival_time or 0.0,
             first_scheduled_time=first.first_scheduled_time,
             first_token_time=first.first_token_time,
-            finished_time=max(ends) if self.is_finished and ends else None,
+            finished_time=max(ends) if finished and ends else None,
             num_preemptions=sum([request.num_preemptions for request in requests]),
+            output_time=time.monotonic(),
         )
 
 
-def _ends_with_hidden_token(request: Request) -> bool:
+def ends_with_hidden_token(request: Request) -> bool:
     """A token stopped the sample, and what stops a text is not shown in it."""
-    if request.finish_reason != "stop" or not request.is_finished:
+    if request.finish_reason not in ("stop", "error") or not request.is_finished:
         return False
     return not request.sampling.include_stop_str_in_output
 

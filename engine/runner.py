@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +27,13 @@ from engine.placement import choose_placement
 from engine.plan import StepPlan, StepResults
 from engine.sampler import StepOutputs, sample
 from engine.step_inputs import StepArrays, StepShape
+from engine.weights_update import with_other_arrays
 from kernels.paged_attention import AttentionOptions, PageLayout, Pages, attend, page_layout
 
 if TYPE_CHECKING:
     from engine.lockstep import Lockstep
+
+_LOG = logging.getLogger("engine.runner")
 
 
 def make_step(
@@ -79,6 +85,7 @@ class StepRunner:
         started = time.monotonic()
         self._place = choose_placement(config, model_config)
         self._device = self._place.device
+        self._is_ahead_of_time, self._is_verbose = config.use_aot_forward, config.runner_verbose
         self.backends = Backends.choose(config, self._device.platform)
         self._layout = page_layout(
             self.backends.attention,
@@ -107,6 +114,7 @@ class StepRunner:
             config.min_token_pad,
             config.max_num_batched_tokens,
             config.max_num_seqs,
+            min_input_pad=config.min_input_pad,
             skips_padding=self.backends.skips_padding,
         )
         self._batch = self._place.make_batch(
@@ -126,19 +134,25 @@ class StepRunner:
             max_model_len=max_model_len,
             num_sharing=self._place.num_sharing,
         )
-        with counting_compiles() as count:
+        self.num_compiled = self.num_loaded = 0
+        self.compile_seconds = 0.0
+        self._compiled: dict[Bucket, Any] = {}
+        with self._compiling():
             # The largest step's temporaries decide how many pages fit, and its code depends on that number:
             # so it is compiled for a few pages first where the device bounds memory.
             fitting = fit(used_bytes=self._model.num_bytes + self._temporary_bytes(config))
             self.num_pages = self._place.agree(fitting)
-            self._compiled = {bucket: self._compile(bucket, self.num_pages) for bucket in self.buckets}
+            if config.compile_runner and self._is_ahead_of_time:
+                self._compiled = {bucket: self._new_step(bucket) for bucket in self.buckets}
             self._copier = self._place.make_copier(
                 self._layout, self._num_layers, self.num_pages, config.max_num_seqs, self._saved
             )
-        self.num_compiled = count.num_compiled + self._saved.num_compiled
-        self.num_loaded = self._saved.num_loaded
         give_back_freed_memory()
-        self._kv_pages = self._place.empty_pages(self._layout, self._num_layers * self.num_pages)
+        self._kv_pages: Any = None
+        self.make_pages()
+        if config.compile_runner and not self._is_ahead_of_time:
+            for bucket in self.buckets:  # `jax.jit` compiles what it runs: a step of no rows
+                self._kv_pages, _ = self._call(bucket, self._batch.idle_arrays(bucket))
         self.num_computed_tokens = 0
         self.num_padded_tokens = 0
         self.compile_seconds = time.monotonic() - started
@@ -148,6 +162,11 @@ class StepRunner:
         """The device and the kernels that run on it, in one line."""
         device, mesh = self._device, self._place.description
         return f"{device.platform}:{device.device_kind}{mesh}, {self.backends.describe()}"
+
+    @property
+    def model_dtype(self) -> str:
+        """What the model was loaded as: of its activations."""
+        return self._model.dtype
 
     @property
     def num_replicas(self) -> int | None:
@@ -165,6 +184,8 @@ class StepRunner:
         plan, branches = self._batch.arrange(plan)
         num_tokens = plan.num_tokens
         bucket = choose_bucket(self.buckets, *plan.size)
+        if self._is_verbose:
+            _LOG.info("%d tokens, %d rows, in the step of %s", num_tokens, plan.num_rows, tuple(bucket))
         arrays, draws = self._batch.build(plan, branches, bucket, before)
         outputs = self._run(bucket, plan.copies, arrays)
         self.num_computed_tokens += num_tokens
@@ -180,6 +201,25 @@ class StepRunner:
         else:
             outputs = outputs._replace(token_ids=jax.device_get(outputs.token_ids))
         return self._batch.results(step, outputs)
+
+    def make_pages(self) -> None:
+        """Have the memory of the KV pages, holding nothing."""
+        if self._kv_pages is None:
+            self._kv_pages = self._place.empty_pages(self._layout, self._num_layers * self.num_pages)
+
+    def drop_pages(self) -> None:
+        """Give the memory of the KV pages back to the device. No step may be in flight."""
+        self._kv_pages = None
+        give_back_freed_memory()
+
+    def replace_weights(self, model: Any, *, takes_weights: bool = False) -> None:
+        """Run other weights of the same shapes from the next step on; nothing is compiled.
+
+        model: a `Llama` or `StoredWeights`, of the model's config. Raises ModelError, changing nothing, for
+            what the compiled steps were not made for.
+        """
+        packed = self._place.pack(model, self.backends.linear, takes_weights=takes_weights)
+        self._model = with_other_arrays(self._model, packed)
 
     def lead(self, lockstep: Lockstep) -> None:
         """Tell the other processes of each step from here on."""
@@ -202,6 +242,10 @@ class StepRunner:
         return outputs
 
     def _call(self, bucket: Bucket, arrays: StepArrays) -> tuple[Pages, StepOutputs]:
+        if bucket not in self._compiled:  # steps are compiled when they first run
+            with self._compiling():
+                self._compiled[bucket] = self._new_step(bucket)
+                return self._call(bucket, arrays)
         try:
             return self._compiled[bucket](self._model, self._kv_pages, arrays)
         except TypeError as error:
@@ -211,7 +255,25 @@ class StepRunner:
                 f"it was not compiled for: {error}"
             ) from error
 
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Count what is compiled inside the block, and the time."""
+        started, num_saved = time.monotonic(), self._saved.num_compiled
+        with counting_compiles() as count:
+            yield
+        self.num_compiled += count.num_compiled + self._saved.num_compiled - num_saved
+        self.num_loaded = self._saved.num_loaded
+        self.compile_seconds += time.monotonic() - started
+
+    def _new_step(self, bucket: Bucket) -> Any:
+        """What runs a declared step: (model, kv_pages, arrays) -> (kv_pages, outputs)."""
+        if self._is_ahead_of_time:
+            return self._compile(bucket, self.num_pages)
+        return partial(self._step, self._batch.shape(bucket))
+
     def _compile(self, bucket: Bucket, num_pages: int) -> Any:
+        if self._is_verbose:
+            _LOG.info("compiling the step of %d tokens and %d logits", *bucket)
         kv_pages = self._place.abstract_pages(self._layout, self._num_layers * num_pages)
         arrays, shape = self._batch.idle_arrays(bucket), self._batch.shape(bucket)
         arguments = (self._model, kv_pages, arrays)

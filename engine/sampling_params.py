@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from engine.errors import RequestError
+from engine.stop_pattern import StopPattern
+from engine.structured.spec import StructuredOutput
 
 MAX_N = 16_384
 MAX_TOKENS = 2**31 - 1
@@ -24,14 +27,17 @@ MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE = 1e-5
 """Below this, dividing float32 logits loses their order; 0 asks for greedy by name."""
 
-_ALIASES = {"max_new_tokens": "max_tokens"}
+OutputKind = Literal["cumulative", "delta", "final_only"]
+ExtraValue = str | int | float | bool | None
+ALIASES = {"max_new_tokens": "max_tokens", "guided_decoding": "structured"}
+"""Names that may be used in the place of the fields that they mean."""
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:
     shown = repr(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."
-    raise RequestError("bad_sampling", f"sampling.{name} is {shown}: it must be {expected}")
+    raise RequestError("bad_sampling", f"sampling.{name} is {shown}: it must be {expected}", param=name)
 
 
 def _integer(name: str, value: object, low: int, high: int, expected: str | None = None) -> int:
@@ -109,6 +115,20 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(biases.items()))
 
 
+def _extra_args(value: object) -> tuple[tuple[str, ExtraValue], ...]:
+    """Pairs sorted by name."""
+    expected = "a mapping of names to text, numbers, true, false or null"
+    if value is None:
+        return ()
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else _sequence("extra_args", value, expected)
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            _refuse("extra_args", pair, expected)
+        if not isinstance(pair[1], (str, int, float, bool, type(None))):
+            _refuse("extra_args", pair, expected)
+    return tuple(sorted(pairs, key=lambda pair: pair[0]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling of one prompt: validated and normalised on construction, hashable, equal if it means the same.
@@ -145,6 +165,26 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
+    """What the text must follow; a mapping is accepted. It ends where it is complete, before `min_tokens`
+    if nothing may follow. `max_tokens`, a stop string and a stop token that the text needs cut it where
+    they come."""
+
+    stop_pattern: str | None = None
+    """A regular expression that ends a completion as a stop string does; which: `engine.stop_pattern`."""
+    detokenize: bool = True
+    """False: token ids alone, every text is empty."""
+    spaces_between_special_tokens: bool = False
+    """With `skip_special_tokens` off: a space between a special token and what is next to it."""
+    best_of: int | None = None
+    """So many completions are drawn and the `n` likeliest returned, by cumulative log-probability."""
+    output_kind: OutputKind | None = None
+    """Of a streamed request: each output has the whole text so far ("cumulative"), what is new ("delta"), or
+    there is one at the end alone ("final_only"); given, `add_request` streams or not accordingly."""
+    truncate_prompt_tokens: int | None = None
+    """Cut the prompt to so many tokens, its last ones unless the engine's `truncate_mode` says otherwise."""
+    extra_args: tuple[tuple[str, ExtraValue], ...] = ()
+    """Values by name for the engine's `sampling_params_callback`; refused where there is none."""
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -184,15 +224,60 @@ class SamplingParams:
         include = _flag("include_stop_str_in_output", self.include_stop_str_in_output)
         put(self, "include_stop_str_in_output", include)
         put(self, "skip_special_tokens", _flag("skip_special_tokens", self.skip_special_tokens))
+        if self.structured is not None:
+            put(self, "structured", StructuredOutput.of(self.structured))
+            if self.ignore_eos:
+                _refuse(
+                    "ignore_eos", True, "false with sampling.structured, whose text ends where it is complete"
+                )
+        for name in ("detokenize", "spaces_between_special_tokens"):
+            put(self, name, _flag(name, getattr(self, name)))
+        self._check_later_fields(put)
+
+    def _check_later_fields(self, put: Callable[[Any, str, Any], None]) -> None:
+        if self.stop_pattern is not None:
+            if not isinstance(self.stop_pattern, str):
+                _refuse("stop_pattern", self.stop_pattern, "a regular expression, as text")
+            StopPattern.of(self.stop_pattern)
+        if not self.detokenize and (self.stop or self.stop_pattern is not None):
+            _refuse(
+                "detokenize", False, "true where stop strings or a stop_pattern are looked for in the text"
+            )
+        if self.best_of is not None:
+            put(self, "best_of", _integer("best_of", self.best_of, self.n, MAX_N))
+        if self.output_kind is not None:
+            kind = str(getattr(self.output_kind, "value", self.output_kind)).lower()
+            if kind not in get_args(OutputKind):
+                _refuse("output_kind", self.output_kind, "one of cumulative, delta, final_only")
+            put(self, "output_kind", kind)
+        if self.truncate_prompt_tokens is not None:
+            most = _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, MAX_TOKENS)
+            put(self, "truncate_prompt_tokens", most)
+        put(self, "extra_args", _extra_args(self.extra_args))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Parameters from plain values (a config, a row's column); `max_new_tokens` means `max_tokens`."""
+        """Parameters from plain values (a config, a row's column); `max_new_tokens` means `max_tokens`,
+        `guided_decoding` `structured`."""
         return cls(**_known_names(values))
 
     def replace(self, **overrides: Any) -> SamplingParams:
         """A copy with some fields changed and everything validated again; names as in `from_dict`."""
         return dataclasses.replace(self, **_known_names(overrides))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields, to be compared with those of another run. Fields that came after runs had been made
+        without them are left out at their default, so that these runs go on."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _LATER_DEFAULTS or value != _LATER_DEFAULTS[name]
+        }
+
+    @property
+    def num_samples(self) -> int:
+        """Completions that are drawn: `best_of`, or `n`."""
+        return self.best_of or self.n
 
     @property
     def is_greedy(self) -> bool:
@@ -210,7 +295,31 @@ class SamplingParams:
                 _refuse(name, last[0], f"a token id below the vocabulary's size, {vocab_size}")
 
 
+_LATER = ("structured", "stop_pattern", "detokenize", "spaces_between_special_tokens")
+INTERACTIVE_FIELDS: Mapping[str, str] = {
+    "best_of": "keeps every sample: ask for n, and choose by cumulative_logprob afterwards",
+    "output_kind": "has one output a row",
+    "truncate_prompt_tokens": "cuts prompts by prompt.over_long",
+    "extra_args": "has no callback that would read them",
+}
+"""What only a caller of the engine can ask for, and what a job, which refuses it by name, does instead."""
+_LATER_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(SamplingParams)
+    if field.name in (*_LATER, *INTERACTIVE_FIELDS)
+}
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_KNOWN = frozenset(_FIELD_NAMES)
+_init = SamplingParams.__init__
+
+
+@functools.wraps(_init)
+def _init_by_any_name(self: SamplingParams, **values: Any) -> None:
+    _init(self, **_known_names(values))
+
+
+# The constructor takes the names that `from_dict` does, which a dataclass's own cannot.
+SamplingParams.__init__ = _init_by_any_name  # type: ignore[method-assign]
 
 
 def _known_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,11 +327,13 @@ def _known_names(values: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError(
             "bad_sampling", f"sampling is a {type(values).__name__}: it must be a mapping of names to values"
         )
+    if values.keys() <= _KNOWN:
+        return dict(values)
     known: dict[str, Any] = {}
     for given, value in values.items():
-        name = _ALIASES.get(given, given)
+        name = ALIASES.get(given, given)
         if name not in _FIELD_NAMES:
-            near = difflib.get_close_matches(str(given), (*_FIELD_NAMES, *_ALIASES), n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(given), (*_FIELD_NAMES, *ALIASES), n=1, cutoff=0.0)
             raise RequestError(
                 "bad_sampling", f"sampling.{given} does not exist: the nearest name is {near[0]!r}"
             )

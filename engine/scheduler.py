@@ -4,9 +4,9 @@ There are no phases. A request has `num_tokens` known tokens of which `num_compu
 and values in pages; every step moves the second toward the first, under one budget of tokens. A long
 prompt in chunks, a decode, a prefix found in the cache and a request that was preempted are all that.
 
-Order is by age (fcfs) or by priority and then age. A request's pages can be taken by those before it
-in this order, never by those after: so the first one always advances, and every admitted request
-finishes.
+Order is by age (fcfs) or by priority and then age, of which enough outweighs a priority
+(`SchedulerSettings.rank`). A request's pages can be taken by those before it in this order, never by those
+after: so the first one always advances, and every admitted request finishes.
 
 What a step does to all rows alike is done at once, on the arrays of `SeatTable`; only rows to which something
 happens are looked at one by one.
@@ -39,7 +39,7 @@ class Scheduler:
 
     def __init__(self, settings: SchedulerSettings, hash_page: HashPage = page_hash):
         self.settings = settings
-        self.pool = PagePool(settings.num_pages)
+        self.pool = PagePool(settings.num_pages, settings.max_cached_pages)
         self.cache = (
             PrefixCache(settings.page_size, self.pool, hash_page) if settings.enable_prefix_caching else None
         )
@@ -51,6 +51,7 @@ class Scheduler:
         self._unfinished: dict[str, dict[int, Request]] = {}
         self._num_unfinished = 0
         self._next_arrival = 0
+        self._num_steps = 0
         self._num_preemptions = 0
         self._num_leaving = 0
         self._num_generated_tokens = 0
@@ -73,6 +74,7 @@ class Scheduler:
         limits.check(request)
         request.arrival = self._next_arrival
         request.arrival_time = now
+        request.arrival_step = self._num_steps
         self._next_arrival += 1
         self._unfinished.setdefault(request.request_id, {})[request.sample_index] = request
         self._num_unfinished += 1
@@ -104,18 +106,25 @@ class Scheduler:
         """The unfinished samples with this id have been given another one."""
         self._unfinished[new_id] = self._unfinished.pop(request_id)
 
+    def forget_prefixes(self) -> None:
+        """Give up what the prefix cache holds beyond the pages of running requests."""
+        self.pool.evict_all()
+
     # -- one step ----------------------------------------------------------------------------------
 
     def schedule(self, now: float | None = None) -> StepPlan:
         """Decide the next step. The rows are valid until `advance`, or until the next `schedule`.
 
         Running requests come first: those with one token left (decodes), then the rest, each in order.
-        Waiting ones are admitted into what is left of the budget, unless pages just ran out.
+        Waiting ones are admitted into what is left of the budget, unless pages just ran out; more urgent ones
+        also into the places of running ones.
         """
         table, page_size = self._table, self.settings.page_size
+        self._num_steps += 1
         order = table.order
         has_one_left = table.remain_lens(order) == 1
         decodes, rest = order[has_one_left], order[~has_one_left]
+        tickets = table.tickets[decodes]
         step = StepDraft(self.settings, table.num_taken, len(decodes))
         at_new_page = table.num_computed[decodes] % page_size == 0
         eventful = [(request, self._plan_decode) for request in table.requests[decodes[at_new_page]].tolist()]
@@ -123,10 +132,10 @@ class Scheduler:
         for request, plan in eventful:
             if request.status is RequestStatus.RUNNING:  # it may have lost its place to one before it
                 plan(request, step)
-        if step.preempted:
-            decodes = decodes[table.tickets[decodes] > 0]
-        else:
-            self._admission.admit(step, self._plan_chunk, now)
+        if not step.preempted:
+            self._admission.admit(step, self._plan_chunk, self._preempt, now)
+        if step.preempted:  # a seat may have gone to another since
+            decodes = decodes[table.tickets[decodes] == tickets]
         rows = (*step.singles, *step.chunks)
         return StepPlan.of(table, decodes, rows, step.preempted, self._admission.copies())
 
@@ -288,10 +297,24 @@ class Scheduler:
     def _plan_chunk(self, request: Request, step: StepDraft) -> None:
         self._plan(request, self._chunk_len(request, step), step)
 
+    @property
+    def tables(self) -> list[SeatTable]:
+        """Where the numbers of the running requests are."""
+        return [self._table]
+
+    def preempt_all(self) -> None:
+        """Let all running requests wait again, their pages freed: no step may be in flight."""
+        for request in self._table.running():
+            self._requeue(request)
+
     def _preempt(self, request: Request, step: StepDraft) -> None:
-        """Take a request's pages and let it wait again; its tokens stay known and are computed anew."""
+        """Take a request out of a step and let it wait again."""
         step.drop(request)
         step.preempted.append(request)
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
+        """Take a request's pages and let it wait again; its tokens stay known and are computed anew."""
         self._free(request)
         request.num_computed = 0
         request.num_preemptions += 1

@@ -23,7 +23,12 @@ class SchedulerSettings:
     num_pages: int
     policy: str = "fcfs"
     """"fcfs", or "priority": lower `Request.priority` first, then age."""
+    aging_steps: int | None = None
+    """Under the priority policy, how many steps of waiting weigh as much as one unit of priority; None: none
+    do, and a request may wait for ever."""
     enable_prefix_caching: bool = True
+    max_cached_pages: int | None = None
+    """Most pages that are kept for what they hold while no request holds them; None: all that are left."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step, so that a long prompt leaves room for others."""
     min_shared_tokens: int = 8
@@ -44,6 +49,8 @@ class SchedulerSettings:
             )
         if self.policy not in ("fcfs", "priority"):
             raise ConfigError(f"policy is {self.policy!r}: it must be 'fcfs' or 'priority'")
+        if self.aging_steps is not None and self.aging_steps < 1:
+            raise ConfigError(f"aging_steps is {self.aging_steps}: it must be at least 1 or absent")
         if self.long_prefill_token_threshold is not None and self.long_prefill_token_threshold < 1:
             raise ConfigError(
                 f"long_prefill_token_threshold is {self.long_prefill_token_threshold}: it must be at least 1 "
@@ -60,13 +67,25 @@ class SchedulerSettings:
             page_size=config.page_size,
             num_pages=num_pages,
             policy=config.scheduling_policy,
+            aging_steps=config.priority_aging_steps,
             enable_prefix_caching=config.enable_prefix_caching,
+            max_cached_pages=config.max_cached_pages(num_pages),
             long_prefill_token_threshold=config.long_prefill_token_threshold,
         )
 
     def rank(self, request: Request) -> tuple[int, int]:
-        """Who comes first: the lowest."""
-        return (request.priority if self.policy == "priority" else 0, request.arrival)
+        """Who comes first: the lowest. It never changes, so that who is first stays first: ageing is that
+        what comes later is placed behind, not that what waits is moved."""
+        if self.policy == "fcfs":
+            return 0, request.arrival
+        if self.aging_steps is None:
+            return request.priority, request.arrival
+        return request.priority * self.aging_steps + request.arrival_step, request.arrival
+
+    def outranks(self, request: Request, other: Request) -> bool:
+        """Whether a request may take the seat and the pages of another that runs: it is more urgent, and the
+        other one has not waited longer than that is worth."""
+        return request.priority < other.priority and self.rank(request) < self.rank(other)
 
     def num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)

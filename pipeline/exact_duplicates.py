@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
@@ -36,7 +35,7 @@ def duplicate_key(prompt: Prompt) -> bytes:
 
 @lru_cache(maxsize=256)
 def _digest(sampling: SamplingParams) -> bytes:
-    return hashlib.blake2b(canonical_json(asdict(sampling)), digest_size=32).digest()
+    return hashlib.blake2b(canonical_json(sampling.as_dict()), digest_size=32).digest()
 
 
 def num_duplicates(keys: Iterable[bytes]) -> int:

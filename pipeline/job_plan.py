@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -46,7 +46,15 @@ def make_plan(settings: Settings, shards: Sequence[Shard]) -> RunPlan:
         output_format=settings.output.format,
         with_token_ids=settings.output.include_token_ids,
         row_group_rows=settings.output.row_group_rows,
+        created=_created(settings),
     )
+
+
+def _created(settings: Settings) -> int | None:
+    """The time that a batch's answers bear: as the settings say, or now, for all workers and for good."""
+    if settings.output.format != "openai_batch":
+        return None
+    return int(time.time()) if settings.output.created is None else settings.output.created
 
 
 def _carried_columns(settings: Settings, shards: Sequence[Shard]) -> tuple[CarriedColumn, ...]:
@@ -82,7 +90,7 @@ def fingerprint_parts(
     """What the results depend on, by name, so that a resumed run can say which of them has changed."""
     return {
         "config": result_part(settings) | {"platform": platform},
-        "sampling": asdict(settings.sampling),
+        "sampling": settings.sampling.as_dict(),
         "model": loaded.fingerprint,
         "tokenizer": _tokenizer_fingerprint(loaded.tokenizer),
         "templates": builder.template_sources,

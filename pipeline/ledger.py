@@ -288,6 +288,7 @@ class Ledger:
             order=window.sha256,
             carried=self.plan.carried,
             with_token_ids=self.plan.with_token_ids,
+            with_responses=self.plan.is_batch,
             attempt=f"{lease.epoch:04d}-{lease.attempt[:12]}{again}",
         )
 

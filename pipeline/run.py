@@ -28,6 +28,8 @@ from pipeline.id_index import IdIndex
 from pipeline.job_plan import fingerprint_parts, make_plan
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
+from pipeline.monitoring import JobMonitoring
+from pipeline.openai_batch import answers
 from pipeline.plan import RunPlan
 from pipeline.planned_reading import PlannedReader
 from pipeline.preemption import NoticeWatch, notice_of
@@ -41,6 +43,7 @@ from pipeline.spool import open_spool
 from pipeline.storage import Storage, open_storage
 from pipeline.summary import Outcome, summary_lines
 from pipeline.watchdog import StepWatchdog
+from pipeline.work_watch import WorkWatch
 from pipeline.worker import Worker, WorkResult
 
 LoadModel = Callable[[Settings], Any]
@@ -146,6 +149,7 @@ def run_job(
         storage = open_output(settings.output)
         storage.check()
         shards = list_shards(settings.input)
+        monitoring = stack.enter_context(JobMonitoring(settings.monitoring, settings.progress_line_seconds))
         spool = stack.enter_context(open_spool(settings.output.spool_dir))
         loaded = load_model(settings)
         builder = _prompt_builder(settings, loaded, shards, spool, stack)
@@ -171,7 +175,8 @@ def run_job(
         )
         result = WorkResult()
         if ledger.unfinished() and not stop.is_asked:
-            result = _work(settings, ledger, shards, builder, engine(), stop, spool)
+            watch = monitoring.watch(engine(), ledger)
+            result = _work(settings, ledger, shards, builder, engine(), stop, spool, watch)
         manifest = ledger.finish()
         return _conclude(settings, ledger, result, manifest is not None, stop, time.monotonic() - started)
 
@@ -216,6 +221,7 @@ def _work(
     engine: Any,
     stop: StopRequest,
     spool: Path,
+    watch: WorkWatch,
 ) -> WorkResult:
     stats = engine.stats()
     facts = ChunkFacts(
@@ -226,7 +232,9 @@ def _work(
     )
     print(f"engine: {facts.device}", file=sys.stderr, flush=True)
     stop.begin_work()
+    created = ledger.plan.created
     planned = PlannedReader(builder, settings.input, ledger, spool, ledger.plan.chunk_rows)
+    progress = "off" if settings.monitoring.console else settings.progress
     with StepWatchdog(settings.step_timeout_s) as watchdog, ReadAhead(planned) as reader:
         worker = Worker(
             ledger,
@@ -234,13 +242,15 @@ def _work(
             engine,
             reader,
             stop,
-            partial(Progress, settings.progress, line_seconds=settings.progress_line_seconds),
+            partial(Progress, progress, line_seconds=settings.progress_line_seconds),
             facts,
             watchdog,
             max_num_seqs=settings.engine.max_num_seqs * stats.num_replicas,
             page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
             place=settings.worker,
+            make_answer=None if created is None else answers(builder.tokenizer, created),
+            watch=watch,
         )
         return worker.run()
 

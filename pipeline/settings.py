@@ -21,7 +21,8 @@ from engine.chips import find_slice
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.platforms import profile_of
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import INTERACTIVE_FIELDS, SamplingParams
+from pipeline.monitoring import MonitoringSettings
 from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.preemption import PreemptionSettings
 from pipeline.progress import ProgressStyle
@@ -49,7 +50,9 @@ class ModelSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings:
     """path: a local folder, or one of a bucket (s3://, gs://); only mode=plan can do without. format: of
-    data/ alone. chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
+    data/ alone; "openai_batch" makes it OpenAI's output file, with an error file in errors/. created: the
+    time that its answers bear, in Unix seconds; None is when the run was planned. chunk_rows: rows committed
+    together. include_token_ids: keep the generated token ids.
     row_group_rows: the most rows of a row group of the final Parquet files; one also ends at 32 MiB.
     spool_dir: a local folder for what is not published yet; None is the system's temporary folder.
     max_requests_per_second: to the store, by each worker; None does not limit them.
@@ -58,7 +61,8 @@ class OutputSettings:
     """
 
     path: str | None = None
-    format: Literal["parquet", "jsonl"] = "parquet"
+    format: Literal["parquet", "jsonl", "openai_batch"] = "parquet"
+    created: int | None = None
     chunk_rows: int = 64
     include_token_ids: bool = False
     row_group_rows: int = MAX_GROUP_ROWS
@@ -71,6 +75,10 @@ class OutputSettings:
         _in_range("output.row_group_rows", self.row_group_rows, 1, 1_000_000)
         if self.max_requests_per_second is not None:
             _in_range("output.max_requests_per_second", self.max_requests_per_second, 0.1, 100_000.0)
+        if self.created is not None:
+            if self.format != "openai_batch":
+                raise ConfigError("output.created is for output.format=openai_batch; remove it")
+            _in_range("output.created", self.created, 0, 2**40)
         if self.path == "":
             raise ConfigError("output.path is empty: name the folder for the results")
 
@@ -148,14 +156,21 @@ class Settings:
     plan: PlanSettings = field(default_factory=PlanSettings)
     gc: GcSettings = field(default_factory=GcSettings)
     preemption: PreemptionSettings = field(default_factory=PreemptionSettings)
+    monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
 
     def __post_init__(self) -> None:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
         _in_range("drain_seconds", self.drain_seconds, 0.0, 86_400.0)
         _in_range("step_timeout_s", self.step_timeout_s, 0.1, 86_400.0)
         _in_range("progress_line_seconds", self.progress_line_seconds, 0.1, 86_400.0)
+        if self.monitoring.console and self.progress == "bar":
+            raise ConfigError(
+                "monitoring.console=true and progress=bar would write over each other: leave progress=auto, "
+                "and the console takes its place"
+            )
         if self.output.path is None and self.mode != "plan":
             raise ConfigError("output.path is missing: name the folder for the results, output.path=…")
+        self._check_batch()
         if self.plan.topology is not None and self.engine.chip is not None:
             chip = find_slice(self.plan.topology).chip.name
             if chip != self.engine.chip:
@@ -167,6 +182,18 @@ class Settings:
             raise ConfigError(
                 f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
                 f"engine.max_model_len={self.engine.max_model_len}: lower the first or raise the second"
+            )
+
+    def _check_batch(self) -> None:
+        is_batch = self.input.format == "openai_batch"
+        if self.output.format == "openai_batch" and not is_batch:
+            raise ConfigError("output.format=openai_batch answers batch files; set input.format=openai_batch")
+        usual = PromptSettings(max_prompt_chars=self.prompt.max_prompt_chars)
+        if is_batch and self.prompt != usual:
+            changed = [f.name for f in dataclasses.fields(usual)]
+            changed = [name for name in changed if getattr(self.prompt, name) != getattr(usual, name)]
+            raise ConfigError(
+                f"prompt.{changed[0]} has no meaning for batch files: a body says what its prompt is; remove it"
             )
 
 
@@ -195,6 +222,11 @@ HARMLESS = frozenset(
         "preemption.file",
         "preemption.metadata_url",
         "preemption.poll_seconds",
+        "monitoring.prometheus_port",
+        "monitoring.dashboard_port",
+        "monitoring.host",
+        "monitoring.console",
+        "monitoring.traces",
         "input.path",
         "input.order",
         "model.source",
@@ -217,8 +249,14 @@ HARMLESS = frozenset(
         "engine.num_processes",
         "engine.process_id",
         "engine.chip",
+        "engine.use_aot_forward",
+        "engine.compile_runner",
+        "engine.runner_verbose",
     }
 )
+
+# Keys that outputs were begun without: at these values they are as those outputs were, and left out.
+_LATER_DEFAULTS = {"engine.prefix_cache_capacity": None, "engine.min_input_pad": None}
 
 KNOWN_KEYS = known_keys(Settings)
 
@@ -248,8 +286,10 @@ def _sampling(values: Mapping[str, Any]) -> SamplingParams:
     # Through its own constructor, which normalises and names each value's range. An absent bias is null in
     # YAML, because an empty mapping there would refuse new keys on the command line.
     values = {key: value for key, value in values.items() if not (key == "logit_bias" and value is None)}
-    names = {each.name for each in dataclasses.fields(SamplingParams)}
+    names = {each.name for each in dataclasses.fields(SamplingParams)} - INTERACTIVE_FIELDS.keys()
     for key in values:
+        if key in INTERACTIVE_FIELDS:
+            raise ConfigError(f"sampling.{key} is for callers of the engine: a job {INTERACTIVE_FIELDS[key]}")
         if key not in names:
             raise unknown_key(f"sampling.{key}", [f"sampling.{name}" for name in sorted(names)])
     try:
@@ -278,7 +318,13 @@ def result_part(settings: Settings) -> dict[str, Any]:
     Sampling is left out, it has a part of its own.
     """
     flat = _flatten(as_config(settings))
-    return {key: flat[key] for key in sorted(flat) if key not in HARMLESS and not key.startswith("sampling.")}
+    return {key: flat[key] for key in sorted(flat) if _decides_results(key, flat[key])}
+
+
+def _decides_results(key: str, value: Any) -> bool:
+    if key in HARMLESS or key.startswith("sampling."):
+        return False
+    return key not in _LATER_DEFAULTS or value != _LATER_DEFAULTS[key]
 
 
 def _flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
 from pipeline.open_work import EngineLike, OpenChunk, OpenShard, OpenWork, merge_ranges, quarantine
+from pipeline.openai_batch import MakeAnswer
 from pipeline.partials import PartialRow
 from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing
@@ -34,6 +35,7 @@ from pipeline.sharing import HeldShards, let_parts
 from pipeline.signals import StopRequest
 from pipeline.tally import Tally
 from pipeline.watchdog import StepWatchdog
+from pipeline.work_watch import WorkWatch
 
 # Another process's lease is watched this long (a dead one on another machine is taken over after 120 s).
 HELD_PATIENCE_SECONDS = 150.0
@@ -67,6 +69,8 @@ class Worker:
         page_size: int,
         max_reject_fraction: float,
         place: WorkerSettings = WorkerSettings(),  # noqa: B008 - frozen
+        make_answer: MakeAnswer | None = None,
+        watch: WorkWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._ledger = ledger
@@ -76,6 +80,8 @@ class Worker:
         self._stop = stop
         self._facts = facts
         self._watchdog = watchdog
+        self._make_answer = make_answer
+        self._watch = watch or WorkWatch()
         self._clock = clock
         self._meter = EngineMeter(engine, max_num_seqs, clock)
         # As many waiting as running: the scheduler always has a next row, and others if that one must wait.
@@ -121,12 +127,13 @@ class Worker:
                     break
                 time.sleep(0.1)
         too_many = self._tally.is_over_limit(self._work.metrics)
-        rows_rejected = self._tally.standing(self._work.metrics).rows_rejected
+        standing = self._tally.standing(self._work.metrics)
+        self._watch.stands(standing)  # rejects alone take no step
         if self._stop.is_asked or too_many:
             self._drain()
         self._wanted.release_all()
         self._progress.close()
-        return WorkResult(self._tally.totals, too_many, rows_rejected, self._failed)
+        return WorkResult(self._tally.totals, too_many, standing.rows_rejected, self._failed)
 
     # Shards: claim, assign, give up.
 
@@ -175,6 +182,7 @@ class Worker:
             self._held.add(index)
         else:
             self._ledger.finalise_shard(index)
+            self._watch.shard_finished()
         self._work.shards.pop(index).lease.release()
 
     def _drop_shard(self, index: int) -> None:
@@ -267,7 +275,10 @@ class Worker:
         output: RequestOutput | None,
         error: RequestError | None,
     ) -> None:
-        reject = chunk.writer.add_completion(prompt, output, error)
+        response = None
+        if self._make_answer is not None and output is not None:
+            response = self._make_answer(prompt, output)
+        reject = chunk.writer.add_completion(prompt, output, error, response)
         if reject is not None:
             chunk.metrics.reject(reject.reason)
         elif output is not None:
@@ -299,7 +310,9 @@ class Worker:
             self._alone_steps = None
             assert isinstance(placed.row, Prompt), "a rejected row is never run"
             self._complete(self._work.chunk_of(placed), placed, placed.row, output, None)
-        self._progress.update(self._tally.standing(self._work.metrics))
+        standing = self._tally.standing(self._work.metrics)
+        self._progress.update(standing)
+        self._watch.stands(standing)
 
     def _tell_leases(self) -> None:
         """Before a step that could kill the process: which rows are about to run."""
@@ -338,6 +351,7 @@ class Worker:
             self._fail_shard(chunk.shard, error)
             return
         del self._work.chunks[key]
+        self._watch.committed(chunk.metrics, is_ours)
         if is_ours:
             self._tally.commit(chunk.metrics)
         opened.num_missing -= 1

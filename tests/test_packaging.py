@@ -30,11 +30,11 @@ def test_the_wheel_holds_every_module_and_every_config(repository: Path, tmp_pat
     expected = {
         str(path.relative_to(source))
         for package in PACKAGES
-        for pattern in ("*.py", "*.yaml", "*.jinja")
+        for pattern in ("*.py", "*.yaml", "*.jinja", "*.html")
         for path in (source / package).rglob(pattern)
     }
     assert "conf/config.yaml" in expected
-    assert expected | {"engine/group_costs.json"} <= packed
+    assert expected | {"engine/group_costs.json", "engine/monitoring/grafana.json"} <= packed
     assert not [name for name in packed if name.startswith(("tests/", "notebooks/"))]
     assert any(name.endswith("licenses/LICENSE") for name in packed)
 

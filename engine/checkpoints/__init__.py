@@ -38,6 +38,7 @@ from engine.models.llama import Llama, abstract_llama
 __all__ = [
     "DEFAULT_MODEL",
     "LoadedModel",
+    "check_vocabulary",
     "encode_text",
     "has_chat_template",
     "has_tokenizer",
@@ -91,7 +92,7 @@ def load(
         tokenizer = hugging_face_tokenizer(files.path)
         weights = SafetensorsWeights(files.path)
         hashed = [*_config_files(files), *weights.files]
-    _check_vocabulary(files.path, tokenizer, config)
+    check_vocabulary(files.path, tokenizer, config)
     stored = StoredWeights(config, weights, dtype)
     model = abstract_llama(config, jnp.dtype(dtype)) if defers_weights else stored.load()
     fingerprint = files_fingerprint(hashed)
@@ -134,11 +135,11 @@ def _config_files(files: ModelFiles) -> list[Path]:
     ]
 
 
-def _check_vocabulary(path: Path, tokenizer: Any, config: ModelConfig) -> None:
-    """A tokenizer may know fewer tokens than the model has rows (padding), never more."""
+def check_vocabulary(where: Path | str, tokenizer: Any, config: ModelConfig) -> None:
+    """A tokenizer may know fewer tokens than the model has rows (padding), never more: else ModelError."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= config.vocab_size:
         raise ModelError(
-            f"{path}: the tokenizer has token id {highest} and the model only {config.vocab_size} rows; "
+            f"{where}: the tokenizer has token id {highest} and the model only {config.vocab_size} rows; "
             "they do not belong together"
         )

@@ -2,8 +2,9 @@
 
 Without a command it measures this engine on W1 and W2. `compare` sets it against its peers, `growth` shows
 what a row costs as there are more, and a token as its context grows, `host` measures the host's part of a
-step, `profile` where the device's part of it goes, `groups` when reading a shared prefix once pays, `scaling`
-what workers on one run cost each other.
+step, `streams` what streaming costs it, `profile` where the device's part of it goes, `groups` when reading a
+shared prefix once pays, `scaling` what workers on one run cost each other, `schemas` what share of many kinds
+of JSON schemas outputs follow.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from engine.errors import TidemillError
 from jobs.bench import compare, growth, own, scaling
 
 # These read their own arguments.
-PROGRAMS = {"host": "jobs.bench.host", "profile": "jobs.bench.step_profile", "groups": "jobs.bench.groups"}
+PROGRAMS = {
+    "host": "jobs.bench.host",
+    "streams": "jobs.bench.streams",
+    "profile": "jobs.bench.step_profile",
+    "groups": "jobs.bench.groups",
+    "schemas": "jobs.bench.schemas",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,8 +40,10 @@ def parser() -> argparse.ArgumentParser:
     scaling.add_arguments(several)
     for name, what in (
         ("host", "the host's part of a step"),
+        ("streams", "what streams cost a step"),
         ("profile", "where a step's time goes"),
         ("groups", "when reading a shared prefix once pays"),
+        ("schemas", "what share of JSON schemas is followed"),
     ):
         commands.add_parser(name, help=what, add_help=False)
     return made

@@ -72,7 +72,10 @@ class FreeDevice:
         self.num_pages = num_pages
         self.num_computed_tokens = self.num_padded_tokens = 0
         self.buckets = declare_buckets(
-            config.min_token_pad, config.max_num_batched_tokens, config.max_num_seqs
+            config.min_token_pad,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            min_input_pad=config.min_input_pad,
         )
         device = jax.devices("cpu")[0]
         self.batch = BatchBuilder(
@@ -144,7 +147,7 @@ class Crowd:
             for length in range(MIN_NEW, MAX_NEW + 1)
         }
         template = cut(TEMPLATE_LEN)
-        self._requests = [
+        self.requests = [
             (template + cut(pick.randint(MIN_OWN, MAX_OWN)), lengths[pick.randint(MIN_NEW, MAX_NEW)])
             for _ in range(count)
         ]
@@ -152,7 +155,7 @@ class Crowd:
 
     def add_to(self, engine: Engine, count: int) -> None:
         for _ in range(count):
-            prompt, sampling = self._requests[self._num_added]
+            prompt, sampling = self.requests[self._num_added]
             engine.add_request(f"r{self._num_added}", prompt, sampling=sampling)
             self._num_added += 1
 

@@ -61,7 +61,8 @@ class Crew:
         self._members = []
         for index in range(cluster.num_workers):
             place = WorkerSettings(index=index, count=cluster.num_workers)
-            actor = remote.remote(replace(settings, worker=place, progress="off"), **parts)
+            own = settings.monitoring.of_worker(place.index)
+            actor = remote.remote(replace(settings, worker=place, progress="off", monitoring=own), **parts)
             self._members.append(_Member(actor, actor.work.remote()))
 
     @property

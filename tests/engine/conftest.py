@@ -1,13 +1,16 @@
-"""Models that several tests share; each is loaded once a process."""
+"""Models that several tests share, each loaded once a process, and engines behind a thread."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from engine import checkpoints
+from engine.async_engine import AsyncEngine
 from engine.checkpoints import LoadedModel
+from tests.engine.costless import Gate, assert_nothing_is_left, costless_engine
 from tests.tiny_model import make_tiny_checkpoint
 
 
@@ -27,3 +30,25 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 def real() -> LoadedModel:
     """The embedded SmolLM2-135M-Instruct in float32."""
     return checkpoints.load(checkpoints.DEFAULT_MODEL)
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def gated(gate: Gate) -> Iterator[AsyncEngine]:
+    """Its steps wait for the gate."""
+    engine, _ = costless_engine(before_results=gate)
+    with AsyncEngine(engine) as front:
+        yield front
+        gate.open()
+
+
+@pytest.fixture
+def front() -> Iterator[AsyncEngine]:
+    engine, _ = costless_engine(num_pages=48)
+    with AsyncEngine(engine) as front:
+        yield front
+        assert_nothing_is_left(front)

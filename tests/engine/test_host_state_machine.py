@@ -30,6 +30,7 @@ from engine.prefix_cache import page_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler import Scheduler, SchedulerSettings
 from tests.engine.host import logprob_at, make_request, next_token, pretend
+from tests.engine.remembering_memory import RememberingMemory
 
 MAX_STEPS_TO_DRAIN = 4000
 STEMS = [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8), (1,) * 8, (1, 2, 3, 4, 1, 2, 3, 4)]
@@ -52,6 +53,7 @@ class HostMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, False]),
         threshold=st.sampled_from([None, 1, 2, 3]),
         min_shared_tokens=st.sampled_from([1, 1, 2, 8]),
+        aging_steps=st.sampled_from([None, 1, 4]),
         overlap=st.booleans(),
     )
     def start(
@@ -64,6 +66,7 @@ class HostMachine(RuleBasedStateMachine):
         caching: bool,
         threshold: int | None,
         min_shared_tokens: int,
+        aging_steps: int | None,
         overlap: bool,
     ):
         self.settings = SchedulerSettings(
@@ -77,12 +80,10 @@ class HostMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             long_prefill_token_threshold=threshold,
             min_shared_tokens=min_shared_tokens,
+            aging_steps=aging_steps,
         )
         self.scheduler = Scheduler(self.settings, type(self).hash_page)
-        self.memory: list[list[int | None]] = [[None] * page_size for _ in range(self.settings.num_pages)]
-        # A number for each (number of what comes before, token): equal numbers mean equal beginnings.
-        self.numbers: dict[tuple[object, int], int] = {}
-        self.contents: dict[int, list[int]] = {}
+        self.memory = RememberingMemory(self.scheduler)
         self.requests: list[Request] = []
         self.unfinished: list[Request] = []  # as this machine sees it
         self.ends: dict[int, list[str]] = {}
@@ -102,6 +103,7 @@ class HostMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         num_samples=st.integers(1, 3),
         priority=st.integers(0, 2),
+        tenant=st.sampled_from([None, None, "t", "u"]),
         salt=st.sampled_from([None, None, "a"]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
         stop_token=st.sampled_from([None, None, 1005]),
@@ -114,12 +116,21 @@ class HostMachine(RuleBasedStateMachine):
         min_tokens: int,
         num_samples: int,
         priority: int,
+        tenant: str | None,
         salt: str | None,
         prompt_logprobs: int | None,
         stop_token: int | None,
     ):
         self.add_samples(
-            (*stem, *tail), max_tokens, min_tokens, num_samples, priority, salt, prompt_logprobs, stop_token
+            (*stem, *tail),
+            max_tokens,
+            min_tokens,
+            num_samples,
+            priority,
+            salt,
+            prompt_logprobs,
+            stop_token,
+            tenant,
         )
 
     @rule(
@@ -142,6 +153,7 @@ class HostMachine(RuleBasedStateMachine):
         salt: str | None = None,
         prompt_logprobs: int | None = None,
         stop_token: int | None = None,
+        tenant: str | None = None,
     ):
         name, self.num_named = f"r{self.num_named}", self.num_named + 1
         for index in range(num_samples):
@@ -152,6 +164,7 @@ class HostMachine(RuleBasedStateMachine):
                 sample_index=index,
                 max_total_len=min(len(prompt) + max_tokens, self.settings.max_model_len),
                 priority=priority,
+                tenant=tenant,
                 cache_salt=salt,
                 sampling={
                     "min_tokens": min(min_tokens, max_tokens),
@@ -220,6 +233,15 @@ class HostMachine(RuleBasedStateMachine):
             self.end(self.scheduler.abort(request.request_id))
         self.everything_adds_up()
         self.finish_step()
+
+    @precondition(lambda self: self.planned is None)
+    @rule()
+    def preempt_all(self):
+        """As a pause does: nobody has a page any more, and all go on from what they had drawn."""
+        if self.in_flight is not None:
+            self.take_back(self.in_flight)
+        self.scheduler.preempt_all()
+        assert self.scheduler.stats().num_held_pages == self.scheduler.stats().num_running == 0
 
     @precondition(lambda self: self.unfinished and self.planned is None)
     @rule(data=st.data())
@@ -312,15 +334,7 @@ class HostMachine(RuleBasedStateMachine):
         """Dispatch what was planned, and take back what is due: the step before it, or the step itself."""
         assert self.planned is not None
         plan, self.planned = self.planned, None
-        for source, target, num_tokens in plan.copies:
-            self.memory[target][:num_tokens] = self.memory[source][:num_tokens]
-        rows = [row for row in plan.rows if not row.request.is_finished]
-        for source, target, num_tokens in plan.copies:
-            self.memory[target][:num_tokens] = self.memory[source][:num_tokens]
-        for row in rows:
-            self.write(row, [copy.source for copy in plan.copies])
-        for row in rows:
-            self.attend(row)
+        self.memory.run(plan)
         if self.in_flight is not None:
             self.take_back(self.in_flight)
         if self.overlap:
@@ -334,35 +348,6 @@ class HostMachine(RuleBasedStateMachine):
         finished = self.scheduler.update(plan, pretend(plan))
         assert set(finished) <= {row.request for row in plan.rows}
         self.end(finished)
-
-    def write(self, row: PlannedRow, copied: list[int]):
-        """Store the row's tokens as its keys would be; only into pages that nobody else reads, but to copy
-        what is before them."""
-        size = self.settings.page_size
-        for position in range(row.start, row.stop):
-            page = row.page_ids[position // size]
-            assert 1 <= self.scheduler.pool.num_holders(page) <= 1 + copied.count(page)
-            assert self.scheduler.cache is None or not self.scheduler.cache.knows(page)
-            self.memory[page][position % size] = self.content(row.request, position)
-
-    def attend(self, row: PlannedRow):
-        size = self.settings.page_size
-        for position in range(row.stop):
-            found = self.memory[row.page_ids[position // size]][position % size]
-            assert found == self.content(row.request, position)
-
-    def content(self, request: Request, position: int) -> int:
-        """What a place with this token has to hold: the salt and all tokens up to this one, as a number."""
-        contents = self.contents.setdefault(id(request), [])
-        if position < len(contents):
-            return contents[position]
-        tokens = request.token_ids(0, request.num_tokens)
-        if request.num_pending:  # the device has it already
-            tokens.append(next_token(tokens))
-        for token in tokens[len(contents) : position + 1]:
-            before = (request.cache_salt,) if not contents else contents[-1]
-            contents.append(self.numbers.setdefault((before, token), len(self.numbers)))
-        return contents[position]
 
     def end(self, requests: list[Request]):
         for request in requests:
@@ -404,7 +389,7 @@ class HostMachine(RuleBasedStateMachine):
                 assert request.prompt_logprobs == expected
 
     def order(self, request: Request) -> tuple[int, int]:
-        return (request.priority if self.settings.policy == "priority" else 0, request.arrival)
+        return self.settings.rank(request)
 
 
 class CollidingHostMachine(HostMachine):

@@ -61,9 +61,9 @@ def test_a_text_cannot_be_left_out_or_changed():
 def test_no_step_makes_a_text_that_it_does_not_need(monkeypatch: pytest.MonkeyPatch):
     made, make = [], request_group.whole_text
 
-    def noting(tokenizer, token_ids, skip_special_tokens):
+    def noting(tokenizer, token_ids, *how):
         made.append(token_ids)
-        return make(tokenizer, token_ids, skip_special_tokens)
+        return make(tokenizer, token_ids, *how)
 
     monkeypatch.setattr(request_group, "whole_text", noting)
     outputs = tiny_engine().generate(

@@ -98,3 +98,31 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
     assert counts(pool) == (2, 0, 0)
     with pytest.raises(ValueError, match="at least one page"):
         PagePool(0)
+
+
+def test_no_more_pages_are_cached_than_may_be():
+    pool, forgotten = PagePool(6, max_cached=2), []
+    pages = pool.allocate(5)
+    for page in pages:
+        pool.keep(page, forgotten.append)
+    pool.release(pages[:3])
+    assert (pool.num_cached, pool.num_free, pool.num_held) == (2, 2, 2)
+    assert forgotten == [pages[2]], "the deepest of a chain goes first"
+    pool.pin([pages[0]])
+    pool.release(pages[3:])
+    assert forgotten == [pages[2], pages[1], pages[4]]
+    assert pool.is_cached_pinned(pages[0])
+    pool.check_integrity()
+    pool.evict_all()
+    assert (pool.num_cached, pool.num_free) == (0, 6)
+    pool.check_integrity()
+
+
+def test_a_pool_that_caches_nothing_frees_what_is_released():
+    pool = PagePool(3, max_cached=0)
+    pages = pool.allocate(3)
+    for page in pages:
+        pool.keep(page, lambda page: None)
+    pool.release(pages)
+    assert (pool.num_cached, pool.num_free) == (0, 3)
+    pool.check_integrity()

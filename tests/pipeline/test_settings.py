@@ -13,7 +13,7 @@ import yaml
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import INTERACTIVE_FIELDS, SamplingParams
 from pipeline.compose import compose, groups
 from pipeline.exit_codes import help_lines
 from pipeline.prompts import PromptSettings
@@ -59,6 +59,8 @@ def test_every_shipped_option_composes(choice: str) -> None:
 def test_the_shown_values_are_the_dataclass_defaults(repository: Path, file: str, owner: type) -> None:
     shown = yaml.safe_load((repository / "conf" / f"{file}.yaml").read_text())
     fields = {field.name: field for field in dataclasses.fields(owner)}
+    for name in INTERACTIVE_FIELDS if owner is SamplingParams else ():
+        del fields[name]
     assert sorted(shown) == sorted(fields)
     for name, value in shown.items():
         default = fields[name].default
@@ -284,3 +286,20 @@ def test_the_command_answers_from_any_folder_without_making_any(repository: Path
 def test_a_config_error_keeps_its_kind() -> None:
     with pytest.raises(ConfigError, match=r"^input\.path"):
         from_config({"model": {"source": "x"}, "input": {"path": []}, "output": {"path": "o"}})
+
+
+@pytest.mark.parametrize("name", sorted(INTERACTIVE_FIELDS))
+def test_what_only_a_caller_can_ask_for_is_refused_by_name(composed: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"sampling.{name} is for callers of the engine: a job "):
+        from_config(with_value(composed, f"sampling.{name}", 1))
+
+
+def test_settings_that_came_later_leave_outputs_that_were_begun_without_them(
+    composed: dict[str, Any],
+) -> None:
+    plain = from_config(composed)
+    assert not {"engine.prefix_cache_capacity", "engine.min_input_pad"} & set(result_part(plain))
+    assert not {"stop_pattern", "detokenize", "best_of"} & set(plain.sampling.as_dict())
+    changed = from_config(with_value(composed, "engine.prefix_cache_capacity", 0.3))
+    assert result_part(changed)["engine.prefix_cache_capacity"] == 0.3
+    assert changed.sampling.replace(stop_pattern="END").as_dict()["stop_pattern"] == "END"

@@ -1,0 +1,239 @@
+"""`python -m jobs.serve`: an OpenAI-compatible server of one model or several, on this machine's loopback.
+
+    python -m jobs.serve                                                    the embedded model
+    python -m jobs.serve conf=gpu model.source=… engine.max_model_len=8192  any other; options as of a job
+    python -m jobs.serve 'serve.models={small: /models/a, large: /models/b}'
+
+It prints a curl line to try it with. SIGTERM and Ctrl-C end it gracefully.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.server import require_server_packages
+from engine.server.settings import ServerSettings
+from jobs.command import exit_code_of
+from jobs.sections import section_help, take_section
+from pipeline.compose import compose
+from pipeline.exit_codes import ExitCode
+from pipeline.settings import KNOWN_KEYS, ModelSettings
+from pipeline.typed_config import build, unknown_key
+
+KEY_VARIABLE = "TIDEMILL_API_KEY"
+"""An environment variable, because others can read command lines."""
+_TAKEN = ("model", "engine", "conf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """host, port: where to listen; port 0 is any free one. name: what requests call the model; null is its
+    source's last part, and "default" names a single model always. models: several, by name, in the place of
+    model.source. keys_path: a file that keeps API keys and what they used; null keeps them in memory.
+    batches_path: a local folder for /v1/files and /v1/batches; null is without. metrics: /metrics and
+    /dashboard.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    models: dict[str, str] | None = None
+    keys_path: str | None = None
+    batches_path: str | None = None
+    metrics: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError(f"serve.port={self.port}: must be from 0 to 65535")
+        if self.models is not None and not self.models:
+            raise ConfigError("serve.models={}: name at least one model, or leave it out")
+        if self.models is not None and self.name is not None:
+            raise ConfigError("serve.name and serve.models: give one of them")
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """All that a start is told."""
+
+    serve: ServeSettings
+    server: ServerSettings
+    model: ModelSettings
+    engine: EngineConfig
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The model files by the names that requests use."""
+        if self.serve.models is not None:
+            return dict(self.serve.models)
+        return {self.serve.name or self.model.source.rstrip("/").rpartition("/")[2]: self.model.source}
+
+
+def read_arguments(arguments: Sequence[str]) -> Serving | None:
+    """None when Hydra has answered (`--cfg job`, ...). Raises ConfigError."""
+    serve, rest = take_section(arguments, "serve", ServeSettings)
+    server, rest = take_section(rest, "server", ServerSettings)
+    for argument in rest:
+        key = argument.lstrip("+~").partition("=")[0]
+        if "=" in argument and key.partition(".")[0] not in _TAKEN:
+            known = ["model.source", "engine.max_model_len", "conf", "serve.port", "server.require_api_key"]
+            raise unknown_key(key, known)
+    config = compose(rest, KNOWN_KEYS)
+    if config is None:
+        return None
+    model = build(ModelSettings, config["model"], "model")
+    return Serving(serve, server, model, build(EngineConfig, config["engine"], "engine"))
+
+
+def run_server(serving: Serving, *, on_ready: Callable[[str], None] | None = None) -> ExitCode:
+    """Load the models and serve until a signal. Raises TidemillError for what the user must see to."""
+    require_server_packages()
+    from engine.server.serving import bound_socket
+    from jobs.batches.store import BatchStore
+
+    # What can be refused is, before anything slow is loaded.
+    bound_socket(serving.serve.host, serving.serve.port, serving.server).close()
+    if serving.serve.batches_path is not None:
+        BatchStore(serving.serve.batches_path).close()
+    keys, secret = open_keys(serving)
+    loaded = {name: _load(serving, source) for name, source in serving.sources.items()}
+    engines = {name: engine for name, (engine, _) in loaded.items()}
+    followers = [engine for engine in engines.values() if not engine.leads]
+    for engine in followers:  # another process of the same engine takes the requests
+        engine.follow()
+    if followers:
+        return ExitCode.DONE
+    fingerprints = {name: fingerprint for name, (_, fingerprint) in loaded.items()}
+    return _serve(serving, engines, fingerprints, keys, on_ready or (lambda url: _tell(serving, url, secret)))
+
+
+def _serve(
+    serving: Serving,
+    engines: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    keys: Any,
+    on_ready: Callable[[str], None],
+) -> ExitCode:
+    from engine.async_engine import AsyncEngine
+    from engine.server.app import create_app
+    from engine.server.serving import serve
+
+    settings = serving.server
+    models = {name: AsyncEngine(engine, max_waiting=settings.max_waiting) for name, engine in engines.items()}
+    app = create_app(
+        models,
+        settings=settings,
+        keys=keys,
+        batches=_batches(serving, models, fingerprints, keys),
+        metrics=_metrics(engines) if serving.serve.metrics else None,
+    )
+    try:
+        serve(app, settings, host=serving.serve.host, port=serving.serve.port, on_ready=on_ready)
+    finally:
+        keys.close()
+        for engine in engines.values():
+            engine.close()
+    return ExitCode.DONE
+
+
+def _batches(
+    serving: Serving, models: Mapping[str, Any], fingerprints: Mapping[str, str], keys: Any
+) -> Any | None:
+    """What runs `/v1/batches`, on the same engines; the app starts and closes it."""
+    if serving.serve.batches_path is None:
+        return None
+    from jobs.batches.pipeline_batches import PipelineBatches
+    from jobs.batches.running import BatchModel
+
+    served = {name: BatchModel(engine=models[name], fingerprint=fingerprints[name]) for name in models}
+    return PipelineBatches(serving.serve.batches_path, served, record_usage=keys.record_usage)
+
+
+def _load(serving: Serving, source: str) -> tuple[Any, str]:
+    """The engine, and the fingerprint of its model."""
+    from engine.collector import spare_long_lived_objects
+    from engine.engine import Engine
+    from engine.start import load_for
+
+    loaded = load_for(serving.engine, source, serving.model.revision)
+    engine = Engine(loaded, serving.engine, takes_weights=True)
+    spare_long_lived_objects()
+    return engine, loaded.fingerprint
+
+
+def open_keys(serving: Serving) -> tuple[Any, str | None]:
+    """The keys, and the one that was made for this run: where there is none that anybody could know."""
+    from engine.server.keys import KeyRing
+
+    given = os.environ.get(KEY_VARIABLE)
+    known = {given: {"label": KEY_VARIABLE, "role": "admin"}} if given else {}
+    keys = KeyRing(serving.serve.keys_path, api_keys=known)
+    if keys.keys() or not serving.server.require_api_key:
+        return keys, None
+    return keys, keys.generate_api_key("python -m jobs.serve", role="admin")
+
+
+def _metrics(engines: Mapping[str, Any]) -> Any:
+    from engine.monitoring import Metrics
+
+    metrics = Metrics()
+    for name, engine in engines.items():
+        metrics.watch(engine, name)
+    return metrics
+
+
+def _tell(serving: Serving, url: str, secret: str | None) -> None:
+    """Where it is, the key if one was made, and a line to try it with."""
+    key = secret or (f"${KEY_VARIABLE}" if serving.server.require_api_key else None)
+    print(f"Serving {', '.join(serving.sources)} on {url}/v1", flush=True)
+    if secret is not None:
+        kept = serving.serve.keys_path
+        where = f"kept in {kept}, by its hash" if kept else "made for this run"
+        print(f"API key ({where}; it is not shown again): {secret}")
+    print("Try it:", curl_line(url, next(iter(serving.sources)), key), flush=True)
+
+
+def curl_line(url: str, model: str, key: str | None) -> str:
+    """A command that streams an answer."""
+    messages = [{"role": "user", "content": "Say hello."}]
+    body = {"model": model, "messages": messages, "temperature": 0, "stream": True}
+    authorization = f' -H "Authorization: Bearer {key}"' if key else ""
+    return (
+        f"curl -N {url}/v1/chat/completions{authorization} -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body)}'"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve; every expected error is one line and an exit code."""
+    return exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> ExitCode:
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__)
+        print(section_help("serve", ServeSettings))
+        print("\n" + section_help("server", ServerSettings))
+        return ExitCode.DONE
+    serving = read_arguments(arguments)
+    if serving is None:
+        return ExitCode.DONE
+    # uvicorn drains at the first signal and raises it again when it is done.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+    return run_server(serving)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    raise SystemExit(ExitCode.DRAINED.value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
