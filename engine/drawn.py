@@ -48,6 +48,8 @@ def begin_with(requests: Sequence[Request], drawn: Sequence[DrawnTokens], vocab_
         if wants_logprobs and [entry.token_id for entry in each.logprobs or ()] != list(each.token_ids):
             raise _refused(request, "they lack their log-probabilities")
         checked_tokens(request.request_id, each.token_ids, vocab_size)
+        if request.grammar is not None and not request.grammar.accepts(each.token_ids):
+            raise _refused(request, "they do not follow its structured output")
         request.output_token_ids = list(each.token_ids)
         request.num_given = len(each.token_ids)
         if wants_logprobs and each.logprobs is not None:

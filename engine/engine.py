@@ -30,6 +30,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler_settings import SchedulerSettings
 from engine.start import make_runner, model_for
 from engine.step_times import StepTimes
+from engine.structured.grammars import Grammars
 from engine.upkeep import Upkeep
 from engine.whole_calls import WholeCalls, one_of
 
@@ -101,6 +102,7 @@ class Engine(WholeCalls, Upkeep):
         self.tokenizer = loaded.tokenizer
         self.model_name = self.options.esurge_name or loaded.name
         self._new_requests = new_requests
+        self.grammars = Grammars(loaded.tokenizer, loaded.config.vocab_size, new_requests.eos_token_ids)
         settings = SchedulerSettings.of(self.config, max_model_len, runner.num_pages)
         self._num_replicas = num_replicas or 1
         self._scheduler: Any = make_scheduler(settings, num_replicas)
@@ -185,6 +187,7 @@ class Engine(WholeCalls, Upkeep):
             asked,
             identity or request_id,
             expected_output_len,
+            self.grammars.compiled(params),
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,

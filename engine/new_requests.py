@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoints import LoadedModel, has_chat_template, prompt_tokens
 from engine.config import EngineConfig
@@ -18,6 +18,9 @@ from engine.presentation import Presentation
 from engine.request import Request, request_key
 from engine.request_group import bad_word_token_ids
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.structured.grammars import CompiledGrammar
 
 _LOG = logging.getLogger("engine")
 
@@ -111,7 +114,14 @@ class NewRequests:
             shown=Presentation(sampling, num_cut, parsing) if hides or num_cut or parsing else None,
         )
 
-    def make(self, asked: Asked, identity: str, expected_output_len: int | None, **same: Any) -> list[Request]:
+    def make(
+        self,
+        asked: Asked,
+        identity: str,
+        expected_output_len: int | None,
+        grammar: CompiledGrammar | None,
+        **same: Any,
+    ) -> list[Request]:
         """The samples of a request, as the scheduler takes them; `same`: fields of `Request` that all share."""
         if expected_output_len is not None and expected_output_len < 1:
             raise ValueError(f"expected_output_len is {expected_output_len}: give at least 1, or None")
@@ -133,6 +143,7 @@ class NewRequests:
                 sample_index=index,
                 eos_token_ids=self.eos_token_ids,
                 bad_words_token_ids=bad_words,
+                grammar=None if grammar is None else grammar.begin(),
                 expected_len=None if expected_output_len is None else prompt_len + expected_output_len,
                 **same,
             )

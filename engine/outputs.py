@@ -50,12 +50,13 @@ class CompletionOutput:
     index: int
     token_ids: tuple[int, ...]
     finish_reason: str | None
-    """"stop", "length", "abort" or "timeout"; None while it runs."""
+    """"stop", "length", "abort", "timeout", or "error" (its structured output cost more to follow than one
+    may); None while it runs."""
     text: _MadeWhenRead = _MadeWhenRead()
     """Where no step needed it (no stream, no stop strings) it is made of the tokens when it is first read, in
     the reader's time."""
     stop_reason: int | str | None = None
-    """The stop token id or stop string; None for end-of-sequence, length or abort."""
+    """The stop token id or stop string, or what the error is; None for end-of-sequence, length or abort."""
     cumulative_logprob: float | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     parsing: Parsing | None = None

@@ -25,6 +25,7 @@ from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.seat_table import SeatTable
+    from engine.structured.grammars import GrammarState
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """The likeliest alternatives at one position: (token id, log-probability), likeliest first."""
@@ -58,6 +59,8 @@ class Request:
     """Lower runs sooner, under the priority policy."""
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: GrammarState | None = None
+    """Where it is in what its text must follow."""
     expected_len: int | None = None
     """Prompt and output tokens it will probably come to: pages are set aside for these."""
     cache_salt: str | None = None
@@ -87,9 +90,9 @@ class Request:
     num_preemptions: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None
-    """"stop", "length" or "abort", once finished."""
+    """"stop", "length", "abort" or "error", once finished."""
     stop_reason: int | str | None = None
-    """The stop token id or stop string that ended it; None for end-of-sequence."""
+    """The stop token id or stop string that ended it, or what went wrong; None for end-of-sequence."""
     output_logprobs: list[float] = field(default_factory=list)
     output_top_logprobs: list[TopLogprobs] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)

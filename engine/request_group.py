@@ -207,7 +207,7 @@ class RequestGroup:
 
 def ends_with_hidden_token(request: Request) -> bool:
     """A token stopped the sample, and what stops a text is not shown in it."""
-    if request.finish_reason != "stop" or not request.is_finished:
+    if request.finish_reason not in ("stop", "error") or not request.is_finished:
         return False
     return not request.sampling.include_stop_str_in_output
 

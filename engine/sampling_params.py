@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 from engine.errors import RequestError
 from engine.stop_pattern import StopPattern
+from engine.structured.spec import StructuredOutput
 
 MAX_N = 16_384
 MAX_TOKENS = 2**31 - 1
@@ -28,7 +29,8 @@ MIN_TEMPERATURE = 1e-5
 
 OutputKind = Literal["cumulative", "delta", "final_only"]
 ExtraValue = str | int | float | bool | None
-_ALIASES = {"max_new_tokens": "max_tokens"}
+ALIASES = {"max_new_tokens": "max_tokens", "guided_decoding": "structured"}
+"""Names that plain values may use, and the fields they mean."""
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:
@@ -163,6 +165,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
+    """What the text must follow; a mapping is accepted. It ends where it is complete, before `min_tokens`
+    if nothing may follow. `max_tokens`, a stop string and a stop token that the text needs cut it where
+    they come."""
 
     stop_pattern: str | None = None
     """A regular expression that ends a completion as a stop string does (`engine.stop_pattern` says which)."""
@@ -220,6 +226,12 @@ class SamplingParams:
         put(self, "skip_special_tokens", _flag("skip_special_tokens", self.skip_special_tokens))
         for name in ("detokenize", "spaces_between_special_tokens"):
             put(self, name, _flag(name, getattr(self, name)))
+        if self.structured is not None:
+            put(self, "structured", StructuredOutput.of(self.structured))
+            if self.ignore_eos:
+                _refuse(
+                    "ignore_eos", True, "false with sampling.structured, whose text ends where it is complete"
+                )
         self._check_later_fields(put)
 
     def _check_later_fields(self, put: Callable[[Any, str, Any], None]) -> None:
@@ -246,7 +258,8 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Parameters from plain values (a config, a row's column); `max_new_tokens` means `max_tokens`."""
+        """Parameters from plain values (a config, a row's column); `max_new_tokens` means `max_tokens`,
+        `guided_decoding` `structured`."""
         return cls(**_known_names(values))
 
     def replace(self, **overrides: Any) -> SamplingParams:
@@ -319,9 +332,9 @@ def _known_names(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     known: dict[str, Any] = {}
     for given, value in values.items():
-        name = _ALIASES.get(given, given)
+        name = ALIASES.get(given, given)
         if name not in _FIELD_NAMES:
-            near = difflib.get_close_matches(str(given), (*_FIELD_NAMES, *_ALIASES), n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(given), (*_FIELD_NAMES, *ALIASES), n=1, cutoff=0.0)
             raise RequestError(
                 "bad_sampling", f"sampling.{given} does not exist: the nearest name is {near[0]!r}"
             )

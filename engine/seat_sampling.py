@@ -48,9 +48,10 @@ class SeatSampling:
         needs = 0
         if has_penalty != (1, 0, 0):
             needs |= PENALTY
-        if sampling.allowed_token_ids is not None or request.bad_words_token_ids:
+        follows = bool(request.bad_words_token_ids) or request.grammar is not None
+        if sampling.allowed_token_ids is not None or follows:
             needs |= MASK
-        if needs & PENALTY or request.bad_words_token_ids:
+        if needs & PENALTY or follows:
             needs |= HISTORY
         if sampling.logit_bias:
             needs |= BIAS

@@ -93,13 +93,16 @@ def _record_logprob(request: Request, logprobs: RowLogprobs) -> None:
 def _ends_with(request: Request, token: int) -> bool:
     """Whether the token just appended ends the request; its finish and stop reasons are set if so.
 
-    Up to `min_tokens` nothing but a length ends it. A token that would end it in both ways is a "stop".
+    Up to `min_tokens` nothing but a length ends it, or a grammar that has nothing to go on with. A token that
+    would end it in both ways is a "stop".
     """
-    sampling, num_output = request.sampling, request.num_output_tokens
-    if token in request.end_token_ids and num_output >= sampling.min_tokens:
+    sampling, num_output, grammar = request.sampling, request.num_output_tokens, request.grammar
+    if token in request.end_token_ids and (num_output >= sampling.min_tokens or grammar is not None):
         request.finish_reason = "stop"
         if sampling.ignore_eos or token not in request.eos_token_ids:
             request.stop_reason = token
+        if grammar is not None and grammar.failure is not None:
+            request.finish_reason, request.stop_reason = "error", grammar.failure
         return True
     if num_output >= request.max_output_len:
         request.finish_reason = "length"

@@ -184,7 +184,13 @@ def measure(engine: Any, sample: Sequence[Prompt], max_num_seqs: int) -> Measure
 def _run(engine: Any, sample: Sequence[Prompt], max_tokens: int, num_samples: int) -> None:
     for number, prompt in enumerate(sample):
         sampling = prompt.sampling.replace(
-            n=num_samples, max_tokens=max_tokens, min_tokens=0, ignore_eos=True, stop=(), stop_token_ids=()
+            n=num_samples,
+            max_tokens=max_tokens,
+            min_tokens=0,
+            ignore_eos=True,
+            stop=(),
+            stop_token_ids=(),
+            structured=None,  # it could end before the steps that are timed
         )
         engine.add_request(
             f"plan:{max_tokens}:{number}", prompt_token_ids=prompt.token_ids, sampling=sampling

@@ -26,6 +26,8 @@ class PromptSettings:
     over_long: what to do when prompt + max_tokens does not fit the model's length; see `fitting.fit`.
     sampling_column: a column of sampling overrides, a mapping or its JSON text; null means none, and so does
         a null inside the mapping.
+    schema_column: a column of JSON schemas, as JSON text or as mappings, that the rows' outputs follow; null
+        leaves it at what the sampling says (`sampling.structured`).
     max_prompt_chars: a longer text is rejected before it is tokenised, whatever `over_long` says.
     """
 
@@ -40,6 +42,7 @@ class PromptSettings:
     add_generation_prompt: bool = True
     over_long: OverLong = "reject"
     sampling_column: str | None = None
+    schema_column: str | None = None
     max_prompt_chars: int = 4_000_000
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
-from engine.sampling_params import INTERACTIVE_FIELDS, SamplingParams
+from engine.sampling_params import ALIASES, INTERACTIVE_FIELDS, SamplingParams
+from engine.structured.grammars import check_structured, require_llguidance
+from engine.structured.spec import MAX_SCHEMA_DEPTH
 from pipeline.fitting import fit
 from pipeline.forms import Content, PromptForms, column_of
 from pipeline.id_index import IdIndex
@@ -18,7 +20,7 @@ from pipeline.rows import Prompt, Refused, Reject, SourceRow, reject_row
 from pipeline.shards import InputSettings
 from pipeline.strict_json import BadJson, loads
 
-_MAX_SAMPLING_DEPTH = 4
+_MAX_SAMPLING_DEPTH = 4 + MAX_SCHEMA_DEPTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,12 @@ class PromptBuilder:
             raise ConfigError(
                 f"sampling.max_tokens={asked} leaves no room for a prompt in {max_model_len} tokens"
             )
+        if settings.schema_column is not None:
+            require_llguidance("prompt.schema_column")
+        try:
+            check_structured(default_sampling.structured)
+        except RequestError as error:
+            raise ConfigError(str(error)) from error
 
     @property
     def columns_needed(self) -> tuple[str, ...] | None:
@@ -70,7 +78,9 @@ class PromptBuilder:
         columns = self._forms.columns
         if columns is None:
             return None
-        others = (self._input.id_column, self._settings.sampling_column, *self._input.carry_columns)
+        settings = self._settings
+        others = (self._input.id_column, settings.sampling_column, settings.schema_column)
+        others += tuple(self._input.carry_columns)
         return tuple(sorted(columns | {name for name in others if name is not None}))
 
     @property
@@ -125,10 +135,19 @@ class PromptBuilder:
             try:
                 sampling = _overridden(sampling, value)
                 sampling.check_vocab(self._vocab_size)
+                check_structured(sampling.structured)
             except BadJson as error:
                 raise Refused("bad_sampling", f"column {column!r}: {error}", value) from error
             except RequestError as error:
                 raise Refused(error.reason, f"column {column!r}: {error}", value) from error
+        column = self._settings.schema_column
+        schema = None if column is None else column_of(row, column, "prompt.schema_column")
+        if schema is not None:
+            try:
+                sampling = sampling.replace(structured={"json": schema})
+                check_structured(sampling.structured)
+            except RequestError as error:
+                raise Refused("bad_schema", f"column {column!r}: {error}", schema) from error
         if sampling.max_tokens >= self._max_model_len:
             asked, most = sampling.max_tokens, self._max_model_len
             message = (
@@ -225,6 +244,7 @@ def _overridden(default: SamplingParams, value: Any) -> SamplingParams:
             message = f"sampling.{name} is for callers of the engine: a job {INTERACTIVE_FIELDS[name]}"
             raise RequestError("bad_sampling", message)
     fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
-    if "max_new_tokens" in overrides:
-        del fields["max_tokens"]
+    for alias, name in ALIASES.items():
+        if alias in overrides:
+            del fields[name]
     return SamplingParams.from_dict(fields | overrides)

@@ -34,6 +34,7 @@ REASONS = {
     "bad_id": "the id is empty or too long",
     "duplicate_id": "an earlier row has the same id",
     "bad_sampling": "sampling values are out of range or unknown",
+    "bad_schema": "the row's JSON schema cannot be followed",
     "template_error": "a template fails on the row",
     "prompt_too_long": "the prompt and max_tokens do not fit the model",
 }

@@ -133,6 +133,10 @@ class ChunkWriter:
             if error is None:
                 raise ValueError("a row without an output needs the error that explains it")
             return self._reject(prompt, error.reason, str(error), prompt.text or "")
+        for sample in output.outputs:
+            if sample.finish_reason == "error":
+                message = f"sample {sample.index} could not go on: {sample.stop_reason}"
+                return self._reject(prompt, "generation_failed", message, sample.text)
         carried: dict[str, Any] = {}
         for column in self._carried:
             value = prompt.carried.get(column.name)

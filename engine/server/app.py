@@ -11,10 +11,13 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from engine.async_engine import AsyncEngine
+from engine.server.auth import OPEN_PATHS, install_auth
 from engine.server.chat import chat_routes
 from engine.server.completions import completion_routes
 from engine.server.errors import install_errors
 from engine.server.health import health_routes
+from engine.server.keys import KeyRing
+from engine.server.limits import install_limits
 from engine.server.models import model_routes
 from engine.server.responses import response_routes
 from engine.server.served import ServedModels
@@ -23,8 +26,10 @@ from engine.server.tokens import token_routes
 
 if TYPE_CHECKING:
     from engine.monitoring import Metrics
-    from engine.server.auth import KeyRing
     from engine.server.batches.backend import BatchBackend
+
+_MULTIPART_BYTES = 64 << 10
+"""What a multipart body has beside its file."""
 
 
 def create_app(
@@ -70,7 +75,13 @@ def create_app(
     install_errors(app)
     for routes in _routes(served, settings, batches, metrics):
         app.include_router(routes)
-    _install_guards(app, keys, settings)
+    open_paths = OPEN_PATHS
+    if metrics is not None:
+        open_paths |= _show_metrics(app, metrics, keys)
+    if keys is not None:
+        install_auth(app, keys, settings, open_paths=open_paths)
+    # The limits come before everything else: nothing of a request is read that is over them.
+    install_limits(app, settings, max_body_bytes=_upload_limits(batches))
     return app
 
 
@@ -92,15 +103,24 @@ def _routes(
     return routes
 
 
-def _install_guards(app: FastAPI, keys: Any | None, settings: ServerSettings) -> None:
-    """What a request passes before it reaches a route, the limits first."""
-    from engine.server.limits import install_limits
+def _show_metrics(app: FastAPI, metrics: Metrics, keys: KeyRing | None) -> frozenset[str]:
+    """Mount the dashboard and count what keys use; the paths that are open to all."""
+    from engine.monitoring import PUBLIC_PATHS, dashboard_routes
+    from engine.monitoring.key_usage import KeyUsage
 
+    dashboard_routes(app, metrics)
     if keys is not None:
-        from engine.server.auth import install_auth
+        metrics.add_source(KeyUsage(keys.stats))
+    return PUBLIC_PATHS
 
-        install_auth(app, keys, settings)
-    install_limits(app, settings)
+
+def _upload_limits(batches: Any | None) -> dict[str, int]:
+    """Paths whose bodies may be longer than others, in bytes."""
+    if batches is None:
+        return {}
+    from engine.server.batches.routes import FILES_PATH
+
+    return {FILES_PATH: batches.max_file_bytes + _MULTIPART_BYTES}
 
 
 def _version() -> str:

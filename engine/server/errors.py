@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from engine.errors import EngineClosed, Overloaded, RequestError
+from engine.errors import EngineClosed, MissingExtraError, Overloaded, RequestError
 
 log = logging.getLogger("tidemill.server")
 
@@ -105,6 +105,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, RequestError):
         return _of_request_error(error)
+    if isinstance(error, MissingExtraError):
+        return bad_request(f"this server cannot do that: {error}", code="not_supported")
     if isinstance(error, Overloaded):
         after = {"Retry-After": str(error.retry_after_s)}
         return ApiError(429, str(error), code="overloaded", headers=after)
@@ -123,7 +125,8 @@ def install_errors(app: FastAPI) -> None:
     async def nobody(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
-    for kind in (RequestValidationError, StarletteHTTPException, RequestError, Overloaded, EngineClosed):
+    kinds = (RequestValidationError, StarletteHTTPException, RequestError, MissingExtraError, Overloaded)
+    for kind in (*kinds, EngineClosed):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, answer)
     app.add_exception_handler(ClientGone, nobody)

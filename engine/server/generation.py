@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 
 from engine.errors import EngineClosed, TidemillError
 from engine.outputs import RequestOutput
@@ -79,6 +80,7 @@ class Generation:
 
     async def run(self) -> list[RequestOutput]:
         """The finished output of each prompt."""
+        await self._compile()
         outputs = await _all([self._generate(index) for index in range(len(self.prompts))])
         self.caller.record(outputs)
         for output in outputs:
@@ -88,6 +90,7 @@ class Generation:
     async def stream(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(number of the prompt, its output as it has grown); closing it aborts what is unfinished."""
         latest: dict[int, RequestOutput] = {}
+        await self._compile()
         try:
             async with aclosing(self._merged()) as outputs:
                 async for index, output in outputs:
@@ -96,6 +99,11 @@ class Generation:
                     yield index, output
         finally:
             self.caller.record(list(latest.values()))
+
+    async def _compile(self) -> None:
+        """Have a grammar ready before the thread that steps the engine asks for it: compiling takes long."""
+        if self.sampling.structured is not None:
+            await run_in_threadpool(self.model.engine.engine.grammars.compiled, self.sampling)
 
     async def _generate(self, index: int) -> RequestOutput:
         try:
@@ -136,6 +144,9 @@ class Generation:
 
 def check_ended_well(output: RequestOutput) -> None:
     """Raises ApiError for a request that did not come to its own end."""
+    for sample in output.outputs:
+        if sample.finish_reason == "error":  # of what the client asked for
+            raise ApiError(400, str(sample.stop_reason), code="structured_output_failed")
     reasons = {sample.finish_reason for sample in output.outputs}
     if "timeout" in reasons:
         raise ApiError(504, "the request took longer than the server lets it", code="request_timeout")

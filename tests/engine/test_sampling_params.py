@@ -37,6 +37,7 @@ BAD_VALUES = [
     ("best_of", 0), ("best_of", 1.0), ("output_kind", "all"), ("output_kind", 7),
     ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", True),
     ("extra_args", 4), ("extra_args", {"a": [1]}), ("extra_args", {1: 2}), ("extra_args", ["ab"]),
+    ("structured", "must be a regex"),
 ]  # fmt: skip
 
 

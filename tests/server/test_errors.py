@@ -140,7 +140,8 @@ def test_an_engine_with_too_much_to_do_says_when_to_come_back(loaded: Any):
         client.close()
         crowded.close()
         health = httpx.get(server.url + "/health")
-        assert (health.status_code, health.json()) == (503, {"status": "failed", "models": {MODEL: False}})
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert health.json()["models"] == {MODEL: False}
         answer = httpx.post(server.url + CHATS, json=CHAT)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_closed")
 

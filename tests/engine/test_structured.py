@@ -1,0 +1,414 @@
+"""Outputs follow what they were asked to, whatever the weights want and whatever befalls the request."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.drawn import DrawnTokens
+from engine.engine import Engine
+from engine.errors import MissingExtraError, RequestError
+from engine.outputs import CompletionOutput, RequestOutput
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.structured import grammars
+from engine.structured.spec import StructuredOutput
+from engine.token_masks import draft_token_masks, token_mask
+from jobs.bench.schema_checks import violation
+from tests.engine.engines import tiny_engine, tokens_of, varied_model
+
+PROMPT = "in the beginning"
+POINT = {
+    "type": "object",
+    "properties": {
+        "x": {"type": "integer", "minimum": -9, "maximum": 9},
+        "kind": {"enum": ["a", "b", None]},
+        "tags": {"type": "array", "items": {"type": "string", "pattern": "^[a-c]{1,3}$"}, "maxItems": 2},
+    },
+    "required": ["x", "kind"],
+    "additionalProperties": False,
+}
+LIST = 'start: "[" (item ("," item)*)? "]"\nitem: NUMBER | start\nNUMBER: /[1-9][0-9]{0,2}/'
+SPECS: dict[str, dict[str, Any]] = {
+    "json": {"json": POINT},
+    "recursive": {
+        "json": {
+            "$ref": "#/$defs/node",
+            "$defs": {
+                "node": {
+                    "type": "object",
+                    "properties": {"n": {"type": "null"}, "next": {"$ref": "#/$defs/node"}},
+                    "required": ["n"],
+                    "additionalProperties": False,
+                }
+            },
+        }
+    },
+    "date": {"json": {"type": "string", "format": "date"}},
+    "regex": {"regex": "(the|an)? ?answer: [0-9]{2,4}(é|🎉)?"},
+    "choice": {"choice": ["yes", "no", "yes and no", 'quote " and \\ and\nline', "ünï"]},
+    "grammar": {"grammar": LIST},
+    "json_object": {"json_object": True},
+}
+PLAIN = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+
+
+def engine() -> Engine:
+    return tiny_engine()
+
+
+def follows(text: str, spec: dict[str, Any]) -> bool:
+    """By what is not llguidance."""
+    if "json" in spec:
+        return violation(text, spec["json"]) is None
+    if "regex" in spec:
+        return re.fullmatch(spec["regex"], text) is not None
+    if "choice" in spec:
+        return text in spec["choice"]
+    if "grammar" in spec:
+        return re.fullmatch(r"[\[\],0-9]*", text) is not None and isinstance(json.loads(text), list)
+    return isinstance(json.loads(text), dict)
+
+
+def ended(outputs: list[RequestOutput]) -> list[CompletionOutput]:
+    return [sample for output in outputs for sample in output.outputs if sample.finish_reason == "stop"]
+
+
+def sampled(spec: dict[str, Any] | None, **values: Any) -> SamplingParams:
+    values = {"max_tokens": 60, "temperature": 1.0, "seed": 3, "structured": spec} | values
+    return SamplingParams.from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def closing() -> dict[int, float]:
+    """A bias to what ends texts, which random weights seldom draw."""
+    tokenizer = varied_model().tokenizer
+    return {tokenizer(text)["input_ids"][0]: 5.0 for text in '"}],0'}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_ends_by_itself_is_what_was_asked_for(name: str, closing: dict[int, float]) -> None:
+    spec = SPECS[name]
+    samplings = [
+        sampled(spec, n=3, seed=seed, temperature=temperature, logit_bias=closing)
+        for seed, temperature in ((0, 1.0), (1, 1.5), (2, 0.7))
+    ] + [sampled(spec, temperature=0.0, logit_bias=closing)]
+    outputs = engine().generate([PROMPT] * len(samplings), samplings)
+    samples = [sample for output in outputs for sample in output.outputs]
+    assert {sample.finish_reason for sample in samples} <= {"stop", "length"}
+    stopped = ended(outputs)
+    assert len(stopped) >= 3, "nothing was tested"
+    for sample in stopped:
+        assert follows(sample.text, spec), sample.text
+        assert sample.token_ids[-1] in varied_model().config.eos_token_ids
+    if name != "json_object":
+        assert len({sample.text for sample in stopped}) > 1, "samples are draws of their own"
+
+
+def test_what_allows_everything_changes_nothing() -> None:
+    everything = {"grammar": "start: <[*]>*"}
+    for values in ({"temperature": 0.0}, {"n": 2}, {"min_tokens": 9, "bad_words": ["e"], "logprobs": 1}):
+        plain, structured = (
+            engine().generate([PROMPT, "on"], sampled(spec, **values)) for spec in (None, everything)
+        )
+        assert tokens_of(plain) == tokens_of(structured)
+
+
+def test_rows_beside_structured_ones_come_out_as_alone() -> None:
+    plain = [sampled(None, seed=seed, max_tokens=20) for seed in range(3)]
+    alone = engine().generate([PROMPT] * 3, plain)
+    structured = [sampled(SPECS[name], max_tokens=30) for name in ("json", "choice", "regex")]
+    mixed = engine().generate([PROMPT] * 6, [*plain, *structured])
+    assert tokens_of(mixed[:3]) == tokens_of(alone)
+    apart = [engine().generate(PROMPT, each)[0] for each in structured]
+    assert tokens_of(mixed[3:]) == tokens_of(apart)
+
+
+def test_neither_preemption_nor_the_order_of_steps_changes_an_output(closing: dict[int, float]) -> None:
+    samplings = [sampled(SPECS[name], n=2, seed=9, logit_bias=closing) for name in SPECS]
+    samplings += [sampled(SPECS["json_object"], n=4, seed=8, min_tokens=60)]
+    wanted = tokens_of(engine().generate([PROMPT * 3] * len(samplings), samplings))
+    small = tiny_engine(num_pages=9)
+    before = small.stats().preemptions
+    assert tokens_of(small.generate([PROMPT * 3] * len(samplings), samplings)) == wanted
+    assert small.stats().preemptions > before, "nothing was tested"
+    in_turn = tiny_engine(async_scheduling=False)
+    assert tokens_of(in_turn.generate([PROMPT * 3] * len(samplings), samplings)) == wanted
+
+
+def test_a_request_of_higher_priority_takes_the_pages_of_a_structured_one(closing: dict[int, float]) -> None:
+    small = tiny_engine(num_pages=12, scheduling_policy="priority")
+    sampling = sampled(SPECS["json_object"], logit_bias=closing, n=4, min_tokens=40)
+    wanted = tokens_of([engine().generate(PROMPT * 3, sampling)[0]])
+    outputs: dict[str, RequestOutput] = {}
+    small.add_request("low", prompt=PROMPT * 3, sampling=sampling, priority=5)
+    for number in range(300):
+        if number == 12:
+            small.add_request("high", prompt=PROMPT * 6, sampling=sampled(None, max_tokens=60), priority=0)
+        outputs |= {output.request_id: output for output in small.step()}
+        if not small.has_unfinished:
+            break
+    assert outputs["low"].metrics.num_preemptions > 0, "nothing was tested"
+    assert tokens_of([outputs["low"]]) == wanted
+
+
+@pytest.mark.parametrize("name", ["json", "grammar", "choice"])
+def test_it_goes_on_from_the_tokens_of_an_earlier_engine(name: str, closing: dict[int, float]) -> None:
+    sampling = sampled(SPECS[name], n=2, logit_bias=closing)
+    wanted = engine().generate(PROMPT, sampling)
+    for num_steps in (2, 5, 9):
+        first = engine()
+        first.add_request("a", prompt=PROMPT, sampling=sampling)
+        done = [output for _ in range(num_steps) for output in first.step()]
+        drawn = first.drawn_tokens("a")
+        first.abort_request("a")
+        if done or drawn is None:
+            continue
+        first.add_request("b", prompt=PROMPT, sampling=sampling, drawn=drawn, identity="whoever")
+        outputs = [output for _ in range(200) for output in first.step()]
+        assert tokens_of(outputs) == tokens_of(wanted)
+
+
+def test_tokens_that_do_not_follow_it_are_no_beginning() -> None:
+    with pytest.raises(RequestError, match="do not follow its structured output") as refused:
+        engine().add_request(
+            "a", prompt=PROMPT, sampling=sampled({"choice": ["yes"]}), drawn=[DrawnTokens((100, 101))]
+        )
+    assert refused.value.reason == "bad_drawn"
+    assert not engine().has_unfinished
+
+
+def only(spec: dict[str, Any], **values: Any) -> CompletionOutput:
+    return engine().generate(PROMPT, sampled(spec, **values))[0].outputs[0]
+
+
+def test_an_end_comes_only_where_the_text_is_complete_and_then_must_come() -> None:
+    [eos] = varied_model().config.eos_token_ids
+    for values in ({}, {"logit_bias": {eos: 100.0}}, {"logit_bias": {eos: -100.0}}):
+        sample = only({"choice": ["the answer"]}, **values)
+        assert (sample.text, sample.finish_reason, sample.stop_reason) == ("the answer", "stop", None)
+        assert sample.token_ids[-1] == eos
+    assert only({"regex": "a{3,9}"}, logit_bias={eos: 100.0}).text == "aaa"
+    assert only({"regex": "a*"}, logit_bias={eos: 100.0}, min_tokens=5).text == "a" * 5
+    assert only({"regex": "a{3}"}, logit_bias={eos: 100.0}, min_tokens=9).text == "aaa", (
+        "nothing else may come"
+    )
+    cut = only({"regex": "a{30}"}, max_tokens=4)
+    assert (cut.text, cut.finish_reason) == ("aaaa", "length")
+
+
+def test_a_stop_token_waits_for_a_complete_text() -> None:
+    tokenizer = varied_model().tokenizer
+    [comma] = tokenizer(",")["input_ids"]
+    [a] = tokenizer("a")["input_ids"]
+    sample = only({"regex": "[ab]{4}"}, stop_token_ids=[comma], logit_bias={comma: 50.0})
+    assert re.fullmatch("[ab]{4}", sample.text)
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", comma)
+    needed = only({"regex": "a{4}"}, stop_token_ids=[a])
+    assert (needed.text, needed.finish_reason, needed.stop_reason) == ("", "stop", a)
+
+
+def test_other_restrictions_hold_where_the_text_leaves_a_choice() -> None:
+    tokenizer = varied_model().tokenizer
+    a, b, c = (tokenizer(letter)["input_ids"][0] for letter in "abc")
+    eos = {varied_model().config.eos_token_ids[0]: -100.0}
+    free = only({"regex": "[abc]{12}"}, temperature=5.0).text
+    assert set(free) == set("abc")
+    assert set(only({"regex": "[abc]{12}"}, temperature=5.0, bad_words=["b"]).text) == set("ac")
+    assert set(only({"regex": "[abc]{12}"}, allowed_token_ids=[a, c], temperature=5.0).text) == set("ac")
+    assert only({"regex": "[abc]{12}"}, logit_bias={b: 100.0}).text == "b" * 12
+    assert only({"regex": "a{3}"}, bad_words=["a"], allowed_token_ids=[b]).text == "aaa", "it needs it"
+    assert "cc" not in only({"regex": "[abc]{40}"}, bad_words=["cc"], temperature=5.0, logit_bias=eos).text
+
+
+def test_a_streamed_text_is_the_whole_one() -> None:
+    sampling = sampled(SPECS["json"], stop=["never"])
+    whole = engine().generate(PROMPT, sampling)[0].outputs[0].text
+    deltas = [output.delta_text for output in engine().stream(PROMPT, sampling)]
+    assert "".join(deltas) == whole
+
+
+def test_duplicates_are_those_that_ask_for_the_same() -> None:
+    before = engine().stats().num_duplicates
+    greedy = [sampled(SPECS[name], temperature=0.0) for name in ("json", "regex", "json")]
+    outputs = engine().generate([PROMPT] * 3, greedy)
+    assert engine().stats().num_duplicates == before + 1
+    assert tokens_of(outputs)[0] == tokens_of(outputs)[2] != tokens_of(outputs)[1]
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "counted repetition": {"regex": "((a{1,900}){1,900}){1,900}"},
+    "a blow-up of states": {"regex": "(a|b)*a(a|b){4000}"},
+    "nested quantifiers": {"regex": "(((((a+)+)+)+)+)+b" * 500},
+    "intersections": {"grammar": "start: X\nX: /(.*a.{800})/ & /(.*b.{800})/ & /(.*c.{800})/"},
+    "deep brackets in a pattern": {"regex": "(" * 5000 + "a" + ")" * 5000},
+    "unbalanced": {"regex": "(a"},
+    "look-around": {"regex": "(?=a)a"},
+    "unknown rule": {"grammar": "start: nothing"},
+    "left to itself": {"grammar": "start: start"},
+    "long repetition": {"grammar": 'start: ("a" "b"){1,1000000000}'},
+    "many rules": {"grammar": "\n".join(["start: r0", *(f"r{i}: r{i + 1} r{i + 1}" for i in range(3000))])},
+    "products of choices": {
+        "json": {"allOf": [{"anyOf": [{"const": f"{i}{j}"} for j in range(12)]} for i in range(12)]}
+    },
+    "many optional keys in turn": {
+        "json": {
+            "allOf": [
+                {"anyOf": [{"properties": {f"p{i}_{j}": {"type": "integer"}}} for j in range(8)]}
+                for i in range(8)
+            ]
+        }
+    },
+    "items without end": {"json": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}},
+    "a long string": {"json": {"type": "string", "minLength": 10**8}},
+    "references in a circle": {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}},
+    "references that double": {
+        "json": {
+            "$ref": "#/$defs/d0",
+            "$defs": {
+                **{f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(24)},
+                "d24": {"type": "object", "properties": {"a": {"type": "integer"}}},
+            },
+        }
+    },
+    "patterns of keys": {
+        "json": {"patternProperties": {f"(a|b)*a(a|b){{{i}}}": {"type": "integer"} for i in range(40, 60)}}
+    },
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_would_cost_too_much_is_refused_or_ends_in_time(name: str) -> None:
+    engine().add_request("beside", prompt=PROMPT, sampling=PLAIN)
+    started, refusal = time.perf_counter(), None
+    try:
+        engine().add_request("hostile", prompt=PROMPT, sampling=sampled(HOSTILE[name], max_tokens=6))
+    except RequestError as error:
+        refusal = error
+    seconds = time.perf_counter() - started
+    outputs = [output for _ in range(40) for output in engine().step()]
+    assert not engine().has_unfinished
+    assert {output.request_id for output in outputs} <= {"beside", "hostile"}
+    assert len(next(output for output in outputs if output.request_id == "beside").outputs[0].token_ids) == 8
+    if refusal is not None:
+        assert refusal.reason == "bad_sampling"
+        assert len(str(refusal)) < 500
+        assert "\n" not in str(refusal)
+    assert seconds < 5, f"{name} held its thread for {seconds:.1f} s"
+    assert time.perf_counter() - started < 8
+
+
+def test_a_text_that_costs_too_much_to_follow_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(grammars.LIMITS, "step_max_items", 10)
+    outputs = engine().generate(
+        [PROMPT] * 2, [sampled({"json": {"type": "array", "title": "costly"}}), PLAIN]
+    )
+    failed, beside = outputs[0].outputs[0], outputs[1].outputs[0]
+    assert failed.finish_reason == "error"
+    assert isinstance(failed.stop_reason, str)
+    assert failed.stop_reason
+    assert beside.finish_reason == "length"
+
+
+def test_a_refusal_is_remembered_and_a_grammar_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[StructuredOutput] = []
+    compile = grammars.Grammars.compile
+    monkeypatch.setattr(
+        grammars.Grammars, "compile", lambda self, asked: made.append(asked) or compile(self, asked)
+    )
+    of = grammars.Grammars(varied_model().tokenizer, varied_model().config.vocab_size, (2,))
+    good, bad = sampled({"regex": "remembered"}), sampled({"regex": "(remembered"})
+    assert of.compiled(good) is of.compiled(good) is not None
+    for _ in range(2):
+        with pytest.raises(RequestError, match="cannot be compiled"):
+            of.compiled(bad)
+    assert made == [good.structured, bad.structured]
+    monkeypatch.setattr(grammars, "MAX_KEPT", 2)
+    of.compiled(sampled({"regex": "another"}))
+    of.compiled(sampled({"regex": "and another"}))
+    of.compiled(good)
+    assert made.count(good.structured) == 2, "the one used longest ago is given up"
+
+
+def test_without_llguidance_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(MissingExtraError, match=r"tidemill\[structured\]"):
+        engine().add_request("a", prompt=PROMPT, sampling=sampled({"regex": "not installed"}))
+
+
+def test_a_model_that_names_no_end_cannot_be_held() -> None:
+    of = grammars.Grammars(varied_model().tokenizer, varied_model().config.vocab_size, ())
+    with pytest.raises(RequestError, match="end-of-sequence"):
+        of.compiled(sampled({"regex": "a"}))
+
+
+def request_of(spec: dict[str, Any], **values: Any) -> Request:
+    model = varied_model().config
+    sampling = sampled(spec, **values)
+    grammar = engine().grammars.compiled(sampling)
+    assert grammar is not None
+    return Request(
+        request_id="r",
+        prompt_token_ids=(1,),
+        sampling=sampling,
+        key=(0, 0),
+        max_total_len=100,
+        eos_token_ids=frozenset(model.eos_token_ids),
+        grammar=grammar.begin(),
+    )
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"min_tokens": 3}, {"stop_token_ids": [9]}, {"allowed_token_ids": [2, 70]}]
+)
+def test_masks_of_a_draft_are_those_of_its_tokens_drawn_one_by_one(values: dict[str, Any]) -> None:
+    vocab_size, spec = varied_model().config.vocab_size, {"regex": "(in|an|the|[a-z])*[.]"}
+    choose = np.random.default_rng(0)
+    request, ahead = request_of(spec, **values), request_of(spec, **values)
+    for _ in range(8):
+        draft, masks = [], [token_mask(ahead, vocab_size)]
+        for _ in range(3):
+            allowed = np.flatnonzero(np.unpackbits(masks[-1].view(np.uint8), bitorder="little"))
+            token = int(choose.choice(allowed))
+            if token in ahead.end_token_ids:
+                break
+            draft.append(token)
+            ahead.output_token_ids.append(token)
+            masks.append(token_mask(ahead, vocab_size))
+        wrong = next(
+            token for token in range(3, vocab_size) if not masks[-1][token // 32] >> (token % 32) & 1
+        )
+        found = draft_token_masks(request, [*draft, wrong, *draft], vocab_size)
+        assert np.array_equal(found, np.stack(masks)), "up to the token that may not come"
+        ended = draft_token_masks(request, [*draft, 2, *draft], vocab_size)
+        assert len(ended) == 1 + len(draft), "nothing comes after an end"
+        assert np.array_equal(token_mask(request, vocab_size), masks[0]), "the sample stays where it is"
+        request.output_token_ids.extend(draft)
+        ahead = request_of(spec, **values)
+        ahead.output_token_ids.extend(request.output_token_ids)
+
+
+def test_masks_of_a_plain_draft_are_those_of_its_tokens_drawn_one_by_one() -> None:
+    request = Request(
+        request_id="r",
+        prompt_token_ids=(1,),
+        sampling=SamplingParams(max_tokens=9, min_tokens=2),
+        key=(0, 0),
+        max_total_len=50,
+        eos_token_ids=frozenset({2}),
+        bad_words_token_ids=((5, 6), (7,)),
+    )
+    masks = []
+    for token in (4, 5, 9):
+        masks.append(token_mask(request, 40))
+        request.output_token_ids.append(token)
+    masks.append(token_mask(request, 40))
+    request.output_token_ids.clear()
+    assert np.array_equal(draft_token_masks(request, [4, 5, 9], 40), np.stack(masks))
+    assert len(draft_token_masks(request, [4, 5, 6, 9], 40)) == 3
