@@ -21,7 +21,7 @@ from engine.server.router.settings import RouterSettings, UpstreamSettings
 from engine.server.serving import BackgroundServer
 from engine.server.settings import ServerSettings
 from tests.server.conftest import MODEL, text_of
-from tests.server.uvicorn_thread import serving
+from tests.server.uvicorn_thread import serving, until
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -74,7 +74,8 @@ def test_what_a_request_took_is_its_keys(engine: AsyncEngine):
 
 @pytest.fixture
 def routed(engine: AsyncEngine, server: BackgroundServer) -> Iterator[tuple[openai.OpenAI, KeyRing]]:
-    """A client of a router over the server and over the same engine in this process, and the router's keys."""
+    """A client of a router over the server and over the same engine in this process, and the router's
+    keys."""
     here = guarded(engine, KeyRing(api_keys=["of-the-upstream"]))
 
     async def without_lifespan(scope: Any, receive: Any, send: Any) -> None:
@@ -108,18 +109,24 @@ def test_through_a_router_answers_are_what_the_engine_makes(
         assert client.completions.create(**options).choices[0].text == expected
         events = list(client.completions.create(**options, stream=True))
         assert "".join(event.choices[0].text for event in events) == expected
-    used = keys.usage(keys.keys()[0].id)
-    assert used["requests"] == 1 + 8
-    assert used["completion_tokens"] == 8 * 6
+    key_id = keys.keys()[0].id
+    until(lambda: keys.usage(key_id)["completion_tokens"] == 8 * 6)
+    assert keys.usage(key_id)["requests"] == 1 + 8
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="none", prompt="x")
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
         client.completions.create(model=MODEL, prompt="x", max_tokens=-1)
 
 
-def test_a_stream_that_its_client_leaves_ends_in_the_engine_too(routed: tuple[openai.OpenAI, KeyRing]):
+def test_a_stream_that_its_client_leaves_ends_in_the_engine_too(
+    engine: AsyncEngine, routed: tuple[openai.OpenAI, KeyRing]
+):
     client, _ = routed
     for number in range(4):
-        stream = client.completions.create(model=MODEL, prompt=f"prompt {number}", max_tokens=1500, stream=True)
+        stream = client.completions.create(
+            model=MODEL, prompt=f"prompt {number}", max_tokens=1500, stream=True
+        )
         next(iter(stream))
-        stream.close()  # that no request is left is looked at after each test with the engine
+        assert engine.num_unfinished == 1
+        stream.close()
+        until(lambda: engine.num_unfinished == 0)

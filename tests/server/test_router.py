@@ -22,7 +22,7 @@ from engine.server.router.app import create_router_app
 from engine.server.router.settings import RouterSettings, UpstreamSettings
 from tests.server.guarded_app import small_settings
 from tests.server.small_upstream import COMPLETE, SmallUpstream
-from tests.server.uvicorn_thread import serving, serving_all
+from tests.server.uvicorn_thread import serving, serving_all, until
 
 CHAT = "/v1/chat/completions"
 FAST: dict[str, Any] = {
@@ -59,13 +59,6 @@ def routing(
 
 def body(text: str = "hello", model: str = "m", **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": text}], **more}
-
-
-def until(holds: Any, seconds: float = 5.0) -> None:
-    ends = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < ends, "it did not come to hold"
-        time.sleep(0.01)
 
 
 def num_seen(*upstreams: SmallUpstream) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,3 +57,10 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
     """The URL of `app`, served until the end of the block."""
     with serving_all(app, **options) as (url,):
         yield url
+
+
+def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends, "it did not come to hold"
+        time.sleep(0.01)
