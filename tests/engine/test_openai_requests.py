@@ -99,7 +99,6 @@ def test_a_completion_has_prompts_in_four_forms(prompt: Any, wanted: Any) -> Non
 
 def test_messages_are_given_as_templates_read_them() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "be brief"},
         {

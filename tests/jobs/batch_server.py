@@ -41,7 +41,7 @@ def load_engine(checkpoint: str, **options: Any) -> tuple[Engine, str]:
         "max_num_batched_tokens": 16,
         "min_token_pad": 16,
         "page_size": 16,
-        "max_model_len": 256,
+        "max_model_len": 1024,
         "kv_cache_bytes": 256 * 16 * PAGE_BYTES,
         "scheduling_policy": "priority",
     }

@@ -71,9 +71,9 @@ def test_a_server_that_is_closed_goes_on_when_it_is_started_again(
 
 
 def test_a_server_that_is_killed_goes_on_when_it_is_started_again(
-    tiny_checkpoint: str, repository: Path, model: BatchModel, undisturbed: list[bytes], tmp_path: Path
+    batch_checkpoint: str, repository: Path, model: BatchModel, undisturbed: list[bytes], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tests.jobs.batch_server", tiny_checkpoint, str(tmp_path)]
+    command = [sys.executable, "-m", "tests.jobs.batch_server", batch_checkpoint, str(tmp_path)]
     command.append(str(repository / ".cache" / "jax"))
     batch_id, done = "", 0
     for _ in range(NUM_KILLS):

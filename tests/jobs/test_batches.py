@@ -12,9 +12,16 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from openai.types.chat import ChatCompletion
 
+from engine.server.auth import install_auth
+from engine.server.batches.routes import batch_routes
+from engine.server.errors import install_errors
+from engine.server.keys import KeyRing
 from engine.server.serving import BackgroundServer
+from engine.server.settings import ServerSettings
+from jobs.batches.pipeline_batches import PipelineBatches
 from jobs.batches.running import BatchModel
 from pipeline.spool import open_spool
 from pipeline.storage import open_storage
@@ -126,7 +133,7 @@ def test_what_is_wrong_with_a_body_is_its_lines_error(client: openai.OpenAI) -> 
     tool = {"type": "function", "function": {"name": "f"}}
     lines = [
         chat_line("stream", stream=True),
-        chat_line("too long", "word " * 400),
+        chat_line("too long", "word " * 600),
         chat_line("tool", tools=[tool], tool_choice={"type": "function", "function": {"name": "g"}}),
         chat_line("unknown", temprature=1),
     ]
@@ -272,3 +279,58 @@ def test_what_is_not_there_is_not_found(server: BackgroundServer, path: str) -> 
     answer = httpx.get(f"{server.url}/v1/{path}")
     assert answer.status_code == 404
     assert answer.json()["error"]["message"]
+
+
+def test_texts_in_a_batch_are_held_to_their_form(client: openai.OpenAI, model: BatchModel) -> None:
+    tokenizer = model.engine.engine.tokenizer
+    blank = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).isspace()]
+    tight = {
+        "max_tokens": 100,
+        "logit_bias": dict.fromkeys(map(str, blank), -100),
+    }  # JSON may be full of spaces
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    response_format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    lines = [
+        chat_line("schema", response_format=response_format, **tight),
+        chat_line("tool", tools=[tool], tool_choice="required", parallel_tool_calls=False, **tight),
+        chat_line("impossible", response_format={"type": "json_object", "json_schema": {}}),
+    ]
+    batch = ended(client, create(client, lines_of(*lines)).id)
+    answers = {
+        line["custom_id"]: line["response"]["body"] for line in content_of(client, batch.output_file_id)
+    }
+    said = answers["schema"]["choices"][0]["message"]["content"]
+    assert isinstance(json.loads(said)["ok"], bool)
+    [call] = answers["tool"]["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert isinstance(json.loads(call["function"]["arguments"])["ok"], bool)
+    assert [line["custom_id"] for line in content_of(client, batch.error_file_id)] == ["impossible"]
+
+
+def test_a_key_sees_its_own_alone(model: BatchModel, server: BackgroundServer, tmp_path: Path) -> None:
+    keys = KeyRing()
+    mine, others = (keys.generate_api_key(label) for label in ("mine", "others"))
+    backend = PipelineBatches(tmp_path, {MODEL: model})
+    app = FastAPI()
+    install_errors(app)
+    app.include_router(batch_routes(backend))
+    install_auth(app, keys, ServerSettings())
+    with BackgroundServer(app, ServerSettings(drain_seconds=1)) as closed:
+        url = f"{closed.url}/v1"
+        assert httpx.get(f"{url}/files").status_code == 401
+        with openai.OpenAI(base_url=url, api_key=mine, max_retries=0) as client:
+            batch = ended(client, create(client, lines_of(chat_line("a"))).id)
+            assert batch.status == "completed"
+        with openai.OpenAI(base_url=url, api_key=others, max_retries=0) as client:
+            assert client.files.list().data == []
+            assert client.batches.list().data == []
+            for call in (
+                lambda: client.batches.retrieve(batch.id),
+                lambda: client.batches.cancel(batch.id),
+                lambda: client.files.content(batch.output_file_id),
+                lambda: client.files.delete(batch.input_file_id),
+            ):
+                with pytest.raises(openai.NotFoundError):
+                    call()
