@@ -166,7 +166,7 @@ class StepThread:
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
             self.finish(heapq.heappop(self._deadlines)[-1], "timeout")
-        if self._num_streams and now - self._shown_at >= self._interval:
+        if self._num_streams and now - self._shown_at >= self._interval and not self._text.is_behind:
             self._show_streams(now)
 
     def _next_calls(self) -> list[tuple[Future[Any], Callable[[], Any]]]:

@@ -78,7 +78,7 @@ def costless_engine(
     num_pages: int = 64, before_results: Callable[[], None] | None = None, **options: Any
 ) -> tuple[Engine, CostlessRunner]:
     """An engine of 8 sequences, steps of 32 tokens and pages of 16, of the tiny model's tokenizer."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 32,
         "max_model_len": 128,
