@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from engine.errors import RetryLater, TidemillError
 from pipeline.exit_codes import ExitCode
@@ -17,6 +19,17 @@ def exit_code_of(run: Callable[[], ExitCode]) -> ExitCode:
         return say(error)
     except KeyboardInterrupt:  # before a job's own handling began: nothing is there to drain
         return ExitCode.STOPPED_AT_ONCE
+
+
+def end_by_signals() -> None:
+    """Let SIGTERM and Ctrl-C end this process with the code of a drained job, once a server has drained:
+    uvicorn does so at the first signal, and raises it again when it is done."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    raise SystemExit(ExitCode.DRAINED.value)
 
 
 def say(error: TidemillError) -> ExitCode:

@@ -10,26 +10,23 @@ It prints a curl line to try it with. SIGTERM and Ctrl-C end it gracefully.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.server import require_server_packages
 from engine.server.settings import ServerSettings
-from jobs.command import exit_code_of
+from jobs.api_keys import KEY_VARIABLE, open_keys, told_once
+from jobs.command import end_by_signals, exit_code_of
 from jobs.sections import section_help, take_section
 from pipeline.compose import compose
 from pipeline.exit_codes import ExitCode
 from pipeline.settings import KNOWN_KEYS, ModelSettings
 from pipeline.typed_config import build, unknown_key
 
-KEY_VARIABLE = "TIDEMILL_API_KEY"
-"""An environment variable, because others can read command lines."""
 _TAKEN = ("model", "engine", "conf")
 
 
@@ -102,7 +99,9 @@ def run_server(serving: Serving, *, on_ready: Callable[[str], None] | None = Non
     bound_socket(serving.serve.host, serving.serve.port, serving.server).close()
     if serving.serve.batches_path is not None:
         BatchStore(serving.serve.batches_path).close()
-    keys, secret = open_keys(serving)
+    keys, secret = open_keys(
+        serving.serve.keys_path, required=serving.server.require_api_key, command="python -m jobs.serve"
+    )
     loaded = {name: _load(serving, source) for name, source in serving.sources.items()}
     engines = {name: engine for name, (engine, _) in loaded.items()}
     followers = [engine for engine in engines.values() if not engine.leads]
@@ -168,18 +167,6 @@ def _load(serving: Serving, source: str) -> tuple[Any, str]:
     return engine, loaded.fingerprint
 
 
-def open_keys(serving: Serving) -> tuple[Any, str | None]:
-    """The keys, and the one that was made for this run: where there is none that anybody could know."""
-    from engine.server.keys import KeyRing
-
-    given = os.environ.get(KEY_VARIABLE)
-    known = {given: {"label": KEY_VARIABLE, "role": "admin"}} if given else {}
-    keys = KeyRing(serving.serve.keys_path, api_keys=known)
-    if keys.keys() or not serving.server.require_api_key:
-        return keys, None
-    return keys, keys.generate_api_key("python -m jobs.serve", role="admin")
-
-
 def _metrics(engines: Mapping[str, Any]) -> Any:
     from engine.monitoring import Metrics
 
@@ -194,9 +181,7 @@ def _tell(serving: Serving, url: str, secret: str | None) -> None:
     key = secret or (f"${KEY_VARIABLE}" if serving.server.require_api_key else None)
     print(f"Serving {', '.join(serving.sources)} on {url}/v1", flush=True)
     if secret is not None:
-        kept = serving.serve.keys_path
-        where = f"kept in {kept}, by its hash" if kept else "made for this run"
-        print(f"API key ({where}; it is not shown again): {secret}")
+        print(told_once(secret, serving.serve.keys_path))
     print("Try it:", curl_line(url, next(iter(serving.sources)), key), flush=True)
 
 
@@ -225,14 +210,8 @@ def _run(arguments: Sequence[str]) -> ExitCode:
     serving = read_arguments(arguments)
     if serving is None:
         return ExitCode.DONE
-    # uvicorn drains at the first signal and raises it again when it is done.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+    end_by_signals()
     return run_server(serving)
-
-
-def _end(number: int, frame: object) -> NoReturn:
-    raise SystemExit(ExitCode.DRAINED.value)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,9 @@ class KeyRing:
 
     # Looking at keys.
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def keys(self) -> list[ApiKey]:
         with self._lock:
             return [entry.key for entry in self._entries.values()]

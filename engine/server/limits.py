@@ -80,7 +80,10 @@ class LimitsMiddleware:
             if body.refusal is None:  # otherwise it is what comes of a body that was cut off
                 raise
         if body.refusal is not None and not answer.started:
-            await _refuse_and_drain(scope, receive, send, body.refusal)
+            if body.refusal.status == 408:  # the rest of it would be as slow
+                await refuse(scope, send, body.refusal)
+            else:
+                await _refuse_and_drain(scope, receive, send, body.refusal)
 
     def _refused_by_headers(self, scope: Scope, max_bytes: int) -> Refusal | None:
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])

@@ -245,33 +245,59 @@ def test_a_quota_that_is_used_up_is_not_to_be_retried():
     assert "retry-after" not in answer.headers
 
 
-def test_as_many_run_at_once_as_a_key_may_and_the_place_is_given_back():
+class Paused:
+    """An ASGI app whose answers wait until they may go on, and a client of it behind the door."""
+
+    def __init__(self, ring: KeyRing, **settings: Any):
+        self.at_work, self.go_on = asyncio.Event(), asyncio.Event()
+        door = AuthMiddleware(self, keys=ring, settings=small_settings(**settings))
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://server")
+
+    async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
+        self.at_work.set()
+        await self.go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def begin(self, headers: dict[str, str]) -> asyncio.Task[httpx.Response]:
+        """A request that is at work."""
+        self.at_work.clear()
+        task = asyncio.create_task(self.client.get("/v1/models", headers=headers))
+        await asyncio.wait({task, asyncio.create_task(self.at_work.wait())}, return_when="FIRST_COMPLETED")
+        assert not task.done(), task.result()
+        return task
+
+
+@pytest.mark.parametrize(
+    ("of_key", "settings", "headers"),
+    [
+        ({"max_concurrent": 1}, {}, bearer(USER)),
+        ({}, {"max_concurrent_per_key": 1}, bearer(USER)),
+        ({}, {"max_concurrent_per_key": 1, "require_api_key": False}, {}),
+    ],
+    ids=["a key's own limit", "the server's for a key", "the server's for an address"],
+)
+def test_as_many_run_at_once_as_may_and_the_place_is_given_back(
+    of_key: dict[str, int], settings: dict[str, Any], headers: dict[str, str]
+):
     async def run() -> None:
-        at_work, go_on = asyncio.Event(), asyncio.Event()
-
-        async def slow(_scope: Any, _receive: Any, send: Any) -> None:
-            at_work.set()
-            await go_on.wait()
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body"})
-
-        ring = make_ring(max_concurrent=1)
-        transport = httpx.ASGITransport(AuthMiddleware(slow, keys=ring, settings=small_settings()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            first = asyncio.create_task(client.get("/v1/models", headers=bearer(USER)))
-            await at_work.wait()
-            refused = await client.get("/v1/models", headers=bearer(USER))
+        ring = make_ring(**of_key)
+        app = Paused(ring, **settings)
+        async with asyncio.timeout(20), app.client:
+            first = await app.begin(headers)
+            refused = await app.client.get("/v1/models", headers=headers)
+            assert refused.status_code == 429
             assert error_of(refused)["code"] == "concurrency_limit_exceeded"
             assert refused.headers["retry-after"] == "1"
-            go_on.set()
+            app.go_on.set()
             assert (await first).status_code == 200
-            at_work.clear()
-            go_on.clear()
-            cancelled = asyncio.create_task(client.get("/v1/models", headers=bearer(USER)))
-            await at_work.wait()
+            app.go_on.clear()
+            cancelled = await app.begin(headers)
             cancelled.cancel()
             await asyncio.gather(cancelled, return_exceptions=True)
-            assert ring.usage(ring.keys()[0].id)["in_flight"] == 0
+            app.go_on.set()
+            assert (await app.client.get("/v1/models", headers=headers)).status_code == 200
+        assert ring.usage(ring.keys()[0].id)["in_flight"] == 0
 
     asyncio.run(run())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -173,12 +175,21 @@ def test_an_apps_own_timeout_error_is_not_taken_for_ours():
         asyncio.run(middleware(scope, nothing, nothing))
 
 
-def test_a_client_that_still_sends_gets_to_read_that_its_body_is_too_large():
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_client_that_still_sends_gets_to_read_that_its_body_is_too_large(declared: bool):
+    """One that sends everything before it reads: were it cut off, its sending would fail and the answer be
+    lost."""
+    size = 12_000_000
+    how = f"Content-Length: {size}" if declared else "Transfer-Encoding: chunked"
     with (
         serving(limited_app(small_settings(max_body_bytes=1000))) as url,
-        httpx.Client(base_url=url) as client,
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection,
     ):
-        declared = client.post("/read", content=b"x" * 4_000_000)
-        assert (declared.status_code, declared.headers["connection"]) == (413, "close")
-        in_chunks = client.post("/read", content=(b"x" * 50_000 for _ in range(80)))
-        assert in_chunks.status_code == 413
+        connection.sendall(f"POST /read HTTP/1.1\r\nHost: x\r\n{how}\r\n\r\n".encode())
+        connection.sendall(b"" if declared else f"{size:x}\r\n".encode())
+        time.sleep(0.1)
+        for _ in range(size // 100_000):
+            connection.sendall(b"x" * 100_000)
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in answer.lower()

@@ -7,7 +7,6 @@ import asyncio
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,7 +22,7 @@ from engine.server.router.app import create_router_app
 from engine.server.router.settings import RouterSettings, UpstreamSettings
 from tests.server.guarded_app import small_settings
 from tests.server.small_upstream import COMPLETE, SmallUpstream
-from tests.server.uvicorn_thread import serving
+from tests.server.uvicorn_thread import serving, serving_all, until
 
 CHAT = "/v1/chat/completions"
 FAST: dict[str, Any] = {
@@ -44,15 +43,10 @@ def routing(
 ) -> Iterator[httpx.Client]:
     """A client of a router over `upstreams`, each a server of its own, and ports `dead` that nobody listens
     to."""
-    with ExitStack() as stack:
+    with serving_all(*upstreams) as urls, ExitStack() as stack:
         each = [
-            UpstreamSettings(
-                name=upstream.name,
-                url=stack.enter_context(serving(upstream)),
-                api_key=upstream.key,
-                **(of_each or {}),
-            )
-            for upstream in upstreams
+            UpstreamSettings(name=upstream.name, url=url, api_key=upstream.key, **(of_each or {}))
+            for upstream, url in zip(upstreams, urls, strict=True)
         ]
         each += [UpstreamSettings(name=name, url="http://127.0.0.1:9", models=("m",)) for name in dead]
         options = {**FAST, **settings}
@@ -65,13 +59,6 @@ def routing(
 
 def body(text: str = "hello", model: str = "m", **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": text}], **more}
-
-
-def until(holds: Any, seconds: float = 5.0) -> None:
-    ends = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < ends, "it did not come to hold"
-        time.sleep(0.01)
 
 
 def num_seen(*upstreams: SmallUpstream) -> list[int]:
@@ -167,15 +154,16 @@ def test_when_the_client_goes_the_upstream_is_closed(stream: bool):
         until(lambda: client.get("/health").json()["upstreams"][0]["in_flight"] == 0)
 
 
-@pytest.mark.parametrize("fault", [429, 502, 503, 504, "close"])
-def test_another_upstream_is_tried_where_one_fails_before_its_answer(fault: int | str):
-    faults = [fault]  # of whoever is asked first
+def test_another_upstream_is_tried_where_one_fails_before_its_answer():
+    faults: list[int | str] = []
     a, b = SmallUpstream("a", faults=faults), SmallUpstream("b", faults=faults)
-    with routing(a, b) as client:
-        answer = client.post(CHAT, json=body(stream=True))
-        assert answer.status_code == 200
-        assert "[DONE]" in answer.text
-        assert num_seen(a, b) == [1, 1]
+    with routing(a, b, failures_to_open=100) as client:
+        for number, fault in enumerate((429, 502, 503, 504, "close"), start=1):
+            faults[:] = [fault]  # of whoever is asked first
+            answer = client.post(CHAT, json=body(stream=True))
+            assert answer.status_code == 200, fault
+            assert "[DONE]" in answer.text
+            assert num_seen(a, b) == [number, number]
 
 
 def test_who_cannot_be_connected_to_costs_nothing():
@@ -187,27 +175,30 @@ def test_who_cannot_be_connected_to_costs_nothing():
 
 
 def test_a_request_that_may_leave_something_behind_is_not_sent_twice():
-    a, b = SmallUpstream("a", faults=["close"]), SmallUpstream("b", faults=["close"])
-    with routing(a, b) as client:
-        answer = client.post("/v1/responses", json={"model": "m", "input": "x"})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_failed")
-        assert sum(num_seen(a, b)) == 1
-        assert client.post(CHAT, json=body(store=True)).status_code == 502
-        assert sum(num_seen(a, b)) == 2
-    busy, free = SmallUpstream("a", faults=[503]), SmallUpstream("b", faults=[503])
-    with routing(busy, free) as client:  # refused before it ran, so sent again: both refuse once
-        assert client.post("/v1/responses", json={"model": "m", "input": "x"}).status_code == 503
-        assert num_seen(busy, free) == [1, 1]
+    faults: list[int | str] = []
+    a, b = SmallUpstream("a", faults=faults), SmallUpstream("b", faults=faults)
+    stored = [("/v1/responses", {"model": "m", "input": "x"}), (CHAT, body(store=True))]
+    with routing(a, b, failures_to_open=100) as client:
+        for number, (path, sent) in enumerate(stored, start=1):
+            faults[:] = ["close", "close"]
+            answer = client.post(path, json=sent)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_failed")
+            assert sum(num_seen(a, b)) == number
+        faults[:] = [503]  # refused before it ran
+        for path, sent in stored:
+            assert client.post(path, json=sent).status_code == 200
 
 
 def test_an_error_that_is_the_requests_own_is_passed_on_and_tried_once():
-    for status in (400, 404, 422, 500):
-        a, b = SmallUpstream("a", faults=[status]), SmallUpstream("b", faults=[status])
-        with routing(a, b) as client:
+    faults: list[int | str] = []
+    a, b = SmallUpstream("a", faults=faults), SmallUpstream("b", faults=faults)
+    with routing(a, b) as client:
+        for number, status in enumerate((400, 404, 422, 500), start=1):
+            faults[:] = [status, status]
             answer = client.post(CHAT, json=body())
             assert answer.status_code == status
             assert answer.json() == {"error": {"message": "of the upstream"}}
-            assert sum(num_seen(a, b)) == 1
+            assert sum(num_seen(a, b)) == number
 
 
 def test_where_all_are_busy_the_client_is_told_when_to_come_back():
@@ -261,15 +252,15 @@ def test_who_is_not_well_gets_nothing_until_it_is():
 
 
 def test_prompts_that_begin_alike_go_to_one_upstream_and_others_spread():
-    many = [SmallUpstream(name) for name in "abcd"]
+    many = [SmallUpstream(name) for name in "abc"]
     with routing(*many, load_factor=4.0) as client:
         for template in range(12):
             before = num_seen(*many)
             for row in range(3):
                 client.post(CHAT, json=body(f"Template {template}: " + "x" * 600 + f" row {row}"))
             after = num_seen(*many)
-            assert sorted(new - old for new, old in zip(after, before, strict=True)) == [0, 0, 0, 3]
-        assert sum(count > 0 for count in num_seen(*many)) >= 3
+            assert sorted(new - old for new, old in zip(after, before, strict=True)) == [0, 0, 3]
+        assert sum(count > 0 for count in num_seen(*many)) == 3
 
 
 def test_one_template_is_not_sent_to_one_upstream_beyond_its_bound():
@@ -382,11 +373,3 @@ def test_an_upstream_is_a_url_or_an_app():
     ):
         with pytest.raises(ConfigError, match="must have a url or be an app"):
             create_router_app(RouterSettings(upstreams=(upstream,)), server=small_settings(), local=local)
-
-
-def test_where_requests_of_one_model_may_go_is_counted():
-    a, b, c = SmallUpstream("a", ["m"]), SmallUpstream("b", ["m"]), SmallUpstream("c", ["n"])
-    with routing(a, b, c, prefix_chars=0) as client:
-        models = Counter(client.post(CHAT, json=body(model="n")).status_code for _ in range(3))
-        assert models == {200: 3}
-        assert num_seen(a, b, c) == [0, 0, 3]

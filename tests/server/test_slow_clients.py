@@ -35,6 +35,13 @@ def limited(settings: ServerSettings, app: FastAPI | None = None) -> Iterator[st
         yield url
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """With all limits of half a second."""
+    with limited(small_settings()) as url:
+        yield url
+
+
 def connect(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=10)
@@ -80,8 +87,8 @@ def seconds_until_closed(connection: socket.socket, drip: bytes = b"") -> float:
     ],
     ids=["nothing", "half a line", "half the headers", "no body", "half a body", "refused, no body"],
 )
-def test_who_stops_sending_is_cut_off(begun: bytes, says: bytes):
-    with limited(small_settings()) as url, connect(url) as connection:
+def test_who_stops_sending_is_cut_off(server: str, begun: bytes, says: bytes):
+    with connect(server) as connection:
         connection.sendall(begun)
         began = time.monotonic()
         assert says in answer_of(connection).partition(b"\r\n")[0]
@@ -93,15 +100,15 @@ def test_who_stops_sending_is_cut_off(begun: bytes, says: bytes):
     [(HEAD, b"X-A: b\r\n"), (b"GET /", b"a"), (LEFT_OUT_KEY, b"x"), (WITH_KEY, b"x")],
     ids=["headers", "a path", "a body that was refused", "a body"],
 )
-def test_sending_a_little_now_and_then_wins_no_time(begun: bytes, drip: bytes):
-    with limited(small_settings()) as url, connect(url) as connection:
+def test_sending_a_little_now_and_then_wins_no_time(server: str, begun: bytes, drip: bytes):
+    with connect(server) as connection:
         connection.sendall(begun)
         assert 0.3 < seconds_until_closed(connection, drip) < 3.0
 
 
-def test_the_next_request_of_a_connection_is_timed_too():
+def test_the_next_request_of_a_connection_is_timed_too(server: str):
     request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    with limited(small_settings()) as url, connect(url) as connection:
+    with connect(server) as connection:
         for _ in range(3):
             connection.sendall(request)
             assert b"200 OK" in connection.recv(65536)
@@ -194,11 +201,10 @@ def test_where_all_connections_are_at_work_one_more_is_refused():
         assert all(b'"done"' in answer_of(connection) for connection in busy)
 
 
-def test_headers_that_are_too_large_or_none_are_refused_in_the_same_format():
-    with limited(small_settings()) as url:
-        for sent, says in ((HEAD + b"X-A: " + b"a" * 9000, b" 431 "), (b"nonsense\r\n\r\n", b" 400 ")):
-            with connect(url) as connection:
-                connection.sendall(sent)
-                head, _, body = answer_of(connection).partition(b"\r\n\r\n")
-                assert says in head
-                assert b'{"error":' in body
+def test_headers_that_are_too_large_or_none_are_refused_in_the_same_format(server: str):
+    for sent, says in ((HEAD + b"X-A: " + b"a" * 9000, b" 431 "), (b"nonsense\r\n\r\n", b" 400 ")):
+        with connect(server) as connection:
+            connection.sendall(sent)
+            head, _, body = answer_of(connection).partition(b"\r\n\r\n")
+            assert says in head
+            assert b'{"error":' in body

@@ -203,10 +203,8 @@ class Forwarder:
         except httpx.HTTPError as error:
             upstream.breaker.failed()
             _log.warning("router upstream %s failed in its answer: %s", upstream.name, type(error).__name__)
-            if (
-                started
-            ):  # the server closes the connection of an answer that has no end, which tells the client
-                return None
+            if started:
+                return None  # the server closes the connection of an answer without end: its client can tell
             return _bad_gateway(upstream, error), routed.may_be_repeated
         finally:
             self._count(routed, usage)
