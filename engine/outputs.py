@@ -219,7 +219,7 @@ class EngineStats:
     def of(
         cls,
         scheduler: SchedulerStats,
-        runner: StepRunner,
+        runner: Any,
         *,
         num_steps: int,
         step_seconds: tuple[float, ...],
@@ -228,7 +228,7 @@ class EngineStats:
         num_duplicates: int,
         num_replicas: int,
     ) -> EngineStats:
-        """Those of an engine, from its parts."""
+        """Those of an engine, from its parts; `runner` is its `StepRunner`."""
         return cls(
             num_steps=num_steps,
             step_seconds=step_seconds,
