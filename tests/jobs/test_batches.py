@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
+from openai.types.chat import ChatCompletion
 
-from engine.async_engine import AsyncEngine
-from engine.errors import ConfigError
-from engine.server.batches.backend import Batch, NotFound, Refused
+from engine.server.auth import install_auth
+from engine.server.batches.routes import batch_routes
+from engine.server.errors import install_errors
+from engine.server.keys import KeyRing
 from engine.server.serving import BackgroundServer
+from engine.server.settings import ServerSettings
 from jobs.batches.pipeline_batches import PipelineBatches
 from jobs.batches.running import BatchModel
 from pipeline.spool import open_spool
 from pipeline.storage import open_storage
 from pipeline.verify import Verifier
-from tests.jobs.batch_server import MODEL, NOW, load_engine, server_of
+from tests.jobs.batch_server import CHAT, MODEL, create, ended, lines_of, server_of
 from tests.pipeline.batch_lines import chat_line, completion_line
 
-CHAT = "/v1/chat/completions"
 MAX_FILE_BYTES = 100_000
 NUM_KILLS = 3 if os.environ.get("TIDEMILL_CHAOS") else 1
 
@@ -37,12 +36,6 @@ NUM_KILLS = 3 if os.environ.get("TIDEMILL_CHAOS") else 1
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("batches")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: str) -> BatchModel:
-    engine, fingerprint = load_engine(tiny_checkpoint)
-    return BatchModel(engine=AsyncEngine(engine), fingerprint=fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -55,28 +48,6 @@ def server(model: BatchModel, root: Path) -> Iterator[BackgroundServer]:
 def client(server: BackgroundServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def lines_of(*lines: Any) -> bytes:
-    return b"".join((line if isinstance(line, str) else json.dumps(line)).encode() + b"\n" for line in lines)
-
-
-def create(client: openai.OpenAI, content: bytes, endpoint: Any = CHAT, **options: Any) -> Any:
-    file = client.files.create(file=("in.jsonl", content), purpose="batch")
-    window: Any = options.pop("completion_window", "24h")
-    return client.batches.create(
-        input_file_id=file.id, endpoint=endpoint, completion_window=window, **options
-    )
-
-
-def ended(client: openai.OpenAI, batch_id: str, seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        batch = client.batches.retrieve(batch_id)
-        if batch.status in ("completed", "failed", "cancelled", "expired"):
-            return batch
-        time.sleep(0.05)
-    raise AssertionError(f"the batch is still {batch.status}")
 
 
 def content_of(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
@@ -99,7 +70,7 @@ def test_a_batch_is_run_to_its_files(client: openai.OpenAI, root: Path) -> None:
     answers = content_of(client, batch.output_file_id)
     assert [answer["custom_id"] for answer in answers] == [f"r{i}" for i in range(9) if i != 4]
     for answer in answers:
-        body = openai.types.chat.ChatCompletion.model_validate(answer["response"]["body"])
+        body = ChatCompletion.model_validate(answer["response"]["body"])
         assert body.created == batch.created_at
         assert body.usage is not None
         assert body.usage.completion_tokens >= 1
@@ -126,9 +97,7 @@ def test_a_chat_in_a_batch_is_the_chat_of_the_endpoint(client: openai.OpenAI) ->
     [answer] = content_of(client, batch.output_file_id)
     direct = client.chat.completions.create(model=MODEL, logprobs=True, top_logprobs=2, **asked)  # type: ignore[call-overload]
     wanted = direct.choices[0].model_dump()
-    found = (
-        openai.types.chat.ChatCompletion.model_validate(answer["response"]["body"]).choices[0].model_dump()
-    )
+    found = ChatCompletion.model_validate(answer["response"]["body"]).choices[0].model_dump()
     assert found["message"]["content"] == wanted["message"]["content"]
     assert found["logprobs"]["content"] == wanted["logprobs"]["content"]
 
@@ -164,7 +133,7 @@ def test_what_is_wrong_with_a_body_is_its_lines_error(client: openai.OpenAI) -> 
     tool = {"type": "function", "function": {"name": "f"}}
     lines = [
         chat_line("stream", stream=True),
-        chat_line("too long", "word " * 400),
+        chat_line("too long", "word " * 600),
         chat_line("tool", tools=[tool], tool_choice={"type": "function", "function": {"name": "g"}}),
         chat_line("unknown", temprature=1),
     ]
@@ -312,151 +281,56 @@ def test_what_is_not_there_is_not_found(server: BackgroundServer, path: str) -> 
     assert answer.json()["error"]["message"]
 
 
-# -- the backend by itself: restarts, tenants ----------------------------------------------------------
+def test_texts_in_a_batch_are_held_to_their_form(client: openai.OpenAI, model: BatchModel) -> None:
+    tokenizer = model.engine.engine.tokenizer
+    blank = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).isspace()]
+    tight = {
+        "max_tokens": 100,
+        "logit_bias": dict.fromkeys(map(str, blank), -100),
+    }  # JSON may be full of spaces
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    response_format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    lines = [
+        chat_line("schema", response_format=response_format, **tight),
+        chat_line("tool", tools=[tool], tool_choice="required", parallel_tool_calls=False, **tight),
+        chat_line("impossible", response_format={"type": "json_object", "json_schema": {}}),
+    ]
+    batch = ended(client, create(client, lines_of(*lines)).id)
+    answers = {
+        line["custom_id"]: line["response"]["body"] for line in content_of(client, batch.output_file_id)
+    }
+    said = answers["schema"]["choices"][0]["message"]["content"]
+    assert isinstance(json.loads(said)["ok"], bool)
+    [call] = answers["tool"]["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert isinstance(json.loads(call["function"]["arguments"])["ok"], bool)
+    assert [line["custom_id"] for line in content_of(client, batch.error_file_id)] == ["impossible"]
 
 
-def queue_batch(
-    backend: PipelineBatches, lines: list[Any], tenant: str | None = None, **options: Any
-) -> Batch:
-    file = backend.create_file(tenant, "in.jsonl", io.BytesIO(lines_of(*lines)))
-    wanted: dict[str, Any] = {"endpoint": CHAT, "completion_window": "24h", "metadata": None} | options
-    return backend.create_batch(tenant, input_file_id=file.id, **wanted)
-
-
-def wait_for(has_come: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not has_come():
-        assert time.monotonic() < deadline, "it has not come"
-        time.sleep(0.01)
-
-
-def files_of(backend: PipelineBatches, batch: Batch) -> list[bytes]:
-    batch = backend.batch(batch.tenant, batch.id)
-    assert batch.status == "completed", batch.errors
-    ids = [file_id for file_id in (batch.output_file_id, batch.error_file_id) if file_id is not None]
-    return [b"".join(backend.content(batch.tenant, file_id)) for file_id in ids]
-
-
-LONG = [chat_line(f"r{i}", f"say {i % 7}", max_tokens=40, ignore_eos=True, temperature=1) for i in range(40)]
-LONG[5] = chat_line("r5", stream=True)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    server: BackgroundServer, model: BatchModel, tmp_path_factory: pytest.TempPathFactory
-) -> list[bytes]:
-    """What a server makes of LONG that nothing befalls, at the time NOW."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    with closing(PipelineBatches(root, {MODEL: model}, clock=lambda: NOW)) as backend:
-        backend.start()
-        batch = queue_batch(backend, LONG)
-        wait_for(lambda: backend.batch(None, batch.id).is_finished)
-        return files_of(backend, batch)
-
-
-def test_a_server_that_is_closed_goes_on_when_it_is_started_again(
-    model: BatchModel, undisturbed: list[bytes], tmp_path: Path
-) -> None:
-    with closing(PipelineBatches(tmp_path, {MODEL: model}, clock=lambda: NOW)) as backend:
-        backend.start()
-        batch = queue_batch(backend, LONG)
-        wait_for(lambda: backend.batch(None, batch.id).counts.completed > 0)
-    with closing(PipelineBatches(tmp_path, {MODEL: model}, clock=lambda: NOW)) as backend:
-        begun = backend.batch(None, batch.id)
-        assert begun.status == "in_progress"
-        assert begun.counts.completed > 0
-        backend.start()
-        wait_for(lambda: backend.batch(None, batch.id).is_finished)
-        assert files_of(backend, batch) == undisturbed
-
-
-def test_a_server_that_is_killed_goes_on_when_it_is_started_again(
-    tiny_checkpoint: str, repository: Path, model: BatchModel, undisturbed: list[bytes], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "tests.jobs.batch_server", tiny_checkpoint, str(tmp_path)]
-    command.append(str(repository / ".cache" / "jax"))
-    batch_id, done = "", 0
-    for _ in range(NUM_KILLS):
-        with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                assert process.stdout is not None
-                url = process.stdout.readline().strip()
-                assert url, "the server did not start"
-                with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-                    batch_id = batch_id or create(client, lines_of(*LONG)).id
-                    wait_for(lambda before=done: num_completed(client, batch_id) > before)  # noqa: B023
-                    done = num_completed(client, batch_id)
-            finally:
-                process.kill()
-    with closing(PipelineBatches(tmp_path, {MODEL: model}, clock=lambda: NOW)) as backend:
-        begun = backend.batch(None, batch_id)
-        assert begun.status == "in_progress"
-        assert begun.counts.completed >= done
-        backend.start()
-        wait_for(lambda: backend.batch(None, batch_id).is_finished)
-        assert files_of(backend, begun) == undisturbed
-
-
-def num_completed(client: openai.OpenAI, batch_id: str) -> int:
-    counts = client.batches.retrieve(batch_id).request_counts
-    assert counts is not None
-    return counts.completed
-
-
-def test_files_and_batches_are_their_tenants(model: BatchModel, tmp_path: Path) -> None:
-    used: list[tuple[str, int, int]] = []
-    record: Any = lambda *each: used.append(each)  # noqa: E731
-    with closing(PipelineBatches(tmp_path, {MODEL: model}, record_usage=record)) as backend:
-        backend.start()
-        batch = queue_batch(backend, [chat_line("a", temperature=0)], tenant="mine")
-        for tenant in ("other", None):
-            assert backend.files(tenant) == []
-            assert backend.batches(tenant) == []
-            with pytest.raises(NotFound):
-                backend.batch(tenant, batch.id)
-            with pytest.raises(NotFound):
-                backend.cancel(tenant, batch.id)
-            with pytest.raises(NotFound):
-                backend.content(tenant, batch.input_file_id)
-            with pytest.raises(NotFound):
-                backend.create_batch(
-                    tenant,
-                    input_file_id=batch.input_file_id,
-                    endpoint=CHAT,
-                    completion_window="24h",
-                    metadata=None,
-                )
-        wait_for(lambda: backend.batch("mine", batch.id).is_finished)
-        output = backend.batch("mine", batch.id).output_file_id
-        assert output is not None
-        with pytest.raises(NotFound):
-            backend.content("other", output)
-        [line] = files_of(backend, batch)
-    usage = json.loads(line)["response"]["body"]["usage"]
-    assert used == [("mine", usage["prompt_tokens"], usage["completion_tokens"])]
-
-
-def test_a_tenant_has_so_many_bytes_and_batches(model: BatchModel, tmp_path: Path) -> None:
-    content = lines_of(chat_line("a"))
-    limits = {"max_stored_bytes": len(content) + 10, "max_unfinished": 1}
-    with closing(PipelineBatches(tmp_path, {MODEL: model}, **limits)) as backend:  # not started: nothing ends
-        first = queue_batch(backend, [chat_line("a")], tenant="mine")
-        with pytest.raises(Refused, match="over 10 bytes"):
-            backend.create_file("mine", "in.jsonl", io.BytesIO(content))
-        with pytest.raises(Refused, match="unfinished"):
-            backend.create_batch(
-                "mine",
-                input_file_id=first.input_file_id,
-                endpoint=CHAT,
-                completion_window="24h",
-                metadata=None,
-            )
-        assert queue_batch(backend, [chat_line("a")], tenant="other").status == "validating"
-
-
-def test_a_folder_has_one_server(model: BatchModel, tmp_path: Path) -> None:
-    first = PipelineBatches(tmp_path, {MODEL: model})
-    with closing(first), pytest.raises(ConfigError, match="another server"):
-        PipelineBatches(tmp_path, {MODEL: model})
-    with pytest.raises(ConfigError, match="local folder"):
-        PipelineBatches("s3://bucket/folder", {MODEL: model})
+def test_a_key_sees_its_own_alone(model: BatchModel, server: BackgroundServer, tmp_path: Path) -> None:
+    keys = KeyRing()
+    mine, others = (keys.generate_api_key(label) for label in ("mine", "others"))
+    backend = PipelineBatches(tmp_path, {MODEL: model})
+    app = FastAPI()
+    install_errors(app)
+    app.include_router(batch_routes(backend))
+    install_auth(app, keys, ServerSettings())
+    with BackgroundServer(app, ServerSettings(drain_seconds=1)) as closed:
+        url = f"{closed.url}/v1"
+        assert httpx.get(f"{url}/files").status_code == 401
+        with openai.OpenAI(base_url=url, api_key=mine, max_retries=0) as client:
+            batch = ended(client, create(client, lines_of(chat_line("a"))).id)
+            assert batch.status == "completed"
+        with openai.OpenAI(base_url=url, api_key=others, max_retries=0) as client:
+            assert client.files.list().data == []
+            assert client.batches.list().data == []
+            for call in (
+                lambda: client.batches.retrieve(batch.id),
+                lambda: client.batches.cancel(batch.id),
+                lambda: client.files.content(batch.output_file_id),
+                lambda: client.files.delete(batch.input_file_id),
+            ):
+                with pytest.raises(openai.NotFoundError):
+                    call()
