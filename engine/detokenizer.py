@@ -58,11 +58,18 @@ class IncrementalDetokenizer:
         stop_pattern: StopPattern | None = None,
         spaces_between_special_tokens: bool = False,
         may_stop_after: Callable[[str], bool] | None = None,
+        detokenize: bool = True,
     ):
-        """may_stop_after: told each piece of text in turn; says whether stop strings count from this one on."""
+        """may_stop_after: told each piece of text in turn; whether stop strings count from this one on.
+        detokenize: False for a request whose text nobody wants: it stays empty.
+        """
         if "" in stop:
             raise ValueError("a stop string is empty")
-        self._decoder = text_decoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+        self._decoder: TextDecoder = (
+            text_decoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+            if detokenize
+            else _NoText()
+        )
         self._stop = tuple(stop)
         self._pattern = stop_pattern
         self._may_stop_after = may_stop_after
@@ -196,6 +203,14 @@ def text_decoder(
     if token_bytes is not None:
         return _ByteDecoder(token_bytes)
     return _WindowDecoder(tokenizer, skip_special_tokens)
+
+
+class _NoText:
+    def push(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 class _ByteDecoder:

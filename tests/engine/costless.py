@@ -52,8 +52,16 @@ class CostlessRunner:
         self.num_computed_tokens = self.num_padded_tokens = 0
         self.before_results = before_results
         self.plans: list[StepPlan] = []
+        self.has_pages = True
+
+    def make_pages(self) -> None:
+        self.has_pages = True
+
+    def drop_pages(self) -> None:
+        self.has_pages = False
 
     def dispatch(self, plan: StepPlan, before: CostlessStep | None) -> CostlessStep:
+        assert self.has_pages, "a step runs while the pages' memory is given back"
         self.num_computed_tokens += plan.num_tokens
         self.plans.append(plan)
         draws = Draws(np.zeros(0, np.int32), any_logprobs=False, any_history=False)
