@@ -96,9 +96,12 @@ def test_log_probabilities_come_with_the_tokens_that_are_shown():
 
 def test_a_slow_reader_misses_nothing(gate: Gate, gated: AsyncEngine):
     async def read() -> list[RequestOutput]:
-        stream = gated.stream([5, 6], LONG.replace(max_tokens=30))
-        gate.let(3)
-        outputs = [await anext(stream)]
+        stream = gated.stream([5, 6], LONG)
+        first = asyncio.ensure_future(anext(stream))
+        while not first.done():
+            gate.let(1)
+            await asyncio.sleep(0.01)
+        outputs = [await first]
         gate.open()
         while gated.num_unfinished:
             await asyncio.sleep(0.01)

@@ -216,6 +216,8 @@ def test_an_urgent_request_starts_at_once_where_seats_are_full():
     plan, _ = step(scheduler)
     assert urgent.status is RequestStatus.RUNNING
     assert [request.request_id for request in plan.preempted] == ["meek3"]
+    # The seat that changed hands has one row, its new owner's.
+    assert sorted(row.request.request_id for row in plan.rows) == ["meek0", "meek1", "meek2", "urgent0"]
 
 
 def test_pages_are_taken_from_no_more_than_is_needed_and_only_where_they_are_enough():
