@@ -193,7 +193,7 @@ class Settings:
             changed = [f.name for f in dataclasses.fields(usual)]
             changed = [name for name in changed if getattr(self.prompt, name) != getattr(usual, name)]
             raise ConfigError(
-                f"prompt.{changed[0]} has no meaning for batch files: a body says what its prompt is; remove it"
+                f"prompt.{changed[0]} has no meaning for batch files, which say it themselves; remove it"
             )
 
 

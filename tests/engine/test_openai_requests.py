@@ -57,7 +57,7 @@ SAMPLED = {
 @pytest.mark.parametrize("endpoint", [chat, completion])
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_field_of_sampling_is_honoured(endpoint: Any, name: str) -> None:
-    given = {"max_tokens": 9} | {name: SAMPLED[name]}
+    given: dict[str, Any] = {"max_tokens": 9} | {name: SAMPLED[name]}
     sent = json.loads(json.dumps(given))
     assert endpoint(**sent).sampling == SamplingParams(**given)
 

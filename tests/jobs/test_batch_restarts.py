@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import openai
 import pytest
 
+from engine.async_engine import AsyncEngine
+from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.server.batches.backend import Batch, NotFound, Refused
 from jobs.batches.pipeline_batches import PipelineBatches
@@ -160,3 +163,40 @@ def test_a_folder_has_one_server(model: BatchModel, tmp_path: Path) -> None:
         PipelineBatches(tmp_path, {MODEL: model})
     with pytest.raises(ConfigError, match="local folder"):
         PipelineBatches("s3://bucket/folder", {MODEL: model})
+
+
+def test_an_engine_that_is_closed_leaves_its_batch_to_the_next(
+    batch_engine: tuple[Engine, str], undisturbed: list[bytes], tmp_path: Path
+) -> None:
+    """Rows that a closing engine ends as they stand are not taken for finished."""
+    engine, fingerprint = batch_engine
+    first = AsyncEngine(engine)
+    models = {MODEL: BatchModel(engine=first, fingerprint=fingerprint)}
+    with closing(PipelineBatches(tmp_path, models, clock=lambda: NOW)) as backend:
+        backend.start()
+        batch = queue_batch(backend, LONG)
+        wait_for(lambda: backend.batch(None, batch.id).counts.completed > 0)
+        first.close()
+        time.sleep(0.5)
+        assert backend.batch(None, batch.id).status == "in_progress"
+    with AsyncEngine(engine) as second:
+        models = {MODEL: BatchModel(engine=second, fingerprint=fingerprint)}
+        with closing(PipelineBatches(tmp_path, models, clock=lambda: NOW)) as backend:
+            backend.start()
+            wait_for(lambda: backend.batch(None, batch.id).is_finished)
+            assert files_of(backend, batch) == undisturbed
+
+
+def test_another_model_under_the_same_name_is_told_apart(model: BatchModel, tmp_path: Path) -> None:
+    """Half of a batch from one model and half from another is worse than none."""
+    with closing(PipelineBatches(tmp_path, {MODEL: model}, clock=lambda: NOW)) as backend:
+        backend.start()
+        batch = queue_batch(backend, LONG)
+        wait_for(lambda: backend.batch(None, batch.id).counts.completed > 0)
+    other = BatchModel(engine=model.engine, fingerprint="another")
+    with closing(PipelineBatches(tmp_path, {MODEL: other}, clock=lambda: NOW)) as backend:
+        backend.start()
+        wait_for(lambda: backend.batch(None, batch.id).is_finished)
+        ended = backend.batch(None, batch.id)
+        assert ended.status == "failed"
+        assert "model" in ended.errors[0].message
