@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from engine.builder import EngineBuilder
     from engine.config import EngineConfig
     from engine.engine import Engine
-    from engine.engine import Engine as eSurge  # noqa: N813 - the name its users know
+    from engine.engine import Engine as eSurge
     from engine.options import CacheConfig, Config, RequestOptions, SchedulerConfig
     from engine.outputs import CompletionOutput, RequestOutput
     from engine.sampling_params import SamplingParams
     from engine.server import eSurgeApiServer
+    from engine.waiting_queue import WaitingQueue as PriorityRequestQueue
 
 _HOMES = {
     "AsyncEngine": "engine.async_engine",
@@ -24,6 +25,7 @@ _HOMES = {
     "Engine": "engine.engine",
     "EngineBuilder": "engine.builder",
     "EngineConfig": "engine.config",
+    "PriorityRequestQueue": "engine.waiting_queue",
     "RequestOptions": "engine.options",
     "RequestOutput": "engine.outputs",
     "SamplingParams": "engine.sampling_params",
@@ -39,6 +41,7 @@ __all__ = [
     "Engine",
     "EngineBuilder",
     "EngineConfig",
+    "PriorityRequestQueue",
     "RequestOptions",
     "RequestOutput",
     "SamplingParams",
@@ -46,7 +49,7 @@ __all__ = [
     "eSurge",
     "eSurgeApiServer",
 ]
-_NAMED_OTHERWISE = {"eSurge": "Engine"}
+_NAMED_OTHERWISE = {"PriorityRequestQueue": "WaitingQueue", "eSurge": "Engine"}
 """What eSurge's users know by another name than it has in its module."""
 
 

@@ -190,7 +190,8 @@ def _texts(value: Any) -> list[str]:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: list(value) if isinstance(value, tuple) else _dtype_name(value) for name, value in values.items()
+        name: list(value) if isinstance(value, tuple) else _dtype_name(value)
+        for name, value in values.items()
     }
 
 

@@ -41,8 +41,8 @@ class EngineConfig:
     """Bytes for KV pages instead of a share; None on a CPU: 2 GiB."""
     enable_prefix_caching: bool = True
     prefix_cache_capacity: int | float | None = None
-    """What cached prefixes may hold of the pages that no request holds: a number of pages (a whole number), or
-    a share of all pages (0.3); None: all that are left."""
+    """What cached prefixes may hold of the pages that no request holds: a number of pages (a whole number),
+    or a share of all pages (0.3); None: all that are left."""
     scheduling_policy: str = "fcfs"
     """"fcfs", or "priority": lower `priority` first, then age; such a request also takes the place of a
     running one of higher `priority` when seats or pages run out."""
@@ -85,7 +85,7 @@ class EngineConfig:
     min_token_pad: int = 16
     """The smallest step that is compiled, a power of two from 8: fewer tokens are padded up to it."""
     min_input_pad: int | None = None
-    """The same for the sequences of a step that draw a token, the rows of its logits; None: `min_token_pad`."""
+    """The same for the rows of a step's logits, the sequences that draw a token; None: `min_token_pad`."""
     use_aot_forward: bool = True
     """Steps are compiled ahead of time, and one of a shape that was not declared is an error; False: they go
     through `jax.jit`, which traces and compiles whatever shape comes."""

@@ -1,4 +1,4 @@
-"""How a request is fitted into the model's context: its new tokens capped, its prompt cut, or it is refused."""
+"""How a request is fitted into the model's context: tokens capped, the prompt cut, or refused."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def fit_context(
     """Fit a prompt and the new tokens that it asks for, as `RequestOptions` says.
 
     A prompt that has to be cut leaves room for the new tokens, of which it grants at most half the context.
-    Raises RequestError, with the numbers, where the options leave no way; a prompt too long for any request is
-    left to the scheduler, which refuses it.
+    Raises RequestError, with the numbers, where the options leave no way; a prompt too long for any request
+    is left to the scheduler, which refuses it.
     """
     room = max_model_len - options.reserve_tokens
     prompt_len = len(token_ids)
@@ -45,8 +45,8 @@ def fit_context(
         return Fitted(token_ids, prompt_len + 1)
     raise RequestError(
         "prompt_too_long" if prompt_len >= room else "request_too_long",
-        f"{told}, and there is room for {limit}: shorten the prompt, ask for fewer tokens, or let the engine do "
-        "so (auto_truncate_prompt, auto_cap_new_tokens)",
+        f"{told}, and there is room for {limit}: shorten the prompt, ask for fewer tokens, or let the engine "
+        "do so (auto_truncate_prompt, auto_cap_new_tokens)",
     )
 
 

@@ -58,11 +58,18 @@ class IncrementalDetokenizer:
         stop_pattern: StopPattern | None = None,
         spaces_between_special_tokens: bool = False,
         may_stop_after: Callable[[str], bool] | None = None,
+        detokenize: bool = True,
     ):
-        """may_stop_after: told each piece of text in turn; says whether stop strings count from this one on."""
+        """may_stop_after: told each piece of text in turn; whether stop strings count from this one on.
+        detokenize: False for a request whose text nobody wants: it stays empty.
+        """
         if "" in stop:
             raise ValueError("a stop string is empty")
-        self._decoder = text_decoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+        self._decoder: TextDecoder = (
+            text_decoder(tokenizer, skip_special_tokens, spaces_between_special_tokens)
+            if detokenize
+            else _NoText()
+        )
         self._stop = tuple(stop)
         self._pattern = stop_pattern
         self._may_stop_after = may_stop_after
@@ -198,6 +205,14 @@ def text_decoder(
     return _WindowDecoder(tokenizer, skip_special_tokens)
 
 
+class _NoText:
+    def push(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
 class _ByteDecoder:
     """Byte-level BPE: the text is the tokens' bytes, one after the other, as UTF-8.
 
@@ -320,3 +335,11 @@ def _bytes_of_token(token: str) -> bytes:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:  # an added token, spelled in plain text
         return token.encode("utf-8")
+
+
+def bytes_of_token_id(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes that a token adds to a text, which need not be whole characters; of a special token its name."""
+    table = _token_bytes(tokenizer, skip_special_tokens=False)
+    if table is None:
+        return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8", "replace")
+    return table[token_id] if token_id < len(table) else b""

@@ -64,13 +64,15 @@ class Engine(WholeCalls, Upkeep):
         `RequestOptions`, and what eSurge calls them); configuration objects give several together.
 
         Args:
-            model: loaded, or what `engine.checkpoints.load` finds: a name, path, URL, or a hub id of `revision`.
-            tokenizer: in the place of the model's own: a fast tokenizer of transformers, or where to find one.
-            takes_weights: nobody else needs the loaded model, whose arrays are then deleted as the engine packs
-                them, so that no two copies of the weights are held.
+            model: loaded, or what `engine.checkpoints.load` finds: a name, path, URL, or a hub id of
+                `revision`.
+            tokenizer: in the place of the model's own: a fast tokenizer of transformers, or where to find
+                one.
+            takes_weights: nobody else needs the loaded model, whose arrays are then deleted as the engine
+                packs them, so that no two copies of the weights are held.
             runner: what runs the steps (default: a `StepRunner` of the model, on the platform of the config).
-            lockstep: this process's connections to those that run this engine too; made where the config has a
-                coordinator's address and none are given.
+            lockstep: this process's connections to those that run this engine too; made where the config has
+                a coordinator's address and none are given.
         """
         told = read_options(config, cache_config, scheduler_config, options)
         self.options = told.requests

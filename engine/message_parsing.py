@@ -1,4 +1,4 @@
-"""How a completion's text is read as a message: its tool calls, its reasoning, and what is left for the reader."""
+"""How a completion's text is read as a message: its tool calls, its reasoning, and the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parsing:
-    """The parsers of `engine.parsers` that read a request's completions, by name, and the tools it was given."""
+    """The parsers of `engine.parsers` that read a request's completions, by name, and its tools."""
 
     tool_parser: str | None
     reasoning_parser: str | None
@@ -48,7 +48,9 @@ class Parsing:
             ("reasoning_parser", reasoning_parser, REASONING_PARSERS),
         ):
             if name is not None and name not in known:
-                raise ConfigError(f"engine.{option}={name!r}: choose auto or one of {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"engine.{option}={name!r}: choose auto or one of {', '.join(sorted(known))}"
+                )
         if tool_parser is None and reasoning_parser is None:
             return None
         return cls(tool_parser, reasoning_parser, None, stops_in_reasoning)

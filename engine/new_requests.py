@@ -50,7 +50,9 @@ class Asked:
 class NewRequests:
     """Reads requests for one model, as `EngineConfig` and `RequestOptions` say."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, options: RequestOptions, max_model_len: int):
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, options: RequestOptions, max_model_len: int
+    ):
         """Raises ConfigError for options that do not go with the model."""
         self._tokenizer = loaded.tokenizer
         self._vocab_size = loaded.config.vocab_size
@@ -94,9 +96,7 @@ class NewRequests:
         kept = ids
         if sampling.truncate_prompt_tokens is not None:
             kept = cut(ids, sampling.truncate_prompt_tokens, self._options.truncate_mode or "left")
-        fitted = fit_context(
-            request_id, kept, sampling.max_tokens, self._max_model_len, self._options
-        )
+        fitted = fit_context(request_id, kept, sampling.max_tokens, self._max_model_len, self._options)
         num_cut = len(ids) - len(fitted.token_ids)
         if num_cut:
             self._note_cut(request_id, len(ids), num_cut)
@@ -122,7 +122,7 @@ class NewRequests:
         grammar: CompiledGrammar | None,
         **same: Any,
     ) -> list[Request]:
-        """The samples of a request, as the scheduler takes them; `same`: fields of `Request` that all share."""
+        """The samples of a request, as the scheduler takes them; `same`: fields that all of them share."""
         if expected_output_len is not None and expected_output_len < 1:
             raise ValueError(f"expected_output_len is {expected_output_len}: give at least 1, or None")
         first = asked.sampling
@@ -161,8 +161,8 @@ class NewRequests:
             if not isinstance(changed, (SamplingParams, type(None))):
                 raise RequestError(
                     "bad_sampling",
-                    f"request {request_id!r}: sampling_params_callback gave a {type(changed).__name__}: it must "
-                    "give SamplingParams, or None to change nothing",
+                    f"request {request_id!r}: sampling_params_callback gave a {type(changed).__name__}: it "
+                    "must give SamplingParams, or None to change nothing",
                 )
             sampling = (changed or sampling).replace(extra_args=())
         elif sampling.extra_args:

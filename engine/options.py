@@ -1,6 +1,6 @@
 """What `Engine(...)` takes, by the names that eSurge gave them, read once into two frozen values.
 
-    EngineConfig     what runs the model: sizes, memory, kernels, scheduling. The batch job has the same, in `conf/engine`
+    EngineConfig     what runs the model: sizes, memory, kernels, scheduling; the batch job has the same
     RequestOptions   what is done to each request before it is queued, and kept of it afterwards
 
 Where eSurge's default would change a prompt or an answer without a word, ours leaves it alone: prompts are
@@ -23,13 +23,13 @@ from engine.sampling_params import SamplingParams
 
 TruncateMode = Literal["left", "right", "middle"]
 SamplingCallback = Callable[[SamplingParams, Mapping[str, Any]], SamplingParams | None]
-"""(a request's sampling, its `request_id`, `prompt` and `prompt_token_ids`) -> what it runs with, None: the same."""
+"""(a request's sampling; its `request_id`, `prompt`, `prompt_token_ids`) -> what it runs with; None: that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Options of scheduling; None leaves an option as it is elsewhere. As in `EngineConfig`, but for `policy`,
-    which is `scheduling_policy` there."""
+    """Options of scheduling; None leaves an option as it is elsewhere. As in `EngineConfig`, but for
+    `policy`, which is `scheduling_policy` there."""
 
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -66,8 +66,8 @@ class RequestOptions:
 
     A prompt, its new tokens and `reserve_tokens` together are at most `max_model_len`. Where they are more:
     with `strict_context` the request is refused; else its new tokens are capped (`auto_cap_new_tokens`), then
-    its prompt is cut (`auto_truncate_prompt`), the first of these first where `prefer_preserve_prompt` is set;
-    what fits neither way is refused.
+    its prompt is cut (`auto_truncate_prompt`), the first of these first where `prefer_preserve_prompt` is
+    set; what fits neither way is refused.
     """
 
     reserve_tokens: int = 0
@@ -185,9 +185,7 @@ def read_options(
     for where, values in sources:
         for name, value in values.items():
             if name in given and given[name] != value:
-                raise ConfigError(
-                    f"engine.{name} is {given[name]!r}, and {value!r} by {where}: give it once"
-                )
+                raise ConfigError(f"engine.{name} is {given[name]!r}, and {value!r} by {where}: give it once")
             given[name] = value
     given = {name: value for name, value in given.items() if value is not None}
     overlaps = given.pop("overlap_execution", True)
@@ -203,7 +201,9 @@ def read_options(
     requests = RequestOptions(**{name: value for name, value in given.items() if name in _REQUEST_FIELDS})
     config = replace(base, **{name: value for name, value in given.items() if name in _CONFIG_FIELDS})
     if requests.silent_mode and config.runner_verbose:
-        raise ConfigError("engine.runner_verbose writes a log and engine.silent_mode keeps none: leave one out")
+        raise ConfigError(
+            "engine.runner_verbose writes a log and engine.silent_mode keeps none: leave one out"
+        )
     return Options(config, requests, frozenset(given))
 
 
@@ -238,7 +238,7 @@ def _place(given: dict[str, Any], base: EngineConfig) -> None:
     if not shards:
         if "sharding_axis_dims" in given and any(size > 1 for size in dims):
             raise ConfigError(
-                f"engine.auto_shard_model is false and engine.sharding_axis_dims={list(dims)} splits the model: "
-                "leave one of them out"
+                f"engine.auto_shard_model is false and engine.sharding_axis_dims={list(dims)} splits the "
+                "model: leave one of them out"
             )
         given["sharding_axis_dims"] = (1, 1, 1, 1, 1)

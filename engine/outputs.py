@@ -78,6 +78,10 @@ class CompletionOutput:
         message = self.message
         return None if message is None else message.reasoning
 
+    def but(self, **changes: Any) -> CompletionOutput:
+        """A copy with some fields changed, as `dataclasses.replace`; the text is not made for it."""
+        return CompletionOutput(**{**vars(self), **changes})
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copies: with the text, without what makes it."""
         return vars(self) | {"text": self.text}
@@ -170,8 +174,7 @@ def ended_early(output: RequestOutput, reason: str, now: float) -> RequestOutput
     """The last output of a request that goes no further, given the one as it stands; `now` in monotonic
     seconds."""
     outputs = [
-        sample if sample.finish_reason else CompletionOutput(**vars(sample) | {"finish_reason": reason})
-        for sample in output.outputs
+        sample if sample.finish_reason else sample.but(finish_reason=reason) for sample in output.outputs
     ]
     metrics = replace(output.metrics, finished_time=now)
     return replace(output, outputs=tuple(outputs), finished=True, metrics=metrics)
@@ -219,7 +222,7 @@ class EngineStats:
     def of(
         cls,
         scheduler: SchedulerStats,
-        runner: StepRunner,
+        runner: Any,
         *,
         num_steps: int,
         step_seconds: tuple[float, ...],
@@ -228,7 +231,7 @@ class EngineStats:
         num_duplicates: int,
         num_replicas: int,
     ) -> EngineStats:
-        """Those of an engine, from its parts."""
+        """Those of an engine, from its parts; `runner` is its `StepRunner`."""
         return cls(
             num_steps=num_steps,
             step_seconds=step_seconds,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from engine.errors import RequestError
 from engine.message_parsing import Parsing
 from engine.outputs import CompletionOutput
 from engine.sampling_params import SamplingParams
@@ -31,16 +32,26 @@ class Presentation:
         """The `n` likeliest samples, by cumulative log-probability, the likeliest first; of equals
         the one drawn first."""
         by_likelihood = sorted(samples, key=_likelihood, reverse=True)[: self.sampling.n]
-        # Not `replace`, here and below: it would have each text made.
-        return tuple(
-            [CompletionOutput(**vars(sample) | {"index": index}) for index, sample in enumerate(by_likelihood)]
-        )
+        return tuple([sample.but(index=index) for index, sample in enumerate(by_likelihood)])
 
     def without_hidden(self, samples: Outputs) -> Outputs:
         """Without log-probabilities that nobody asked for."""
         if self.sampling.logprobs is not None or all(sample.logprobs is None for sample in samples):
             return samples
         return tuple([_without_logprobs(sample, keeps_sum=self.chooses) for sample in samples])
+
+
+def check_presentable(sampling: SamplingParams | None, stream: bool) -> None:
+    """Raises RequestError for what an `AsyncEngine` cannot show: it has one form of outputs for all."""
+    if sampling is None:
+        return
+    if sampling.output_kind is not None:
+        raise RequestError(
+            "bad_sampling",
+            "sampling.output_kind is for Engine: an output of AsyncEngine has the whole text, and delta_text",
+        )
+    if stream and sampling.num_samples > sampling.n:
+        raise RequestError("bad_sampling", "sampling.best_of chooses at the end: it cannot be streamed")
 
 
 class Increments:
@@ -57,8 +68,7 @@ class Increments:
         num_chars, num_tokens = self._num_shown[index]
         self._num_shown[index] = len(sample.text), len(sample.token_ids)
         logprobs = sample.logprobs
-        return replace(
-            sample,
+        return sample.but(
             text=sample.text[num_chars:],
             token_ids=sample.token_ids[num_tokens:],
             logprobs=None if logprobs is None else logprobs[num_tokens:],
@@ -70,5 +80,4 @@ def _likelihood(sample: CompletionOutput) -> float:
 
 
 def _without_logprobs(sample: CompletionOutput, *, keeps_sum: bool) -> CompletionOutput:
-    kept = sample.cumulative_logprob if keeps_sum else None
-    return CompletionOutput(**vars(sample) | {"logprobs": None, "cumulative_logprob": kept})
+    return sample.but(logprobs=None, cumulative_logprob=sample.cumulative_logprob if keeps_sum else None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ class RequestGroup:
 
         A token that stopped the sample is no part of its text unless asked for.
         """
-        if ends_with_hidden_token(request) or not request.sampling.detokenize:
+        if ends_with_hidden_token(request):
             return ""
         return self._texts[request.sample_index].push(
             request.token_ids(request.num_tokens - 1, request.num_tokens)
@@ -190,6 +190,7 @@ class RequestGroup:
             stop_pattern=None if sampling.stop_pattern is None else StopPattern.of(sampling.stop_pattern),
             spaces_between_special_tokens=sampling.spaces_between_special_tokens,
             may_stop_after=None if parsing is None else parsing.stop_gate(),
+            detokenize=sampling.detokenize,
         )
 
     def _metrics(self, finished: bool) -> RequestMetrics:

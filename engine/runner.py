@@ -208,7 +208,7 @@ class StepRunner:
             self._kv_pages = self._place.empty_pages(self._layout, self._num_layers * self.num_pages)
 
     def drop_pages(self) -> None:
-        """Give the memory of the KV pages back to the device, until `make_pages`. No step may be in flight."""
+        """Give the memory of the KV pages back to the device. No step may be in flight."""
         self._kv_pages = None
         give_back_freed_memory()
 

@@ -10,8 +10,8 @@ from engine.request import Request
 
 @dataclass(frozen=True, slots=True)
 class SamplerStats:
-    """Of the samples that finished since the last look. Log-probabilities are the model's, before temperature,
-    penalties and masks; None where there were no tokens."""
+    """Of the samples that finished since the last look. Log-probabilities are the model's, before
+    temperature, penalties and masks; None where there were no tokens."""
 
     num_tokens: int
     num_greedy_tokens: int

@@ -30,7 +30,7 @@ MIN_TEMPERATURE = 1e-5
 OutputKind = Literal["cumulative", "delta", "final_only"]
 ExtraValue = str | int | float | bool | None
 ALIASES = {"max_new_tokens": "max_tokens", "guided_decoding": "structured"}
-"""Names that plain values may use, and the fields they mean."""
+"""Names that may be used in the place of the fields that they mean."""
 
 
 def _refuse(name: str, value: object, expected: str) -> NoReturn:
@@ -171,7 +171,7 @@ class SamplingParams:
     they come."""
 
     stop_pattern: str | None = None
-    """A regular expression that ends a completion as a stop string does (`engine.stop_pattern` says which)."""
+    """A regular expression that ends a completion as a stop string does; which: `engine.stop_pattern`."""
     detokenize: bool = True
     """False: token ids alone, every text is empty."""
     spaces_between_special_tokens: bool = False
@@ -224,14 +224,14 @@ class SamplingParams:
         include = _flag("include_stop_str_in_output", self.include_stop_str_in_output)
         put(self, "include_stop_str_in_output", include)
         put(self, "skip_special_tokens", _flag("skip_special_tokens", self.skip_special_tokens))
-        for name in ("detokenize", "spaces_between_special_tokens"):
-            put(self, name, _flag(name, getattr(self, name)))
         if self.structured is not None:
             put(self, "structured", StructuredOutput.of(self.structured))
             if self.ignore_eos:
                 _refuse(
                     "ignore_eos", True, "false with sampling.structured, whose text ends where it is complete"
                 )
+        for name in ("detokenize", "spaces_between_special_tokens"):
+            put(self, name, _flag(name, getattr(self, name)))
         self._check_later_fields(put)
 
     def _check_later_fields(self, put: Callable[[Any, str, Any], None]) -> None:
@@ -240,7 +240,9 @@ class SamplingParams:
                 _refuse("stop_pattern", self.stop_pattern, "a regular expression, as text")
             StopPattern.of(self.stop_pattern)
         if not self.detokenize and (self.stop or self.stop_pattern is not None):
-            _refuse("detokenize", False, "true where stop strings or a stop_pattern are looked for in the text")
+            _refuse(
+                "detokenize", False, "true where stop strings or a stop_pattern are looked for in the text"
+            )
         if self.best_of is not None:
             put(self, "best_of", _integer("best_of", self.best_of, self.n, MAX_N))
         if self.output_kind is not None:
@@ -249,11 +251,8 @@ class SamplingParams:
                 _refuse("output_kind", self.output_kind, "one of cumulative, delta, final_only")
             put(self, "output_kind", kind)
         if self.truncate_prompt_tokens is not None:
-            put(
-                self,
-                "truncate_prompt_tokens",
-                _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, MAX_TOKENS),
-            )
+            most = _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, MAX_TOKENS)
+            put(self, "truncate_prompt_tokens", most)
         put(self, "extra_args", _extra_args(self.extra_args))
 
     @classmethod
@@ -296,14 +295,14 @@ class SamplingParams:
                 _refuse(name, last[0], f"a token id below the vocabulary's size, {vocab_size}")
 
 
-_LATER = ("stop_pattern", "detokenize", "spaces_between_special_tokens")
+_LATER = ("structured", "stop_pattern", "detokenize", "spaces_between_special_tokens")
 INTERACTIVE_FIELDS: Mapping[str, str] = {
     "best_of": "keeps every sample: ask for n, and choose by cumulative_logprob afterwards",
     "output_kind": "has one output a row",
     "truncate_prompt_tokens": "cuts prompts by prompt.over_long",
     "extra_args": "has no callback that would read them",
 }
-"""What only a caller of the engine can ask for, and what a job does in its place: it refuses these by name."""
+"""What only a caller of the engine can ask for, and what a job, which refuses it by name, does instead."""
 _LATER_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(SamplingParams)

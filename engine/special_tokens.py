@@ -1,7 +1,7 @@
 """Special tokens set apart: a space between one and whatever is next to it.
 
-As the slow tokenizers of transformers have it (`PreTrainedTokenizer._decode`): runs of plain tokens and single
-special tokens, joined by spaces; a run that has no text is left out.
+As the slow tokenizers of transformers have it (`PreTrainedTokenizer._decode`): runs of plain tokens and
+single special tokens, joined by spaces; a run that has no text is left out.
 """
 
 from __future__ import annotations

@@ -39,20 +39,20 @@ def model_for(
     elif isinstance(model, LoadedModel):
         if revision is not None:
             raise ConfigError("revision is of a hub id, and the model is loaded already: leave it out")
-        loaded, dtype = model, str(model.model.embed.dtype)
-        if not is_whole and "dtype" not in told.names and dtype in DTYPES:
-            config = replace(config, dtype=dtype)
+        loaded = model
+        if not is_whole and "dtype" not in told.names and str(model.model.embed.dtype) in DTYPES:
+            config = replace(config, dtype=str(model.model.embed.dtype))
     else:
         raise ConfigError(
-            f"model is a {type(model).__name__}: give what engine.checkpoints.load returns, or a model's name, "
-            "path or URL"
+            f"model is a {type(model).__name__}: give what engine.checkpoints.load returns, or a model's "
+            "name, path or URL"
         )
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None:
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise ConfigError(
-                f"tokenizer is a {type(tokenizer).__name__}: give a fast tokenizer of transformers, or its path"
+                f"tokenizer is a {type(tokenizer).__name__}: give a fast tokenizer of transformers, or a path"
             )
         check_vocabulary("tokenizer", tokenizer, loaded.config)
         loaded = replace(loaded, tokenizer=tokenizer)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from engine.errors import EngineClosed
 from engine.open_request import Dropped, Ended, Event, Failed, Growth, Opened, OpenRequest, SampleEnd
 from engine.outputs import RequestOutput
+from engine.presentation import check_presentable
 from engine.text_thread import TextThread
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class StepThread:
     def add(self, request: OpenRequest, **arguments: Any) -> None:
         """Queue a request in the engine, `arguments` being those of `Engine.add_request`."""
         engine, request_id = self._engine, request.request_id
+        check_presentable(arguments.get("sampling"), request.stream)
         engine.add_request(request_id, stream=False, shares_result=not request.stream, **arguments)
         self._open[request_id] = request
         group = engine.request_group(request_id) if request.stream else None
@@ -166,7 +168,7 @@ class StepThread:
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
             self.finish(heapq.heappop(self._deadlines)[-1], "timeout")
-        if self._num_streams and now - self._shown_at >= self._interval:
+        if self._num_streams and now - self._shown_at >= self._interval and not self._text.is_behind:
             self._show_streams(now)
 
     def _next_calls(self) -> list[tuple[Future[Any], Callable[[], Any]]]:

@@ -47,7 +47,9 @@ class StopPattern:
         if least == 0:
             raise _refused(text, "it matches an empty text, so it would stop everything at once")
         if most > MAX_WIDTH:
-            raise _refused(text, f"a match may be longer than {MAX_WIDTH} characters: bound its repeats, as in a{{1,20}}")
+            raise _refused(
+                text, f"a match may be longer than {MAX_WIDTH} characters: bound its repeats, as in a{{1,20}}"
+            )
         if _num_ways(tree, text) > MAX_WAYS:
             raise _refused(text, "it can match in too many ways: use fewer, or shorter, repeats")
         return cls(text, compiled, most)
@@ -83,7 +85,9 @@ def _num_ways(items: Any, text: str) -> int:
                     break
             ways *= max(total, 1)
         else:
-            raise _refused(text, f"{str(operation).lower()} is not supported: what is around a match is not looked at")
+            raise _refused(
+                text, f"{str(operation).lower()} is not supported: what is around a match is not looked at"
+            )
         if ways > MAX_WAYS:
             return MAX_WAYS + 1
     return ways

@@ -52,6 +52,12 @@ class TextThread:
         """Hand over what a step brought; returns at once."""
         self._events.put(events)
 
+    @property
+    def is_behind(self) -> bool:
+        """What was handed over has not all been taken up: more growth would wait, and make more work than
+        the same tokens all at once."""
+        return not self._events.empty()
+
     def end(self) -> None:
         """Deliver what was handed over and end; waits for it, unless a receiver calls this."""
         self._events.put(None)

@@ -62,8 +62,8 @@ class Upkeep(RequestControl):
     def update_model_weights(self, new: NewWeights | str, *, takes_weights: bool = False) -> None:
         """Run other weights of the same sizes from the next step on: no restart, nothing is compiled.
 
-        Unfinished requests go on: they keep what they have drawn, and what the old weights computed of them is
-        computed anew. Cached prefixes are forgotten.
+        Unfinished requests go on: they keep what they have drawn, and what the old weights computed of them
+        is computed anew. Cached prefixes are forgotten.
 
         Args:
             new: a loaded model or its modules, where `checkpoints.load` finds one, or arrays by their Hugging
@@ -97,20 +97,20 @@ class Upkeep(RequestControl):
 
         Args:
             model, tokenizer, revision: as in `Engine`.
-            frees_first: give the old model's memory back before the new one takes its own: if that then fails,
-                the engine has no model until another swap. None: so on accelerators, whose memory rarely holds
-                two; not on a CPU.
+            frees_first: give the old model's memory back before the new one takes its own: if that then
+                fails, the engine has no model until another swap. None: so on accelerators, whose memory
+                rarely holds two; not on a CPU.
 
         Raises:
-            ConfigError: requests are unfinished, for their tokens mean nothing to another model; or the options
-                do not go with it.
+            ConfigError: requests are unfinished, for their tokens mean nothing to another model; or the
+                options do not go with it.
             ModelError: it cannot be loaded; the old one still runs.
         """
         self._check_alone("swap_model")
         if self._groups or self._ready:
             raise ConfigError(
-                f"{len(self._groups)} requests are unfinished and belong to {self.model_name!r}: finish or abort "
-                "them before another model takes its place"
+                f"{len(self._groups)} requests are unfinished and belong to {self.model_name!r}: finish or "
+                "abort them before another model takes its place"
             )
         self._end_step()
         told = Options(self.config, self.options, frozenset({"dtype"}))
@@ -142,8 +142,8 @@ class Upkeep(RequestControl):
     # -- pause ---------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """As `RequestControl.pause`; with `destroy_pages_on_pause` the device has the memory of all pages back,
-        and nothing is cached afterwards."""
+        """As `RequestControl.pause`; with `destroy_pages_on_pause` the device has the memory of all pages
+        back, and nothing is cached afterwards."""
         if self.is_paused:
             return
         super().pause()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from engine.checkpoints import render_chat
 from engine.errors import ConfigError, RequestError
@@ -11,6 +11,8 @@ from engine.inputs import Chat, Prompts, TokenIds, as_list, is_token_ids, sampli
 from engine.outputs import RequestOutput
 from engine.request_control import RequestControl
 from engine.sampling_params import SamplingParams
+
+Outputs = Generator[RequestOutput, None, None]
 
 
 class WholeCalls(RequestControl):
@@ -72,7 +74,7 @@ class WholeCalls(RequestControl):
         sampling: SamplingParams | None = None,
         *,
         sampling_params: SamplingParams | None = None,
-    ) -> Generator[RequestOutput, None, None]:
+    ) -> Outputs:
         """Complete one prompt and yield an output whenever its text grows.
 
         `delta_text` never splits a character nor shows a part of a stop string; joined, the deltas are the
@@ -82,6 +84,14 @@ class WholeCalls(RequestControl):
         params = _for_stream(one_of(sampling, sampling_params))
         request_id = self._add(as_list(prompt)[0], params, stream=params.output_kind != "final_only")
         yield from self._follow_stream(request_id)
+
+    @overload
+    def chat(
+        self, messages: Chat, *args: Any, stream: Literal[False] = False, **options: Any
+    ) -> RequestOutput: ...
+
+    @overload
+    def chat(self, messages: Chat, *args: Any, stream: Literal[True], **options: Any) -> Outputs: ...
 
     def chat(
         self,
@@ -96,7 +106,7 @@ class WholeCalls(RequestControl):
         add_generation_prompt: bool = True,
         stream: bool = False,
         request_id: str | None = None,
-    ) -> RequestOutput | Generator[RequestOutput, None, None]:
+    ) -> RequestOutput | Outputs:
         """Answer one conversation through the model's chat template; with `stream`, as `Engine.stream`.
 
         Args:
@@ -117,7 +127,9 @@ class WholeCalls(RequestControl):
             if value is None:
                 continue
             if name in variables:
-                raise RequestError("bad_prompt", f"chat_template_kwargs has {name!r}, which is given by itself too")
+                raise RequestError(
+                    "bad_prompt", f"chat_template_kwargs has {name!r}, which is given by itself too"
+                )
             variables[name] = value if isinstance(value, bool) else [dict(tool) for tool in value]
         token_ids = render_chat(
             self.tokenizer,
@@ -136,7 +148,7 @@ class WholeCalls(RequestControl):
         outputs = self._follow_stream(request_id)
         return outputs if stream else next(output for output in outputs if output.finished)
 
-    def _follow_stream(self, request_id: str) -> Generator[RequestOutput, None, None]:
+    def _follow_stream(self, request_id: str) -> Outputs:
         """Step until a request has finished and yield its outputs; it is aborted where nobody takes them."""
         try:
             finished = False

@@ -35,7 +35,7 @@ class ServeSettings:
     """host, port: where to listen; port 0 is any free one. name: what requests call the model; null is its
     source's last part, and "default" names a single model always. models: several, by name, in the place of
     model.source. keys_path: a file that keeps API keys and what they used; null keeps them in memory.
-    batches_path: a folder or URL for /v1/files and /v1/batches; null is without. metrics: /metrics and
+    batches_path: a local folder for /v1/files and /v1/batches; null is without. metrics: /metrics and
     /dashboard.
     """
 
@@ -93,23 +93,32 @@ def run_server(serving: Serving, *, on_ready: Callable[[str], None] | None = Non
     """Load the models and serve until a signal. Raises TidemillError for what the user must see to."""
     require_server_packages()
     from engine.server.serving import bound_socket
+    from jobs.batches.store import BatchStore
 
     # What can be refused is, before anything slow is loaded.
     bound_socket(serving.serve.host, serving.serve.port, serving.server).close()
+    if serving.serve.batches_path is not None:
+        BatchStore(serving.serve.batches_path).close()
     keys, secret = open_keys(
         serving.serve.keys_path, required=serving.server.require_api_key, command="python -m jobs.serve"
     )
-    engines = {name: _load(serving, source) for name, source in serving.sources.items()}
+    loaded = {name: _load(serving, source) for name, source in serving.sources.items()}
+    engines = {name: engine for name, (engine, _) in loaded.items()}
     followers = [engine for engine in engines.values() if not engine.leads]
     for engine in followers:  # another process of the same engine takes the requests
         engine.follow()
     if followers:
         return ExitCode.DONE
-    return _serve(serving, engines, keys, on_ready or (lambda url: _tell(serving, url, secret)))
+    fingerprints = {name: fingerprint for name, (_, fingerprint) in loaded.items()}
+    return _serve(serving, engines, fingerprints, keys, on_ready or (lambda url: _tell(serving, url, secret)))
 
 
 def _serve(
-    serving: Serving, engines: Mapping[str, Any], keys: Any, on_ready: Callable[[str], None]
+    serving: Serving,
+    engines: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    keys: Any,
+    on_ready: Callable[[str], None],
 ) -> ExitCode:
     from engine.async_engine import AsyncEngine
     from engine.server.app import create_app
@@ -121,6 +130,7 @@ def _serve(
         models,
         settings=settings,
         keys=keys,
+        batches=_batches(serving, models, fingerprints, keys),
         metrics=_metrics(engines) if serving.serve.metrics else None,
     )
     try:
@@ -132,7 +142,21 @@ def _serve(
     return ExitCode.DONE
 
 
-def _load(serving: Serving, source: str) -> Any:
+def _batches(
+    serving: Serving, models: Mapping[str, Any], fingerprints: Mapping[str, str], keys: Any
+) -> Any | None:
+    """What runs `/v1/batches`, on the same engines; the app starts and closes it."""
+    if serving.serve.batches_path is None:
+        return None
+    from jobs.batches.pipeline_batches import PipelineBatches
+    from jobs.batches.running import BatchModel
+
+    served = {name: BatchModel(engine=models[name], fingerprint=fingerprints[name]) for name in models}
+    return PipelineBatches(serving.serve.batches_path, served, record_usage=keys.record_usage)
+
+
+def _load(serving: Serving, source: str) -> tuple[Any, str]:
+    """The engine, and the fingerprint of its model."""
     from engine.collector import spare_long_lived_objects
     from engine.engine import Engine
     from engine.start import load_for
@@ -140,7 +164,7 @@ def _load(serving: Serving, source: str) -> Any:
     loaded = load_for(serving.engine, source, serving.model.revision)
     engine = Engine(loaded, serving.engine, takes_weights=True)
     spare_long_lived_objects()
-    return engine
+    return engine, loaded.fingerprint
 
 
 def _metrics(engines: Mapping[str, Any]) -> Any:
@@ -163,7 +187,8 @@ def _tell(serving: Serving, url: str, secret: str | None) -> None:
 
 def curl_line(url: str, model: str, key: str | None) -> str:
     """A command that streams an answer."""
-    body = {"model": model, "messages": [{"role": "user", "content": "Say hello."}], "stream": True}
+    messages = [{"role": "user", "content": "Say hello."}]
+    body = {"model": model, "messages": messages, "temperature": 0, "stream": True}
     authorization = f' -H "Authorization: Bearer {key}"' if key else ""
     return (
         f"curl -N {url}/v1/chat/completions{authorization} -H 'Content-Type: application/json' "

@@ -22,11 +22,15 @@ from engine.errors import OutputError
 from pipeline.chunk_merge import CommittedWindow, committed_windows, merged_rejects, merged_tables
 from pipeline.commits import CommitRecord, FileRef, checked_file, publish_file, retrying, sha256_file
 from pipeline.manifest import ShardRecord, check_balance, part_name, shard_counts
+from pipeline.openai_batch import error_line, output_line
 from pipeline.parquet_files import GroupedWriter
 from pipeline.plan import RunPlan
 from pipeline.run_state import RunState
-from pipeline.schema import data_schema, trace_schema
+from pipeline.schema import RESPONSE, trace_schema
 from pipeline.storage import explain
+
+# What the items of a file are counted as.
+_COUNTED = {"data": "samples", "trace": "samples", "rejects": "rejected", "errors": "rejected"}
 
 MetricsMerge = Callable[[Iterable[Mapping[str, Any]]], Mapping[str, Any]]
 
@@ -81,12 +85,14 @@ class Finaliser:
         counts = shard_counts(records)
         check_balance(counts, planned.num_rows, f"shard {shard} ({planned.name})")
         build = {"data": self._data, "rejects": self._rejects, "trace": self._trace, "metrics": self._metrics}
+        if self._plan.is_batch:
+            build["errors"] = self._errors
         for kind, write in build.items():
             path = part_name(kind, shard, self._plan.num_shards, self._plan.output_format)
             spool = folder / path.replace("/", "-")
             try:
                 num_items = write(spool, windows())
-                expected = {"data": "samples", "trace": "samples", "rejects": "rejected"}.get(kind)
+                expected = _COUNTED.get(kind)
                 if expected and num_items != counts[expected]:
                     raise OutputError(
                         f"{self._storage.url}/{path} would hold {num_items} rows and {counts[expected]} were "
@@ -117,7 +123,8 @@ class Finaliser:
         return checked_file(self._storage, ref, folder, remedy)
 
     def _data(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
-        schema = data_schema(self._plan.carried)
+        if self._plan.is_batch:
+            return self._responses(spool, windows)
         if self._plan.output_format == "jsonl":
             num_rows = 0
             with open(spool, "w", encoding="utf-8", newline="\n") as file:
@@ -125,7 +132,29 @@ class Finaliser:
                     num_rows += table.num_rows
                     file.writelines(json_line(row) for row in table.to_pylist())
             return num_rows
-        return self._write(spool, schema, self._tables(windows, "data", spool.parent))
+        return self._write(spool, self._plan.schema, self._tables(windows, "data", spool.parent))
+
+    def _responses(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
+        """The output file of a batch: a line a row, whatever its samples; how many samples there are."""
+        num_samples = 0
+        with open(spool, "w", encoding="utf-8", newline="\n") as file:
+            for table in self._tables(windows, "data", spool.parent):
+                num_samples += table.num_rows
+                rows = table.select(["row_id", RESPONSE]).to_pylist()
+                file.writelines(
+                    output_line(r["row_id"], r[RESPONSE]) for r in rows if r[RESPONSE] is not None
+                )
+        return num_samples
+
+    def _errors(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
+        """The error file of a batch."""
+        num_rows = 0
+        with open(spool, "w", encoding="utf-8", newline="\n") as file:
+            for window in windows:
+                for line in merged_rejects(window, partial(self._chunk_file, spool.parent)):
+                    file.write(error_line(json.loads(line)))
+                    num_rows += 1
+        return num_rows
 
     def _trace(self, spool: Path, windows: Iterator[CommittedWindow]) -> int:
         return self._write(spool, trace_schema(), self._tables(windows, "trace", spool.parent))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,15 @@ def make_plan(settings: Settings, shards: Sequence[Shard]) -> RunPlan:
         output_format=settings.output.format,
         with_token_ids=settings.output.include_token_ids,
         row_group_rows=settings.output.row_group_rows,
+        created=_created(settings),
     )
+
+
+def _created(settings: Settings) -> int | None:
+    """The time that a batch's answers bear: as the settings say, or now, for all workers and for good."""
+    if settings.output.format != "openai_batch":
+        return None
+    return int(time.time()) if settings.output.created is None else settings.output.created
 
 
 def _carried_columns(settings: Settings, shards: Sequence[Shard]) -> tuple[CarriedColumn, ...]:

@@ -18,7 +18,7 @@ COUNTS = ("rows", "ok", "rejected", "duplicates", "samples", "prompt_tokens", "g
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A finished shard and its files by kind: data, rejects, trace, metrics.
+    """A finished shard and its files by kind: data, rejects, trace, metrics; errors of a batch.
 
     A shard without rejects has no rejects file, and one without results no data file where data/ is JSONL.
     In `counts`, as in the manifest's totals, rows = ok + rejected + duplicates: a duplicate is a row with a
@@ -48,8 +48,9 @@ class ShardRecord:
 
 def part_name(kind: str, shard: int, num_shards: int, output_format: str) -> str:
     """The path of a shard's final file: `data/part-00000-of-00012.parquet`."""
-    suffix = {"data": output_format, "trace": "parquet", "rejects": "jsonl", "metrics": "json"}[kind]
-    return f"{kind}/part-{shard:05d}-of-{num_shards:05d}.{suffix}"
+    data = "jsonl" if output_format == "openai_batch" else output_format
+    suffixes = {"data": data, "trace": "parquet", "rejects": "jsonl", "errors": "jsonl", "metrics": "json"}
+    return f"{kind}/part-{shard:05d}-of-{num_shards:05d}.{suffixes[kind]}"
 
 
 def sum_counts(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -52,10 +52,7 @@ class MonitoringSettings:
     @property
     def is_on(self) -> bool:
         return (
-            self.prometheus_port is not None
-            or self.dashboard_port is not None
-            or self.console
-            or self.traces
+            self.prometheus_port is not None or self.dashboard_port is not None or self.console or self.traces
         )
 
 

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.parquet_files import MAX_GROUP_ROWS
-from pipeline.schema import CarriedColumn
+from pipeline.schema import CarriedColumn, data_schema
 
 PLAN_VERSION = 2
+OUTPUT_FORMATS = ("parquet", "jsonl", "openai_batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,9 @@ class RunPlan:
     """Chunk i of a shard is the rows at places [i * chunk_rows, (i + 1) * chunk_rows) of the shard's order
     (pipeline/row_order.py), rejected ones included.
 
-    `output_format` is "parquet" or "jsonl" and applies to data/ alone; `with_token_ids` fills that column.
+    `output_format` is "parquet", "jsonl" or "openai_batch" and applies to data/ alone, but for batches, which
+    have errors/ too; `with_token_ids` fills that column. `created` (Unix seconds) is what answers of batches
+    bear.
     `row_group_rows` is the most rows of a row group in the final Parquet files.
     """
 
@@ -45,16 +50,29 @@ class RunPlan:
     output_format: str = "parquet"
     with_token_ids: bool = False
     row_group_rows: int = MAX_GROUP_ROWS
+    created: int | None = None
 
     def __post_init__(self) -> None:
         if self.row_group_rows < 1:
             raise ValueError(f"row_group_rows must be at least 1, not {self.row_group_rows}")
         if self.chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1, not {self.chunk_rows}")
-        if self.output_format not in ("parquet", "jsonl"):
-            raise ValueError(f"output_format must be 'parquet' or 'jsonl', not {self.output_format!r}")
+        if self.output_format not in OUTPUT_FORMATS:
+            raise ValueError(f"output_format must be of {OUTPUT_FORMATS}, not {self.output_format!r}")
+        if self.is_batch and self.created is None:
+            raise ValueError("answers in OpenAI's form bear a time: created is missing")
         if [shard.index for shard in self.shards] != list(range(len(self.shards))):
             raise ValueError("shards must be numbered 0, 1, 2, ... in order")
+
+    @property
+    def is_batch(self) -> bool:
+        """The output has OpenAI's batch format."""
+        return self.output_format == "openai_batch"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the chunks' data, and of data/ where that is Parquet."""
+        return data_schema(self.carried, with_responses=self.is_batch)
 
     @property
     def num_shards(self) -> int:
@@ -81,6 +99,7 @@ class RunPlan:
             "output_format": self.output_format,
             "with_token_ids": self.with_token_ids,
             "row_group_rows": self.row_group_rows,
+            **({} if self.created is None else {"created": self.created}),
             "carried": [column.to_json() for column in self.carried],
             "shards": [
                 {
@@ -101,6 +120,7 @@ class RunPlan:
             output_format=value["output_format"],
             with_token_ids=value["with_token_ids"],
             row_group_rows=value["row_group_rows"],
+            created=value.get("created"),
             carried=tuple(CarriedColumn.from_json(column) for column in value["carried"]),
             shards=tuple(PlannedShard(**shard) for shard in value["shards"]),
         )

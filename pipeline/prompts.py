@@ -14,9 +14,10 @@ from engine.structured.spec import MAX_SCHEMA_DEPTH
 from pipeline.fitting import fit
 from pipeline.forms import Content, PromptForms, column_of
 from pipeline.id_index import IdIndex
+from pipeline.openai_batch import BatchForms
 from pipeline.prompt_settings import PromptSettings
 from pipeline.row_ids import content_id, named_id
-from pipeline.rows import Prompt, Refused, Reject, SourceRow, reject_row
+from pipeline.rows import BatchAnswer, Prompt, Refused, Reject, SourceRow, reject_row
 from pipeline.shards import InputSettings
 from pipeline.strict_json import BadJson, loads
 
@@ -31,6 +32,7 @@ class _Draft:
     row_id: str
     sampling: SamplingParams
     content: Content
+    answer: BatchAnswer | None = None
 
 
 class PromptBuilder:
@@ -59,6 +61,17 @@ class PromptBuilder:
         self._max_model_len = max_model_len
         self._vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         self._id_index = id_index
+        self._forms: PromptForms | BatchForms
+        if input_settings.format == "openai_batch":
+            self._forms = BatchForms(
+                tokenizer,
+                self._vocab_size,
+                default_sampling,
+                endpoint=input_settings.endpoint,
+                served_model=input_settings.served_model,
+                max_prompt_chars=settings.max_prompt_chars,
+            )
+            return
         self._forms = PromptForms(settings, tokenizer, self._vocab_size)
         if settings.sampling_column is None and default_sampling.max_tokens >= max_model_len:
             asked = default_sampling.max_tokens
@@ -71,6 +84,10 @@ class PromptBuilder:
             check_structured(default_sampling.structured)
         except RequestError as error:
             raise ConfigError(str(error)) from error
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
 
     @property
     def columns_needed(self) -> tuple[str, ...] | None:
@@ -106,6 +123,9 @@ class PromptBuilder:
         try:
             row_id = self._row_id(row)
             self._check_first(row, row_id)
+            if isinstance(self._forms, BatchForms):
+                read = self._forms.read(row)
+                return _Draft(row, row_id, read.sampling, read.content, read.answer)
             return _Draft(row, row_id, self._sampling(row), self._forms.read(row))
         except Refused as refused:
             return reject_row(row, row_id, refused.reason, str(refused), refused.value)
@@ -177,6 +197,13 @@ class PromptBuilder:
         row, sampling, text = draft.row, draft.sampling, draft.content.text
         if not token_ids:
             return reject_row(row, draft.row_id, "empty_prompt", "the prompt has no tokens; give it text")
+        if draft.answer is not None and not draft.answer.has_max_tokens:
+            # As many as fit: a minimum that does not is the row's own fault.
+            most = max(1, self._max_model_len - len(token_ids))
+            try:
+                sampling = sampling.replace(max_tokens=min(most, sampling.max_tokens))
+            except RequestError as error:
+                return reject_row(row, draft.row_id, error.reason, str(error), text or "")
         room = self._max_model_len - sampling.max_tokens
         kept: Sequence[int] | None = token_ids
         if len(token_ids) > room:
@@ -184,9 +211,10 @@ class PromptBuilder:
             num_tail = self._num_opening_tokens(draft.content, token_ids)
             kept = fit(token_ids, room, self._settings.over_long, num_head, num_tail)
         if kept is None:
+            remedy = "" if draft.answer is not None else ", or set prompt.over_long=truncate_left"
             message = (
                 f"the prompt has {len(token_ids)} tokens and max_tokens is {sampling.max_tokens}: more than "
-                f"max_model_len={self._max_model_len}; shorten it, or set prompt.over_long=truncate_left"
+                f"max_model_len={self._max_model_len}; shorten it{remedy}"
             )
             return reject_row(row, draft.row_id, "prompt_too_long", message, text or token_ids[:50])
         was_truncated = len(kept) < len(token_ids)
@@ -201,11 +229,12 @@ class PromptBuilder:
             sampling=sampling,
             carried={name: row.columns.get(name) for name in self._input.carry_columns},
             was_truncated=was_truncated,
+            answer=draft.answer,
         )
 
     def _num_opening_tokens(self, content: Content, token_ids: Sequence[int]) -> int:
         """Tokens at the end that open the assistant's turn, which no cut may take."""
-        opening = self._forms.opening(content)
+        opening = "" if isinstance(self._forms, BatchForms) else self._forms.opening(content)
         if not opening:
             return 0
         [opening_ids] = self._encode([opening], add_special_tokens=False)

@@ -272,7 +272,7 @@ class Run:
         if kind == "rejects":
             return pa.schema([])
         plan = self._state.plan()
-        schema = trace_schema() if kind == "trace" else data_schema(plan.carried if plan else ())
+        schema = trace_schema() if kind == "trace" else (plan.schema if plan else data_schema())
         if columns is None:
             return schema
         if plan is not None and (unknown := [name for name in columns if name not in schema.names]):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from engine.openai_requests import AnswerOptions
 from engine.sampling_params import SamplingParams
 
 MAX_EXCERPT_CHARS = 200
@@ -37,6 +38,12 @@ REASONS = {
     "bad_schema": "the row's JSON schema cannot be followed",
     "template_error": "a template fails on the row",
     "prompt_too_long": "the prompt and max_tokens do not fit the model",
+    "bad_method": "the method of a batch file's line is not POST",
+    "bad_url": "the url of a batch file's line is no endpoint, or not the batch's",
+    "wrong_model": "a body names another model than the batch's",
+    "unknown_field": "a body has a field that is not known",
+    "not_supported": "a body asks for what is not supported",
+    "bad_request": "fields of a body contradict each other, or a value is not allowed",
 }
 """What a row can be rejected for before it reaches the engine."""
 
@@ -80,10 +87,20 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchAnswer:
+    """What the answer to a line of a batch file is made with. `has_max_tokens`: its body says how many."""
+
+    model: str
+    has_max_tokens: bool
+    options: AnswerOptions
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row ready for the engine. `text` is what was tokenised (None when the row held token ids).
 
-    `carried` maps the input columns asked for to their values. `len(token_ids) + sampling.max_tokens`
+    `carried` maps the input columns asked for to their values; `answer` is there for rows of batch files.
+    `len(token_ids) + sampling.max_tokens`
     never exceeds the model's length.
     """
 
@@ -95,6 +112,7 @@ class Prompt:
     sampling: SamplingParams
     carried: dict[str, Any]
     was_truncated: bool
+    answer: BatchAnswer | None = None
 
 
 class Refused(Exception):

@@ -29,6 +29,7 @@ from pipeline.job_plan import fingerprint_parts, make_plan
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
 from pipeline.monitoring import JobMonitoring
+from pipeline.openai_batch import answers
 from pipeline.plan import RunPlan
 from pipeline.planned_reading import PlannedReader
 from pipeline.preemption import NoticeWatch, notice_of
@@ -231,6 +232,7 @@ def _work(
     )
     print(f"engine: {facts.device}", file=sys.stderr, flush=True)
     stop.begin_work()
+    created = ledger.plan.created
     planned = PlannedReader(builder, settings.input, ledger, spool, ledger.plan.chunk_rows)
     progress = "off" if settings.monitoring.console else settings.progress
     with StepWatchdog(settings.step_timeout_s) as watchdog, ReadAhead(planned) as reader:
@@ -247,6 +249,7 @@ def _work(
             page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
             place=settings.worker,
+            make_answer=None if created is None else answers(builder.tokenizer, created),
             watch=watch,
         )
         return worker.run()

@@ -150,8 +150,15 @@ def _plain(type_: pa.DataType) -> pa.DataType:
     return type_
 
 
-def data_schema(carried: Sequence[CarriedColumn] = ()) -> pa.Schema:
+RESPONSE = "response"
+"""The column that chunks of batch files have besides: a row's answer as JSON text, with its first sample."""
+
+
+def data_schema(carried: Sequence[CarriedColumn] = (), with_responses: bool = False) -> pa.Schema:
+    """`with_responses`: of a run whose output has OpenAI's batch format, made of that column."""
     fields = [*_DATA_FIELDS, *(pa.field(column.output_name, column.type) for column in carried)]
+    if with_responses:
+        fields.append(pa.field(RESPONSE, pa.string()))
     return pa.schema(fields, metadata={b"tidemill.schema_version": str(SCHEMA_VERSION).encode()})
 
 

@@ -50,7 +50,9 @@ class ModelSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSettings:
     """path: a local folder, or one of a bucket (s3://, gs://); only mode=plan can do without. format: of
-    data/ alone. chunk_rows: rows committed together. include_token_ids: keep the generated token ids.
+    data/ alone; "openai_batch" makes it OpenAI's output file, with an error file in errors/. created: the
+    time that its answers bear, in Unix seconds; None is when the run was planned. chunk_rows: rows committed
+    together. include_token_ids: keep the generated token ids.
     row_group_rows: the most rows of a row group of the final Parquet files; one also ends at 32 MiB.
     spool_dir: a local folder for what is not published yet; None is the system's temporary folder.
     max_requests_per_second: to the store, by each worker; None does not limit them.
@@ -59,7 +61,8 @@ class OutputSettings:
     """
 
     path: str | None = None
-    format: Literal["parquet", "jsonl"] = "parquet"
+    format: Literal["parquet", "jsonl", "openai_batch"] = "parquet"
+    created: int | None = None
     chunk_rows: int = 64
     include_token_ids: bool = False
     row_group_rows: int = MAX_GROUP_ROWS
@@ -72,6 +75,10 @@ class OutputSettings:
         _in_range("output.row_group_rows", self.row_group_rows, 1, 1_000_000)
         if self.max_requests_per_second is not None:
             _in_range("output.max_requests_per_second", self.max_requests_per_second, 0.1, 100_000.0)
+        if self.created is not None:
+            if self.format != "openai_batch":
+                raise ConfigError("output.created is for output.format=openai_batch; remove it")
+            _in_range("output.created", self.created, 0, 2**40)
         if self.path == "":
             raise ConfigError("output.path is empty: name the folder for the results")
 
@@ -163,6 +170,7 @@ class Settings:
             )
         if self.output.path is None and self.mode != "plan":
             raise ConfigError("output.path is missing: name the folder for the results, output.path=…")
+        self._check_batch()
         if self.plan.topology is not None and self.engine.chip is not None:
             chip = find_slice(self.plan.topology).chip.name
             if chip != self.engine.chip:
@@ -174,6 +182,18 @@ class Settings:
             raise ConfigError(
                 f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
                 f"engine.max_model_len={self.engine.max_model_len}: lower the first or raise the second"
+            )
+
+    def _check_batch(self) -> None:
+        is_batch = self.input.format == "openai_batch"
+        if self.output.format == "openai_batch" and not is_batch:
+            raise ConfigError("output.format=openai_batch answers batch files; set input.format=openai_batch")
+        usual = PromptSettings(max_prompt_chars=self.prompt.max_prompt_chars)
+        if is_batch and self.prompt != usual:
+            changed = [f.name for f in dataclasses.fields(usual)]
+            changed = [name for name in changed if getattr(self.prompt, name) != getattr(usual, name)]
+            raise ConfigError(
+                f"prompt.{changed[0]} has no meaning for batch files: a body says what its prompt is; remove it"
             )
 
 

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.errors import ConfigError, InputError
+from engine.openai_requests import ENDPOINTS
 from pipeline.input_files import errors_named, file_version, filesystem
 from pipeline.input_paths import ShardFormat, find_files
 from pipeline.readers import hf_datasets, jsonl, parquet
 from pipeline.rows import Reject, SourceRow
 
-InputFormat = Literal["auto", "parquet", "jsonl", "datasets"]
+InputFormat = Literal["auto", "parquet", "jsonl", "datasets", "openai_batch"]
+CUSTOM_ID = "custom_id"
+"""The column of batch files that names a row."""
 _READERS = {"parquet": parquet, "jsonl": jsonl, "datasets": hf_datasets}
 
 
@@ -29,11 +32,14 @@ class InputSettings:
     path: a file, a folder, a glob, or a list of them, each a local path or an fsspec URL; for
         format="datasets" a hub id (with `revision`) or a folder written by `save_to_disk`.
     format: "auto" goes by each file's extension. In a folder, files of other extensions are left out.
+        "openai_batch" is JSONL whose lines are requests to OpenAI's API; ids are their `custom_id`.
     id_column: a column of unique strings or integers; None makes ids from name, position and content.
     carry_columns: input columns copied to the output; a JSONL row without one carries null.
     order: how rows run; results are in input order either way. "prefix" runs rows that begin alike one after
         the other, longer ones first; tens of thousands may be read before the first one runs. "input" runs
         rows as they come.
+    endpoint, served_model: for batch files alone: the URL and the model that every line has to name; null
+        takes any.
     split, revision, rows_per_shard: for datasets alone; a shard is so many rows.
     max_line_bytes: a longer JSONL line is rejected, skipped without being held.
     max_json_depth: nesting of arrays and objects in a JSONL line.
@@ -45,6 +51,8 @@ class InputSettings:
     id_column: str | None = None
     carry_columns: tuple[str, ...] = ()
     order: Literal["prefix", "input"] = "prefix"
+    endpoint: str | None = None
+    served_model: str | None = None
     split: str | None = None
     revision: str | None = None
     rows_per_shard: int = 10_000
@@ -63,9 +71,25 @@ class InputSettings:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"input.{name}={getattr(self, name)}: expected {low} to {high}")
+        self._check_batch()
         twice = [name for i, name in enumerate(self.carry_columns) if name in self.carry_columns[:i]]
         if twice:
             raise ConfigError(f"input.carry_columns names {twice[0]!r} twice; name it once")
+
+    def _check_batch(self) -> None:
+        if self.format == "openai_batch":
+            if self.id_column not in (None, CUSTOM_ID):
+                raise ConfigError(f"input.id_column={self.id_column}: rows of batch files have {CUSTOM_ID!r}")
+            object.__setattr__(self, "id_column", CUSTOM_ID)
+            if self.endpoint not in (None, *ENDPOINTS):
+                raise ConfigError(f"input.endpoint={self.endpoint}: choose one of {', '.join(ENDPOINTS)}")
+            return
+        for name in ("endpoint", "served_model"):
+            if getattr(self, name) is not None:
+                value = getattr(self, name)
+                raise ConfigError(
+                    f"input.{name}={value} is for batch files; remove it or set input.format=openai_batch"
+                )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -114,7 +138,7 @@ def list_shards(settings: InputSettings) -> list[Shard]:
                     f"input.{name}={value} is for datasets; remove it or set input.format=datasets"
                 )
         shards = []
-        for index, file in enumerate(find_files(settings.paths, settings.format)):
+        for index, file in enumerate(find_files(settings.paths, _file_format(settings))):
             with errors_named(file.url):
                 version = file_version(file.fs, file.path, file.info)
             shard = Shard(
@@ -127,6 +151,11 @@ def list_shards(settings: InputSettings) -> list[Shard]:
             )
             shards.append(shard)
     return shards
+
+
+def _file_format(settings: InputSettings) -> str:
+    """Batch files are read as any JSONL; what their lines mean is the prompts' business."""
+    return "jsonl" if settings.format == "openai_batch" else settings.format
 
 
 def check_columns(shards: Sequence[Shard], columns: Sequence[str]) -> None:

@@ -31,10 +31,10 @@ from pipeline.manifest import ShardRecord, check_balance, manifest, part_name, s
 from pipeline.plan import PlannedShard, RunPlan
 from pipeline.row_order import WindowOrder, order_path
 from pipeline.run_state import MANIFEST, RunState, read_job
-from pipeline.schema import data_schema, trace_schema
+from pipeline.schema import trace_schema
 from pipeline.storage import Storage
 
-KINDS = ("data", "rejects", "trace", "metrics")
+KINDS = ("data", "rejects", "errors", "trace", "metrics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ class Verifier:
                 chunk,
                 lambda ref=ref, schema=schema: self._table(ref, schema, counts["samples"], folder),
             )
-            for ref, schema in ((record.data, data_schema(plan.carried)), (record.trace, trace_schema()))
+            for ref, schema in ((record.data, plan.schema), (record.trace, trace_schema()))
         )
         if data is not None:
             self._try(record.data.path, shard, chunk, lambda: _check_ids(data, ids))
@@ -259,7 +259,7 @@ class Verifier:
         expected = {}
         for kind, path, spool in finaliser.rebuilt(record.shard, committed, folder):
             expected[kind] = (path, sha256_file(spool))
-        for kind in ("data", "rejects", "trace"):
+        for kind in ("data", "rejects", "errors", "trace"):
             ref = record.files.get(kind)
             found = (ref.path, ref.sha256) if ref is not None else None
             if found != expected.get(kind):

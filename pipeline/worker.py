@@ -23,6 +23,7 @@ from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
 from pipeline.open_work import EngineLike, OpenChunk, OpenShard, OpenWork, merge_ranges, quarantine
+from pipeline.openai_batch import MakeAnswer
 from pipeline.partials import PartialRow
 from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing
@@ -68,6 +69,7 @@ class Worker:
         page_size: int,
         max_reject_fraction: float,
         place: WorkerSettings = WorkerSettings(),  # noqa: B008 - frozen
+        make_answer: MakeAnswer | None = None,
         watch: WorkWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -78,6 +80,7 @@ class Worker:
         self._stop = stop
         self._facts = facts
         self._watchdog = watchdog
+        self._make_answer = make_answer
         self._watch = watch or WorkWatch()
         self._clock = clock
         self._meter = EngineMeter(engine, max_num_seqs, clock)
@@ -272,7 +275,10 @@ class Worker:
         output: RequestOutput | None,
         error: RequestError | None,
     ) -> None:
-        reject = chunk.writer.add_completion(prompt, output, error)
+        response = None
+        if self._make_answer is not None and output is not None:
+            response = self._make_answer(prompt, output)
+        reject = chunk.writer.add_completion(prompt, output, error, response)
         if reject is not None:
             chunk.metrics.reject(reject.reason)
         elif output is not None:

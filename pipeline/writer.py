@@ -23,7 +23,7 @@ from pipeline.commits import sha256_file
 from pipeline.exact_duplicates import duplicate_key, num_duplicates
 from pipeline.parquet_files import write_table
 from pipeline.rows import Prompt, Reject, excerpt, place
-from pipeline.schema import CarriedColumn, carried_value, data_schema, trace_schema
+from pipeline.schema import RESPONSE, CarriedColumn, carried_value, data_schema, trace_schema
 from pipeline.storage import explain
 
 
@@ -94,6 +94,7 @@ class ChunkWriter:
         source: str = "",
         carried: Sequence[CarriedColumn] = (),
         with_token_ids: bool = False,
+        with_responses: bool = False,
         attempt: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -107,6 +108,7 @@ class ChunkWriter:
         self._order = order
         self._carried = tuple(carried)
         self._with_token_ids = with_token_ids
+        self._schema = data_schema(carried, with_responses)
         self._started = clock()
         self._started_utc = datetime.now(UTC)
         self._rows: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
@@ -123,11 +125,12 @@ class ChunkWriter:
         prompt: Prompt,
         output: RequestOutput | None,
         error: RequestError | None = None,
+        response: str | None = None,
     ) -> Reject | None:
         """Take a row's completions, one data row per sample; the reject made instead, if one was.
 
         With `error` (and no output) the row is rejected for the error's reason. A carried value that does
-        not fit its column's type rejects the row too.
+        not fit its column's type rejects the row too. `response`: of a batch file's row, its answer as JSON.
         """
         if error is not None or output is None:
             if error is None:
@@ -154,6 +157,8 @@ class ChunkWriter:
             [{**self._data_row(prompt, output, sample), **carried} for sample in samples],
             [self._trace_row(prompt, output, sample) for sample in samples],
         )
+        if response is not None:
+            self._rows[prompt.position][0][0][RESPONSE] = response
         return None
 
     def add_reject(self, reject: Reject) -> None:
@@ -244,7 +249,7 @@ class ChunkWriter:
         paths = {kind: self._path(kind) for kind in CHUNK_SUFFIXES}
         try:
             self._spool_dir.mkdir(parents=True, exist_ok=True)
-            write_table(paths["data"], pa.Table.from_pylist(data, schema=data_schema(self._carried)))
+            write_table(paths["data"], pa.Table.from_pylist(data, schema=self._schema))
             write_table(paths["trace"], pa.Table.from_pylist(trace, schema=trace_schema()))
             if self._rejects:
                 lines = [reject_line(self._rejects[position]) for position in sorted(self._rejects)]
@@ -311,4 +316,7 @@ def _tops(entries: Sequence[TokenLogprob | None] | None) -> list[list[dict[str, 
 
 
 def _approximate_size(rows: list[dict[str, Any]]) -> int:
-    return sum(len(row["text"] or "") + 4 * row["num_generated_tokens"] + 256 for row in rows)
+    return sum(
+        len(row["text"] or "") + len(row.get(RESPONSE) or "") + 4 * row["num_generated_tokens"] + 256
+        for row in rows
+    )

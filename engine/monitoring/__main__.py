@@ -1,4 +1,4 @@
-"""`python -m engine.monitoring grafana` prints the Grafana dashboard, `… metrics` the table of all metrics."""
+"""`python -m engine.monitoring grafana` prints the Grafana dashboard, `… metrics` the table of metrics."""
 
 from __future__ import annotations
 

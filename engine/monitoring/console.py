@@ -1,4 +1,4 @@
-"""The console: what every engine does, live on a terminal by rich (the extra `monitoring`), or as plain lines.
+"""The console: what every engine does, live on a terminal by rich (extra `monitoring`), or as plain lines.
 
 Where the stream is no terminal a line an engine is written each `LINE_SECONDS`, as the job's progress does.
 """
@@ -34,7 +34,7 @@ class ConsoleMonitor:
         self._stream = stream or sys.stderr
         self._line_seconds = line_seconds
         self._over = threading.Event()
-        metrics.history  # begin to remember
+        metrics.remember()  # from now on
         show = self._show_lines
         if self._stream.isatty():
             self._console = make_console(self._stream)
@@ -50,7 +50,7 @@ class ConsoleMonitor:
     def _show_lines(self) -> None:
         while not self._over.wait(self._line_seconds):
             self._write_lines()
-        self._metrics.history.look()
+        self._metrics.remember().look()
         self._write_lines()
 
     def _write_lines(self) -> None:
@@ -70,7 +70,7 @@ class ConsoleMonitor:
         ) as live:
             while not self._over.wait(REFRESH_SECONDS):
                 live.update(overview(self._metrics), refresh=True)
-            self._metrics.history.look()
+            self._metrics.remember().look()
             live.update(overview(self._metrics), refresh=True)
 
 
@@ -91,7 +91,7 @@ def overview(metrics: Metrics) -> RenderableType:
 
     table = Table(title="Tidemill", title_justify="left", header_style="bold", expand=False)
     table.add_column("", style="dim")
-    engines = metrics.history.engines
+    engines = metrics.remember().engines
     columns = [dict(readings(history)) for history in engines.values()]
     for name in engines:
         table.add_column(Text(name), justify="right")
@@ -104,7 +104,7 @@ def overview(metrics: Metrics) -> RenderableType:
 def lines(metrics: Metrics) -> list[str]:
     """The same without a terminal: a line an engine, and one of what other sources say."""
     found = []
-    for name, history in metrics.history.engines.items():
+    for name, history in metrics.remember().engines.items():
         found.append(f"{name}: " + ", ".join(f"{text} {label}" for label, text in readings(history)))
     found.append(", ".join(f"{name}: {text}" for name, text in _process_facts(metrics).items()))
     return [line for line in found if line]
@@ -125,7 +125,10 @@ def readings(history: EngineHistory) -> list[tuple[str, str]]:
         ("running", f"{stats.running:,}"),
         ("waiting", f"{stats.waiting:,}"),
         ("finished requests", f"{ended:,}"),
-        ("pages in use", f"{stats.pages_held:,} of {num_pages:,} ({stats.pages_held / max(num_pages, 1):.0%})"),
+        (
+            "pages in use",
+            f"{stats.pages_held:,} of {num_pages:,} ({stats.pages_held / max(num_pages, 1):.0%})",
+        ),
         ("of prompt tokens cached", _share(stats.num_cached_tokens, stats.num_prompt_tokens)),
         ("to first token", _latency(point, "first_token")),
         ("between tokens", _latency(point, "inter_token")),

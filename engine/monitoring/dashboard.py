@@ -18,8 +18,7 @@ from engine.monitoring.http_server import Page, Route
 from engine.monitoring.metrics import Metrics, resident_bytes
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.requests import Request
+    from fastapi import FastAPI, Request
 
 PAGE_PATH = "/dashboard"
 DATA_PATH = "/dashboard/data"
@@ -33,9 +32,9 @@ _DIGITS = 6
 
 def dashboard_routes(app: FastAPI, metrics: Metrics) -> None:
     """Add the dashboard of `metrics` to a server, at `/dashboard`."""
-    from starlette.responses import Response
+    from fastapi import Response
 
-    metrics.history  # begin to remember now, not when somebody first looks
+    metrics.remember()  # begin to remember now, not when somebody first looks
     for path, route in routes(metrics).items():
 
         def answer(request: Request, route: Route = route) -> Response:
@@ -55,12 +54,14 @@ def page() -> Page:
     """The HTML, under a policy that lets it load and send nothing elsewhere."""
     html = (files("engine.monitoring") / "dashboard.html").read_text(encoding="utf-8")
     hashes = {
-        tag: " ".join(f"'sha256-{_sha256(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL))
+        tag: " ".join(
+            f"'sha256-{_sha256(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        )
         for tag in ("script", "style")
     }
     policy = (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {
         "Content-Security-Policy": policy,
@@ -80,7 +81,8 @@ def data(metrics: Metrics, query: str) -> Page:
         "resident_bytes": resident_bytes(),
         "facts": metrics.facts(),
         "engines": [
-            _engine(history, asked.get(f"after.{name}", "")) for name, history in metrics.history.engines.items()
+            _engine(history, asked.get(f"after.{name}", ""))
+            for name, history in metrics.remember().engines.items()
         ],
     }
     text = json.dumps(body, allow_nan=False, separators=(",", ":"))
@@ -105,7 +107,9 @@ def _engine(history: EngineHistory, after: str) -> Mapping[str, Any]:
         "preemptions": now.stats.preemptions,
         "compile_seconds": round(now.stats.compile_seconds, 3),
         "last": history.last_number,
-        "columns": {each.name: [_short(getattr(point, each.name)) for point in points] for each in fields(Point)},
+        "columns": {
+            each.name: [_short(getattr(point, each.name)) for point in points] for each in fields(Point)
+        },
     }
 
 

@@ -20,7 +20,23 @@ Kind = Literal["counter", "gauge", "histogram", "info"]
 # Seconds, from a token on an accelerator to a long answer on a CPU.
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-STEP_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+STEP_BUCKETS = (
+    0.0001,
+    0.00025,
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    10.0,
+)
 TOKEN_BUCKETS = tuple(float(1 << power) for power in range(0, 18, 1))
 
 
@@ -135,7 +151,9 @@ SYSTEM_INFO = Definition(
 # What an engine counts itself: read when somebody asks.
 PULLED: tuple[tuple[Definition, Callable[[EngineStats], float]], ...] = (
     (
-        Definition("prompt_tokens_total", "counter", "Prompt tokens of queued requests, each sample's counted."),
+        Definition(
+            "prompt_tokens_total", "counter", "Prompt tokens of queued requests, each sample's counted."
+        ),
         lambda stats: stats.num_prompt_tokens,
     ),
     (
@@ -160,7 +178,9 @@ PULLED: tuple[tuple[Definition, Callable[[EngineStats], float]], ...] = (
     ),
     (
         Definition(
-            "preempted_requests_total", "counter", "Times that a sequence lost its pages and had to wait again."
+            "preempted_requests_total",
+            "counter",
+            "Times that a sequence lost its pages and had to wait again.",
         ),
         lambda stats: stats.preemptions,
     ),

@@ -37,7 +37,7 @@ _HISTOGRAMS = (
     of.EXECUTION_DURATION,
 )
 # Reported from the start, so that a rate sees the first one.
-_STATUSES = ("completed", "aborted", "timeout")
+_STATUSES: tuple[str, ...] = ("completed", "aborted", "timeout")
 # Finish reasons of requests that were ended from outside, and the status that they make.
 _CUT_SHORT = {"timeout": "timeout", "abort": "aborted"}
 
@@ -67,7 +67,7 @@ class EngineWatch(EngineObserver):
         self._clock = clock
         self._lock = threading.Lock()
         self._num_received = 0
-        self._ended = Counter(dict.fromkeys(_STATUSES, 0))
+        self._ended: Counter[str] = Counter(dict.fromkeys(_STATUSES, 0))
         self._finish_reasons = Counter({"stop": 0, "length": 0})
         self._histograms = {each: Histogram(each.buckets) for each in _HISTOGRAMS}
         self._step_sequences = 0

@@ -9,7 +9,9 @@ from engine.monitoring.definitions import Definition, Sample
 
 LABELS = ("key", "label")
 _READ = {
-    "requests": Definition("api_key_requests_total", "counter", "Requests made with a key, by its id.", LABELS),
+    "requests": Definition(
+        "api_key_requests_total", "counter", "Requests made with a key, by its id.", LABELS
+    ),
     "prompt_tokens": Definition(
         "api_key_prompt_tokens_total", "counter", "Prompt tokens of requests made with a key.", LABELS
     ),

@@ -52,12 +52,12 @@ class Metrics:
     def watch(self, engine: Any, name: str | None = None) -> EngineWatch:
         """Begin to count what an engine does.
 
-        name: the label `engine` of its metrics (default: its `esurge_name`, or the model's).
+        name: the label `engine` of its metrics (default: the engine's `model_name`).
 
         Raises:
             ConfigError: another engine is watched under this name.
         """
-        name = name or getattr(engine.config, "esurge_name", None) or engine.model_name
+        name = name or str(engine.model_name)
         with self._lock:
             if name in self._watches:
                 raise ConfigError(
@@ -120,9 +120,8 @@ class Metrics:
 
         return make_registry(self)
 
-    @property
-    def history(self) -> History:
-        """The last minutes, kept from the first time that this is read."""
+    def remember(self) -> History:
+        """The history of the last minutes, begun at the first call."""
         with self._lock:
             if self._history is None:
                 self._history = History(self)

@@ -47,7 +47,9 @@ class Monitoring:
         self._counting.callback(traces.close)
         self._counting.callback(engine.remove_observer, traces)
 
-    def serve(self, *, host: str, prometheus_port: int | None, dashboard_port: int | None, options: str) -> None:
+    def serve(
+        self, *, host: str, prometheus_port: int | None, dashboard_port: int | None, options: str
+    ) -> None:
         """Serve what has a port; the same one for both is one server. `options`: what stands before their
         names where the user gives them, for errors.
         """
@@ -57,7 +59,7 @@ class Monitoring:
             scrape = {METRICS_PATH: lambda query: Page(CONTENT_TYPE, metrics_text(registry))}
             wanted.append(("prometheus", prometheus_port, METRICS_PATH, scrape))
         if dashboard_port is not None:
-            self.metrics.history  # begin to remember now, not when somebody first looks
+            self.metrics.remember()  # begin to remember now, not when somebody first looks
             wanted.append(("dashboard", dashboard_port, PAGE_PATH, dashboard_pages(self.metrics)))
         servers: dict[int, MonitoringServer] = {}
         for name, port, path, routes in wanted:
@@ -128,4 +130,3 @@ def start_monitoring(
         monitoring.close()
         raise
     return monitoring
-

@@ -1,8 +1,9 @@
 """OpenTelemetry traces: a span a request, named and described by the semantic conventions for generative AI
 (https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/).
 
-A span is made when its request ends, with the times that the engine kept. Prompts and texts are never part of it. Where spans go is said by the standard OTEL_* environment variables:
-OTEL_TRACES_EXPORTER (otlp, console, none), OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and the others.
+A span is made when its request ends, with the times that the engine kept. Prompts and texts are never part of
+it. Where spans go is said by the standard OTEL_* environment variables: OTEL_TRACES_EXPORTER (otlp, console,
+none), OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and the others.
 """
 
 from __future__ import annotations

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.security import HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from engine.async_engine import AsyncEngine
 from engine.server.auth import OPEN_PATHS, install_auth
+from engine.server.batches.routes import FILES_PATH, batch_routes
+from engine.server.batches.uploads import OVERHEAD_BYTES
 from engine.server.chat import chat_routes
 from engine.server.completions import completion_routes
 from engine.server.errors import install_errors
@@ -27,9 +30,6 @@ from engine.server.tokens import token_routes
 if TYPE_CHECKING:
     from engine.monitoring import Metrics
     from engine.server.batches.backend import BatchBackend
-
-_MULTIPART_BYTES = 64 << 10
-"""What a multipart body has beside its file."""
 
 
 def create_app(
@@ -57,8 +57,7 @@ def create_app(
         try:
             yield
         finally:
-            for model in served:
-                model.engine.close()
+            await run_in_threadpool(served.close)
 
     security = [] if keys is None else [Depends(HTTPBearer(auto_error=False))]
     app = FastAPI(
@@ -72,6 +71,7 @@ def create_app(
         dependencies=security,
     )
     app.state.keys = keys
+    app.state.models = served
     install_errors(app)
     for routes in _routes(served, settings, batches, metrics):
         app.include_router(routes)
@@ -81,7 +81,8 @@ def create_app(
     if keys is not None:
         install_auth(app, keys, settings, open_paths=open_paths)
     # The limits come before everything else: nothing of a request is read that is over them.
-    install_limits(app, settings, max_body_bytes=_upload_limits(batches))
+    uploads = {} if batches is None else {FILES_PATH: batches.max_file_bytes + OVERHEAD_BYTES}
+    install_limits(app, settings, max_body_bytes=uploads)
     return app
 
 
@@ -97,8 +98,6 @@ def _routes(
         health_routes(served, metrics),
     ]
     if batches is not None:
-        from engine.server.batches.routes import batch_routes
-
         routes.append(batch_routes(batches))
     return routes
 
@@ -112,15 +111,6 @@ def _show_metrics(app: FastAPI, metrics: Metrics, keys: KeyRing | None) -> froze
     if keys is not None:
         metrics.add_source(KeyUsage(keys.stats))
     return PUBLIC_PATHS
-
-
-def _upload_limits(batches: Any | None) -> dict[str, int]:
-    """Paths whose bodies may be longer than others, in bytes."""
-    if batches is None:
-        return {}
-    from engine.server.batches.routes import FILES_PATH
-
-    return {FILES_PATH: batches.max_file_bytes + _MULTIPART_BYTES}
 
 
 def _version() -> str:

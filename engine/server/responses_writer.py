@@ -44,9 +44,8 @@ class ResponseWriter:
                 yield from self._reasoning(event.text)
             elif isinstance(event, ToolCallStart):
                 yield from self.close("completed")
-                ids = {"id": new_id("fc"), "call_id": new_id("call")}
                 yield from self._open(
-                    FunctionCall(**ids, status="in_progress", name=event.name, arguments="")
+                    _begun_call(event.name)
                 )
             else:
                 yield from self._arguments(event.text)
@@ -121,3 +120,8 @@ class ResponseWriter:
     def _told(self, kind: str, **facts: Any) -> Told:
         place = {"item_id": self.items[-1].id, "output_index": len(self.items) - 1}
         return {"type": f"response.{kind}", **place, **facts}
+
+
+def _begun_call(name: str) -> FunctionCall:
+    call_id = new_id("call")
+    return FunctionCall(id=new_id("fc"), status="in_progress", call_id=call_id, name=name, arguments="")

@@ -5,6 +5,7 @@ At SIGTERM or Ctrl-C nothing new is accepted; open calls have `drain_seconds` to
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
 import socket
@@ -14,9 +15,11 @@ from types import TracebackType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
 
 from engine.errors import ConfigError
 from engine.server.connections import uvicorn_options
+from engine.server.served import ServedModels
 from engine.server.settings import ServerSettings
 
 
@@ -35,7 +38,7 @@ def serve(
     """
     with bound_socket(host, port, settings) as listening:
         url = url_of(host, listening)
-        _Server(_config(app, settings), lambda: on_ready(url) if on_ready else None).run(sockets=[listening])
+        _Server(app, settings, lambda: on_ready(url) if on_ready else None).run(sockets=[listening])
 
 
 class BackgroundServer:
@@ -45,7 +48,7 @@ class BackgroundServer:
         self._socket = bound_socket(host, port, settings)
         self.url = url_of(host, self._socket)
         self._is_ready = threading.Event()
-        self._server = _Server(_config(app, settings), self._is_ready.set)
+        self._server = _Server(app, settings, self._is_ready.set)
         self._thread = threading.Thread(target=self._run, name="tidemill-server", daemon=True)
 
     def __enter__(self) -> BackgroundServer:
@@ -84,8 +87,12 @@ def bound_socket(host: str, port: int, settings: ServerSettings) -> socket.socke
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, proto)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except BaseException:
+            listening.close()
+            raise
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}; choose another host or port") from error
     return listening
@@ -103,23 +110,38 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        lifespan="on",
-        log_level="warning",
-        access_log=False,  # it shows query strings, which may hold keys
-        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
-        **uvicorn_options(settings),
-    )
+_LAST_WORDS_SECONDS = 2
+"""For answers that say they were aborted to be sent."""
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]):
+    def __init__(self, app: FastAPI, settings: ServerSettings, on_ready: Callable[[], None]):
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            log_level="warning",
+            access_log=False,  # it shows query strings, which may hold keys
+            timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _LAST_WORDS_SECONDS,
+            **uvicorn_options(settings),
+        )
         super().__init__(config)
+        self._models: ServedModels = app.state.models
+        self._drain_seconds = settings.drain_seconds
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        aborting = asyncio.ensure_future(self._abort_later())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            aborting.cancel()
+
+    async def _abort_later(self) -> None:
+        """When the drain is over, end what still runs with an answer that says so."""
+        await asyncio.sleep(self._drain_seconds)
+        await run_in_threadpool(self._models.close)

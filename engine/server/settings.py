@@ -89,7 +89,7 @@ class ServerSettings:
         return cls(**options)
 
     def __post_init__(self) -> None:
-        highest = {
+        highest: dict[str, int] = {
             "max_n": MAX_N,
             "max_logprobs": MAX_LOGPROBS,
             "max_stop": MAX_STOP_STRINGS,

@@ -64,7 +64,7 @@ def make_structured(wanted: list[Wanted], settings: ServerSettings) -> Structure
         message = f"{param} is {size} bytes: at most {settings.max_schema_bytes} are taken"
         raise bad_request(message, param, "string_above_max_length")
     try:
-        return StructuredOutput(**{kind: tuple(value) if kind == "choice" else value})
+        return StructuredOutput.of({kind: value})
     except RequestError as error:
         raise bad_request(str(error), param, "invalid_structured_output") from error
 

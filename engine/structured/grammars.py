@@ -222,7 +222,8 @@ def _not_compiled(message: str) -> RequestError:
 
 
 def _first_line(message: str) -> str:
-    line = " ".join(message.partition("<non-verbose")[0].split())
+    # Without what it says of its own state and options.
+    line = " ".join(message.partition("<non-verbose")[0].partition(" Enable '")[0].split())
     return line if len(line) <= _MAX_MESSAGE_CHARS else line[: _MAX_MESSAGE_CHARS - 1] + "…"
 
 

@@ -10,7 +10,7 @@ import ipaddress
 import json
 import re
 import uuid
-from decimal import Decimal, localcontext
+from decimal import Decimal, InvalidOperation, localcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,22 +28,31 @@ def violation(text: str, schema: dict[str, Any]) -> str | None:
     Raises MissingExtraError without jsonschema.
     """
     try:
-        import jsonschema
+        from jsonschema import Draft202012Validator, FormatChecker
+        from jsonschema.validators import validator_for
     except ImportError as error:
         raise MissingExtraError("jsonschema", "test", "checking outputs against their schemas") from error
     try:
-        value = json.loads(text, parse_float=Decimal, parse_constant=_refuse)
+        value = json.loads(text, parse_float=_number, parse_constant=_refuse)
     except ValueError as error:
         return f"not JSON: {error}"
     # Decimals, so that 0.3 is a multiple of 0.1.
     exact = json.loads(json.dumps(schema), parse_float=Decimal)
-    checker = jsonschema.FormatChecker(formats=())
+    checker = FormatChecker(formats=())
     for name, check in _FORMATS.items():
         checker.checks(name, raises=ValueError)(check)
-    made = jsonschema.validators.validator_for(exact, jsonschema.Draft202012Validator)
+    made = validator_for(exact, Draft202012Validator)
     with localcontext(prec=_DIGITS):
         error = next(iter(made(exact, format_checker=checker).iter_errors(value)), None)
     return None if error is None else " ".join(error.message.split())[:300]
+
+
+def _number(digits: str) -> Decimal | float:
+    """Exactly, but for an exponent that no decimal has."""
+    try:
+        return Decimal(digits)
+    except InvalidOperation:
+        return float(digits)
 
 
 def _refuse(name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,62 +36,73 @@ def run(source: str, num_steps: int, device_ms: float, interval_ms: int, stream:
         stream_interval_ms=interval_ms,
     )
     engine, device = make_engine(source, config, num_pages=4096)
-    device.collect = _taking_time(device.collect, device_ms / 1000)  # type: ignore[method-assign]
+    outputs = _Count()
+    device.collect = marks = _Marks(device.collect, device_ms / 1000, num_steps, outputs)  # type: ignore[method-assign]
     text_ids = engine.tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
     count = 2 * NUM_SEQS + (NUM_STEPS_BEFORE + num_steps) * NUM_SEQS // MIN_NEW
     crowd = Crowd(text_ids, 0, count)
-    outputs = _Count()
     with AsyncEngine(engine) as front:
         front.pause()
         for prompt, sampling in crowd.requests:
             front.submit(prompt, sampling, stream=stream, on_output=outputs.take)
         spare_long_lived_objects()
         front.resume()
-        before = _wait_for(front, NUM_STEPS_BEFORE)
-        num_before = outputs.count
-        after = _wait_for(front, before[0] + num_steps)
-        num_outputs = outputs.count - num_before
-        # What is left is ended without being run.
-        front.run_on_step_thread(engine.pause).result()
-    steps, seconds, cpu_seconds = (b - a for a, b in zip(before, after, strict=True))
-    return {
-        "num_steps": steps,
-        "ms_per_step": 1000 * seconds / steps,
-        "step_thread_cpu_ms_per_step": 1000 * cpu_seconds / steps,
-        "outputs_per_step": num_outputs / steps,
-    }
+        while not marks.last.wait(1.0):
+            if not front.healthy:
+                raise front.run_on_step_thread(int).exception() or AssertionError("it runs and does not")
+        front.pause()  # what is left is ended without being run
+    return marks.per_step()
 
 
-def _wait_for(front: AsyncEngine, num_steps: int) -> tuple[int, float, float]:
-    """The steps so far, once they are so many, and the clock's and the step thread's seconds then."""
-    while True:
-        found = front.run_on_step_thread(
-            lambda: (front.engine.stats().num_steps, time.perf_counter(), time.thread_time())
-        ).result()
-        if found[0] >= num_steps:
-            return found
-        time.sleep(0.02)
+class _Marks:
+    """`collect` of a device that takes `seconds` for a step, one step after the other. What has been used is
+    noted after NUM_STEPS_BEFORE steps, and `num_steps` later."""
 
+    def __init__(self, collect: Callable[[InFlight], Any], seconds: float, num_steps: int, outputs: _Count):
+        self._collect = collect
+        self._seconds = seconds
+        self._num_steps = num_steps
+        self._outputs = outputs
+        self._free_at = 0.0
+        self._count = 0
+        self._noted: list[tuple[float, float, float, int]] = []
+        self.last = threading.Event()
 
-def _taking_time(collect: Callable[[InFlight], Any], seconds: float) -> Callable[[InFlight], Any]:
-    """`collect` of a device that takes so long for a step, one after the other."""
-    free_at = 0.0
+    def __call__(self, step: InFlight) -> Any:
+        self._count += 1
+        if self._count in (NUM_STEPS_BEFORE, NUM_STEPS_BEFORE + self._num_steps):
+            seconds = time.perf_counter(), time.thread_time(), self._outputs.cpu_seconds
+            self._noted.append((*seconds, self._outputs.count))
+            if len(self._noted) == 2:
+                self.last.set()
+        self._free_at = max(self._free_at, step.dispatched_at) + self._seconds
+        time.sleep(max(0.0, self._free_at - time.monotonic()))
+        return self._collect(step)
 
-    def collect_in_time(step: InFlight) -> Any:
-        nonlocal free_at
-        free_at = max(free_at, step.dispatched_at) + seconds
-        time.sleep(max(0.0, free_at - time.monotonic()))
-        return collect(step)
-
-    return collect_in_time
+    def per_step(self) -> dict[str, Any]:
+        whole, own, text, outputs = (
+            (after - before) / self._num_steps for before, after in zip(*self._noted, strict=True)
+        )
+        return {
+            "num_steps": self._num_steps,
+            "ms_per_step": 1000 * whole,
+            "step_thread_cpu_ms_per_step": 1000 * own,
+            "text_thread_cpu_ms_per_step": 1000 * text,
+            "outputs_per_step": outputs,
+        }
 
 
 class _Count:
+    """A receiver that looks at nothing."""
+
     def __init__(self) -> None:
         self.count = 0
+        self.cpu_seconds = 0.0
+        """Of the text thread, which calls this."""
 
     def take(self, output: RequestOutput) -> None:
         self.count += 1
+        self.cpu_seconds = time.thread_time()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = run(options.model, options.steps, options.device_ms, options.interval_ms, stream)
             print(
                 f"{name:9} {found['ms_per_step']:.3f} ms a step, "
-                f"{found['step_thread_cpu_ms_per_step']:.3f} ms of it the step thread's CPU, "
+                f"{found['step_thread_cpu_ms_per_step']:.3f} ms of it the step thread's CPU; "
+                f"{found['text_thread_cpu_ms_per_step']:.3f} ms of CPU in the text thread for "
                 f"{found['outputs_per_step']:.1f} outputs a step"
             )
     except TidemillError as error:

@@ -52,8 +52,16 @@ class CostlessRunner:
         self.num_computed_tokens = self.num_padded_tokens = 0
         self.before_results = before_results
         self.plans: list[StepPlan] = []
+        self.has_pages = True
+
+    def make_pages(self) -> None:
+        self.has_pages = True
+
+    def drop_pages(self) -> None:
+        self.has_pages = False
 
     def dispatch(self, plan: StepPlan, before: CostlessStep | None) -> CostlessStep:
+        assert self.has_pages, "a step runs while the pages' memory is given back"
         self.num_computed_tokens += plan.num_tokens
         self.plans.append(plan)
         draws = Draws(np.zeros(0, np.int32), any_logprobs=False, any_history=False)
@@ -78,7 +86,7 @@ def costless_engine(
     num_pages: int = 64, before_results: Callable[[], None] | None = None, **options: Any
 ) -> tuple[Engine, CostlessRunner]:
     """An engine of 8 sequences, steps of 32 tokens and pages of 16, of the tiny model's tokenizer."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 32,
         "max_model_len": 128,

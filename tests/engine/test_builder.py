@@ -57,7 +57,9 @@ def test_sections_mean_what_the_engines_options_mean(tiny_folder: Path):
 
 
 def test_a_dtype_of_jax_becomes_a_name_in_yaml():
-    text = EngineBuilder("somewhere").set_dtype(jnp.bfloat16).set_sharding(axis_dims=(1, 1, 1, 1, 1)).to_yaml()
+    text = (
+        EngineBuilder("somewhere").set_dtype(jnp.bfloat16).set_sharding(axis_dims=(1, 1, 1, 1, 1)).to_yaml()
+    )
     assert "dtype: bfloat16" in text
     assert "!!" not in text
 
@@ -77,7 +79,7 @@ def test_a_callback_is_taken_and_cannot_be_written():
         (lambda: EngineBuilder({"esurg": {}}), "section 'esurg': the nearest name is 'esurge'"),
         (lambda: EngineBuilder({"esurge": [1]}), "esurge holds a list"),
         (lambda: EngineBuilder().validate(), "name_or_path is missing"),
-        (lambda: EngineBuilder("").set_model(3).validate(), "give text"),
+        (lambda: EngineBuilder("").update({"model": {"name_or_path": 3}}).validate(), "give text"),
         (lambda: EngineBuilder("m").set_esurge(page_size=3).validate(), "page_size=3"),
         (lambda: EngineBuilder("m").set_dtype("float32").set_esurge(dtype="bfloat16").validate(), "differ"),
     ],

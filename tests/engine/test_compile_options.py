@@ -17,7 +17,12 @@ from engine.sampling_params import SamplingParams
 from tests.engine.engines import tokens_of, varied_model
 
 CONFIG = EngineConfig(
-    max_num_seqs=4, max_num_batched_tokens=32, min_token_pad=16, max_model_len=96, page_size=16, kv_cache_bytes=1 << 20
+    max_num_seqs=4,
+    max_num_batched_tokens=32,
+    min_token_pad=16,
+    max_model_len=96,
+    page_size=16,
+    kv_cache_bytes=1 << 20,
 )
 DRAWN = SamplingParams(temperature=1.0, seed=3, max_tokens=6, ignore_eos=True)
 

@@ -24,8 +24,9 @@ def test_by_default_new_tokens_are_capped_and_prompts_left_alone(prompt_len, max
 
 
 def test_what_fits_is_left_alone_whatever_the_options():
-    for options in ({"strict_context": True}, {"truncate_mode": "middle"}, {"auto_cap_new_tokens": False}):
-        assert fit(80, 20, **options) == (80, 20)
+    assert fit(80, 20, strict_context=True) == (80, 20)
+    assert fit(80, 20, truncate_mode="middle") == (80, 20)
+    assert fit(80, 20, auto_cap_new_tokens=False) == (80, 20)
 
 
 def test_reserved_tokens_are_given_to_nobody():

@@ -41,7 +41,7 @@ def busy() -> Iterator[tuple[Engine, Metrics]]:
     """An engine with work behind it and more waiting, looked at a few times."""
     engine, metrics = tiny_engine(), Metrics()
     metrics.watch(engine, "a <b>bold</b> engine")
-    history = metrics.history
+    history = metrics.remember()
     for number in range(12):
         engine.add_request(f"{number}", prompt=f"the answer in the region is {number}", sampling=SAMPLING)
     for number in range(30):
@@ -58,7 +58,8 @@ def busy() -> Iterator[tuple[Engine, Metrics]]:
 
 
 def tile(label: str) -> str:
-    return f"[...document.querySelectorAll('.tile')].find(e => e.firstChild.textContent === '{label}').lastChild.textContent"
+    tiles = "[...document.querySelectorAll('.tile')]"
+    return f"{tiles}.find(each => each.firstChild.textContent === '{label}').lastChild.textContent"
 
 
 def chart(title: str) -> str:
@@ -103,7 +104,9 @@ def test_the_page_draws_what_the_engine_does(browser: Chromium, busy: tuple[Engi
         page.prefer(dark=True)
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
         keep(page, "dark")
-        page.send("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+        page.send(
+            "Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True
+        )
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, "a phone scrolls down only"
         keep(page, "phone")
 

@@ -147,7 +147,8 @@ def test_nothing_is_exposed_that_is_not_defined_and_the_other_way_round(engine: 
 
 def test_help_and_type_are_those_of_the_definitions(metrics: Metrics):
     families = {
-        family.name: family for family in text_string_to_metric_families(metrics_text(metrics.registry).decode())
+        family.name: family
+        for family in text_string_to_metric_families(metrics_text(metrics.registry).decode())
     }
     for definition in ENGINE_METRICS:
         name = definition.full_name
@@ -208,9 +209,7 @@ def test_a_timed_out_request_is_counted_as_one(engine: Engine):
     (output,) = engine.generate("er", GREEDY)
     sample = output.outputs[0]
     ended = type(sample)(0, sample.token_ids, "timeout", text="")
-    watch.on_finished(
-        RequestOutput("late", None, output.prompt_token_ids, (ended,), True, output.metrics)
-    )
+    watch.on_finished(RequestOutput("late", None, output.prompt_token_ids, (ended,), True, output.metrics))
     assert watch.now().num_ended == {"completed": 0, "aborted": 0, "timeout": 1}
 
 

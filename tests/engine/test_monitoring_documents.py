@@ -129,9 +129,7 @@ def test_the_grafana_dashboard_is_laid_out_as_grafana_wants_it(dashboard: dict[s
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
 
 
-def test_the_command_prints_what_is_packaged(
-    dashboard: dict[str, Any], capsys: pytest.CaptureFixture[str]
-):
+def test_the_command_prints_what_is_packaged(dashboard: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     assert main(["grafana"]) == 0
     assert json.loads(capsys.readouterr().out) == dashboard
     assert main(["metrics"]) == 0

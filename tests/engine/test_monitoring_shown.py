@@ -1,4 +1,4 @@
-"""The endpoint, the dashboard's data and the console show what was counted; what cannot be shown is refused."""
+"""The endpoint, the dashboard's data and the console show what was counted, or say why they cannot."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_port_in_use_is_refused_and_nothing_is_left_behind(engine: Engine):
     )
     assert not engine.observers
     for bad in (70_000, True, "80"):
-        with pytest.raises(ConfigError, match="prometheus_port=.*: give a port from 0"):
+        with pytest.raises(ConfigError, match=r"prometheus_port=.*: give a port from 0"):
             engine.start_monitoring(prometheus_port=bad)
 
 
@@ -138,7 +138,7 @@ def points_of(metrics: Metrics, query: str = "") -> dict[str, list[float | None]
 
 
 def test_the_dashboard_asks_for_new_points_only(engine: Engine, metrics: Metrics):
-    history = metrics.history
+    history = metrics.remember()
     engine.generate("er", GREEDY)
     for _ in range(3):
         time.sleep(0.002)
@@ -157,7 +157,9 @@ def test_the_page_loads_nothing_from_elsewhere_and_carries_no_data():
     shown = page()
     html = shown.body.decode()
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", html)
-    assert set(re.findall(r"https?://[^\"'\s)]+", html)) == {"http://www.w3.org/2000/svg"}  # a name, not a place
+    assert set(re.findall(r"https?://[^\"'\s)]+", html)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a name, not a place
     assert "innerHTML" not in html, "names of models are text"
     policy = shown.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
@@ -192,10 +194,10 @@ class Terminal(io.StringIO):
 def test_the_console_shows_the_numbers_as_text(engine: Engine, metrics: Metrics):
     from rich.console import Console
 
-    metrics.history  # noqa: B018 - it begins to look
+    metrics.remember()
     engine.generate([f"the answer in the region is {each}" for each in ("er", "on")], GREEDY)
     time.sleep(0.002)
-    metrics.history.look()
+    metrics.remember().look()
     stream = io.StringIO()
     Console(file=stream, width=90).print(overview(metrics))
     shown = stream.getvalue()

@@ -32,12 +32,11 @@ BAD_VALUES = [
     ("allowed_token_ids", []), ("allowed_token_ids", [-5]), ("allowed_token_ids", 7),
     ("logprobs", 21), ("logprobs", -1), ("logprobs", True), ("logprobs", 1.0),
     ("prompt_logprobs", 21), ("prompt_logprobs", -1), ("prompt_logprobs", False),
-    ("include_stop_str_in_output", 0), ("skip_special_tokens", "no"),
+    ("include_stop_str_in_output", 0), ("skip_special_tokens", "no"), ("structured", "must be a regex"),
     ("stop_pattern", 5), ("detokenize", 0), ("spaces_between_special_tokens", "no"),
     ("best_of", 0), ("best_of", 1.0), ("output_kind", "all"), ("output_kind", 7),
     ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", True),
     ("extra_args", 4), ("extra_args", {"a": [1]}), ("extra_args", {1: 2}), ("extra_args", ["ab"]),
-    ("structured", "must be a regex"),
 ]  # fmt: skip
 
 

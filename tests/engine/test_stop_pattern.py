@@ -1,4 +1,4 @@
-"""Stop patterns: which are taken, and that they stop a text as their first match would, whatever the pieces."""
+"""Stop patterns: which are taken, and that a text ends at the first match, whatever its pieces."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ def test_a_text_that_costs_too_much_to_follow_ends_with_an_error(monkeypatch: py
 
 
 def test_a_refusal_is_remembered_and_a_grammar_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[StructuredOutput] = []
+    made: list[StructuredOutput | None] = []
     compile = grammars.Grammars.compile
     monkeypatch.setattr(
         grammars.Grammars, "compile", lambda self, asked: made.append(asked) or compile(self, asked)

@@ -37,7 +37,7 @@ def test_sampling_takes_it_under_both_names():
     assert params.structured == StructuredOutput(regex="a+")
     assert SamplingParams.from_dict({"guided_decoding": {"regex": "a+"}}) == params
     assert params.replace(n=2).structured == params.structured
-    assert SamplingParams(structured={"choice": ["x", "y", "x"]}).structured.choice == ("x", "y")
+    assert StructuredOutput.of({"choice": ["x", "y", "x"]}) == StructuredOutput(choice=("x", "y"))
     with pytest.raises(RequestError, match="twice"):
         SamplingParams.from_dict({"structured": {"regex": "a"}, "guided_decoding": {"regex": "a"}})
 

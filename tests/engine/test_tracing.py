@@ -55,10 +55,16 @@ def run(engine: Engine) -> list[RequestOutput]:
     return outputs
 
 
+def by_id(spans: InMemorySpanExporter) -> dict[str, Any]:
+    finished: Any = spans.get_finished_spans()
+    return {span.attributes["gen_ai.response.id"]: span for span in finished}
+
+
 def test_a_span_says_what_its_request_was(engine: Engine, spans: InMemorySpanExporter):
-    sampling = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, seed=5, n=2, max_tokens=6, stop=["zzz"])
+    sampling = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, seed=5, n=2, max_tokens=6, stop=("zzz",))
     (output,) = engine.generate("the answer", sampling)
-    (span,) = spans.get_finished_spans()
+    span: Any = spans.get_finished_spans()[0]
+    times: Any = output.metrics
     assert span.name == "text_completion model"
     assert span.kind is SpanKind.INTERNAL
     assert span.parent is None
@@ -84,8 +90,9 @@ def test_a_span_says_what_its_request_was(engine: Engine, spans: InMemorySpanExp
         "tidemill.num_preemptions": 0,
     }
     attributes = dict(span.attributes or {})
-    times = output.metrics
-    assert attributes.pop("gen_ai.response.time_to_first_chunk") == times.first_token_time - times.arrival_time
+    assert (
+        attributes.pop("gen_ai.response.time_to_first_chunk") == times.first_token_time - times.arrival_time
+    )
     assert attributes == expected
     seconds = (span.end_time - span.start_time) / 1e9
     assert seconds == pytest.approx(times.finished_time - times.arrival_time, abs=1e-5)
@@ -101,7 +108,7 @@ def test_a_span_continues_its_callers_trace(engine: Engine, spans: InMemorySpanE
     continue_trace(engine, "odd", {"traceparent": "nonsense"})
     engine.add_request("odd", prompt="is", sampling=GREEDY)
     run(engine)
-    found = {span.attributes["gen_ai.response.id"]: span for span in spans.get_finished_spans()}
+    found = by_id(spans)
     mine = found["mine"]
     assert mine.name == "chat model"
     assert mine.kind is SpanKind.SERVER
@@ -123,7 +130,7 @@ def test_aborted_and_late_requests_have_spans_too(engine: Engine, spans: InMemor
     late = type(sample)(0, sample.token_ids, "timeout", text="")
     traces = next(each for each in engine.observers if isinstance(each, RequestTraces))
     traces.on_finished(RequestOutput("late", None, output.prompt_token_ids, (late,), True, output.metrics))
-    found = {span.attributes["gen_ai.response.id"]: span for span in spans.get_finished_spans()}
+    found = by_id(spans)
     assert len(found) == 3
     assert found["dropped"].attributes["gen_ai.response.finish_reasons"] == ("abort",)
     assert found["dropped"].attributes["gen_ai.usage.input_tokens"] > 0
@@ -161,7 +168,10 @@ def test_without_traces_a_caller_is_passed_over(engine: Engine):
     ("environment", "message"),
     [
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "no installed package has the trace exporter 'zipkin'"),
-        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "smoke"}, "OTEL_EXPORTER_OTLP_PROTOCOL=smoke: choose one of http/protobuf"),
+        (
+            {"OTEL_EXPORTER_OTLP_PROTOCOL": "smoke"},
+            "OTEL_EXPORTER_OTLP_PROTOCOL=smoke: choose one of http/protobuf",
+        ),
     ],
 )
 def test_an_exporter_that_is_not_there_is_refused(

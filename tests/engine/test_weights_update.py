@@ -1,4 +1,4 @@
-"""Other weights and other models in an engine that runs: no restart, no recompilation, nothing left behind."""
+"""Other weights and other models in an engine that runs: nothing restarts, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -154,7 +154,10 @@ def test_an_engine_that_lost_its_model_says_so_until_it_has_another(
 def test_weights_are_read_as_what_the_model_was_loaded_as(folders: list[str]):
     options = {name: getattr(OPTIONS, name) for name in ("max_num_seqs", "min_token_pad", "kv_cache_bytes")}
     engine = Engine(
-        checkpoints.load(folders[0], dtype="bfloat16"), max_num_batched_tokens=32, max_model_len=128, **options
+        checkpoints.load(folders[0], dtype="bfloat16"),
+        max_num_batched_tokens=32,
+        max_model_len=128,
+        **options,
     )
     assert engine.config.dtype == engine.config.page_dtype == "bfloat16"
     before = answers(engine)

@@ -178,7 +178,7 @@ def test_the_profile_takes_the_devices_part_out_of_a_step(tiny_checkpoint: str):
 
 
 def test_every_command_is_there(capsys: pytest.CaptureFixture[str]):
-    for name in ("compare", "growth", "host", "profile", "groups"):
+    for name in ("compare", "growth", "host", "streams", "profile", "groups"):
         assert parser().parse_args([name]).command == name
     assert parser().parse_args([]).command is None
 

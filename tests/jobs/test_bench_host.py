@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from jobs.bench import host
+from jobs.bench import host, streams
 
 
 @pytest.fixture
@@ -49,3 +49,15 @@ def test_parts_inside_others_count_once(monkeypatch: pytest.MonkeyPatch):
     watch.watch("text", outer)()
     assert watch.seconds["batch"] == 2.0
     assert watch.seconds["text"] == 4.0
+
+
+@pytest.mark.usefixtures("collector")
+def test_what_streams_cost_is_measured_beside_outputs_given_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams, "NUM_SEQS", 16)
+    monkeypatch.setattr(streams, "NUM_STEPS_BEFORE", 5)
+    whole, streamed = (streams.run(streams.DEFAULT_MODEL, 100, 2.0, 0, stream) for stream in (False, True))
+    for found in (whole, streamed):
+        assert found["num_steps"] == 100
+        assert found["ms_per_step"] >= 1.9  # that of the device
+        assert found["step_thread_cpu_ms_per_step"] > 0
+    assert streamed["outputs_per_step"] > whole["outputs_per_step"]

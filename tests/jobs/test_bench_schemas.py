@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-import jsonschema
 import pytest
+from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
 
 from jobs.bench.schema_cases import KINDS, make_cases
 from jobs.bench.schema_checks import violation
@@ -23,9 +24,7 @@ def test_cases_are_schemas_and_always_the_same() -> None:
     assert make_cases(40, seed=1) != cases[:40]
     assert len({json.dumps(case.schema) for case in cases}) > 350
     for case in cases:
-        jsonschema.validators.validator_for(case.schema, jsonschema.Draft202012Validator).check_schema(
-            case.schema
-        )
+        validator_for(case.schema, Draft202012Validator).check_schema(case.schema)
 
 
 @pytest.mark.parametrize(

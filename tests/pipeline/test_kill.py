@@ -2,8 +2,8 @@
 in input order.
 
 TIDEMILL_KILLS sets how many times it is killed (3), TIDEMILL_KILL_SEED at which moments (0). With
-TIDEMILL_CHAOS=1 the same is done to a job whose output is in a bucket, and to runs of one to three workers, there
-with a server that is killed too; each of these kills TIDEMILL_KILLS times and prints what it counted.
+TIDEMILL_CHAOS=1 the same is done to a job whose output is in a bucket, and to runs of one to three workers,
+there with a server that is killed too; each of these kills TIDEMILL_KILLS times and prints what it counted.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def test_workers_killed_at_random_moments_end_with_the_same_bytes(
         assert last.returncode == 0, errors
         assert final_bytes(place) == wanted
     print(
-        f"{output.partition('/')[0] or 'disk'}, {workers} workers: {num_kills} kills of workers and {num_server_kills} of "
-        f"the server in {num_runs} runs, all with the bytes of the undisturbed one"
+        f"{output.partition('/')[0] or 'disk'}, {workers} workers: {num_kills} kills of workers and "
+        f"{num_server_kills} of the server in {num_runs} runs, all with the bytes of the undisturbed one"
     )
 
 

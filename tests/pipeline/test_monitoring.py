@@ -38,9 +38,9 @@ def scrape(port: int) -> dict[str, float]:
     with opener.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     return {
-        " ".join([sample.name.removeprefix("tidemill_"), *(v for k, v in sample.labels.items() if k != "engine")]): (
-            sample.value
-        )
+        " ".join(
+            [sample.name.removeprefix("tidemill_"), *(v for k, v in sample.labels.items() if k != "engine")]
+        ): (sample.value)
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -198,7 +198,10 @@ def test_workers_of_a_machine_have_ports_of_their_own():
     ("overrides", "message"),
     [
         ({"monitoring__prometheus_port": 70_000}, "monitoring.prometheus_port=70000: give a port from 0"),
-        ({"monitoring__dashboard_port": "web"}, "monitoring.dashboard_port='web': expected an integer or null"),
+        (
+            {"monitoring__dashboard_port": "web"},
+            "monitoring.dashboard_port='web': expected an integer or null",
+        ),
         ({"monitoring__console": True, "progress": "bar"}, "monitoring.console=true and progress=bar"),
         ({"monitoring__consol": True}, "did you mean 'monitoring.console'?"),
     ],

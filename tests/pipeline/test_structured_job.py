@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def rows_of(output: Path, kind: str = "rows") -> list[dict[str, Any]]:
-    return [row for table in open_run(str(output)).tables(kind, None) for row in table.to_pylist()]
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return list(open_run(str(output)).rows())
+
+
+def rejects_of(output: Path) -> list[dict[str, Any]]:
+    return list(open_run(str(output)).rejects())
 
 
 def test_rows_with_schemas_of_their_own_resume_to_the_same_bytes(tmp_path: Path) -> None:
@@ -69,7 +74,7 @@ def test_rows_with_schemas_of_their_own_resume_to_the_same_bytes(tmp_path: Path)
         else:
             assert violation(row["text"], json.loads(schema) if isinstance(schema, str) else schema) is None
     assert sum(row["finish_reason"] == "stop" for row in data) > 12, "nothing was tested"
-    rejects = rows_of(tmp_path / "alone", "rejects")
+    rejects = rejects_of(tmp_path / "alone")
     assert {row["reason"] for row in rejects} == {"bad_schema"}
     assert sorted(int(row["row_id"]) % 5 for row in rejects) == [3] * 4 + [4] * 4
     assert all("uniqueItems" in row["message"] for row in rejects if int(row["row_id"]) % 5 == 3)
@@ -96,7 +101,7 @@ def test_a_row_that_costs_too_much_to_follow_is_a_reject(
     write_jsonl(tmp_path / "in" / "a.jsonl", lines(rows))
     options = OPTIONS | {"prompt__schema_column": "schema", "max_reject_fraction": 0.5}
     assert run_model(job_settings(tmp_path / "in", tmp_path / "out", **options))[0] is ExitCode.DONE
-    [reject] = rows_of(tmp_path / "out", "rejects")
+    [reject] = rejects_of(tmp_path / "out")
     assert (reject["row_id"], reject["reason"]) == ("1", "generation_failed")
     assert "could not go on" in reject["message"]
     assert [row["row_id"] for row in rows_of(tmp_path / "out")] == ["0", "2", "3"]
@@ -105,8 +110,6 @@ def test_a_row_that_costs_too_much_to_follow_is_a_reject(
 def test_what_outputs_follow_is_part_of_what_the_run_is(tmp_path: Path) -> None:
     def parts(structured: Any, **options: Any) -> Any:
         settings = job_settings(tmp_path, tmp_path / "out", sampling__structured=structured, **options)
-        from dataclasses import asdict
-
         return Fingerprint.of({"sampling": asdict(settings.sampling)})
 
     schema = {"type": "object", "properties": {"a": {}, "b": {}}}

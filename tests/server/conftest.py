@@ -83,11 +83,15 @@ def assert_idle(engine: AsyncEngine) -> None:
     engine.run_on_step_thread(engine.engine.check_integrity).result()
 
 
-def complete(engine: AsyncEngine, prompt: Any, **sampling: Any) -> RequestOutput:
+def complete_with(engine: AsyncEngine, prompt: Any, sampling: SamplingParams) -> RequestOutput:
     """What the engine itself makes of a prompt."""
     done: Future[RequestOutput] = Future()
-    engine.submit(prompt, SamplingParams(**sampling), on_output=done.set_result, on_error=done.set_exception)
+    engine.submit(prompt, sampling, on_output=done.set_result, on_error=done.set_exception)
     return done.result(timeout=30)
+
+
+def complete(engine: AsyncEngine, prompt: Any, **sampling: Any) -> RequestOutput:
+    return complete_with(engine, prompt, SamplingParams(**sampling))
 
 
 def text_of(engine: AsyncEngine, prompt: Any, **sampling: Any) -> str:

@@ -94,9 +94,7 @@ def test_metrics_are_prometheus_text_for_who_may_see_them(guarded: tuple[eSurgeA
     answer = httpx.get(f"{url}/metrics", headers=monitor)
     assert answer.headers["content-type"].startswith("text/plain; version=")
     samples = [line for line in answer.text.splitlines() if not line.startswith("#")]
-    assert any(line.startswith("tidemill_requests_total{") and MODEL in line for line in samples) or any(
-        line.startswith("tidemill_requests_total{") for line in samples
-    )
+    assert any(line.startswith("tidemill_requests_total{") for line in samples)
     assert any(
         line.startswith("tidemill_api_key_prompt_tokens_total{") and 'label="UI"' in line for line in samples
     )
@@ -156,7 +154,7 @@ def test_reasoning_is_told_apart(engine: AsyncEngine):
 
 
 def test_settings_that_do_not_fit_are_refused(engine: AsyncEngine):
-    with pytest.raises(ConfigError, match="max_tokns does not exist.*'max_tokens'"):
+    with pytest.raises(ConfigError, match=r"max_tokns does not exist.*'max_tokens'"):
         eSurgeApiServer(engine, max_tokns=3)
     with pytest.raises(ConfigError, match="max_n=0"):
         ServerSettings(max_n=0)
@@ -173,7 +171,7 @@ def test_an_open_server_stays_on_the_loopback():
     bound_socket("0.0.0.0", 0, ServerSettings()).close()
     with bound_socket("127.0.0.1", 0, OPEN) as taken:
         taken.listen()
-        with pytest.raises(ConfigError, match="cannot listen on 127.0.0.1"):
+        with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1"):
             bound_socket("127.0.0.1", taken.getsockname()[1], OPEN)
 
 

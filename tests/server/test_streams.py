@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
+import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,8 +14,9 @@ import httpx
 import pytest
 
 from engine.async_engine import AsyncEngine
+from engine.server.app import create_app
 from engine.server.serving import BackgroundServer
-from tests.server.conftest import MODEL, assert_idle
+from tests.server.conftest import MODEL, OPEN, assert_idle, make_engine
 
 LONG: dict[str, Any] = {"model": MODEL, "max_tokens": 1900, "ignore_eos": True, "temperature": 0}
 CALLS = [
@@ -107,6 +110,34 @@ def test_a_client_that_goes_away_while_it_waits_is_forgotten(server: BackgroundS
         _wait_for(lambda: engine.num_unfinished == 0)
     finally:
         engine.resume()
+
+
+@pytest.mark.parametrize(("num_tokens", "is_cut_off"), [(100, False), (1900, True)])
+def test_an_ending_server_lets_calls_end_and_aborts_the_long_ones(
+    loaded: Any, num_tokens: int, is_cut_off: bool
+):
+    engine = AsyncEngine(make_engine(loaded))
+    settings = dataclasses.replace(OPEN, drain_seconds=0.3 if is_cut_off else 20)
+    server = BackgroundServer(create_app({MODEL: engine}, settings=settings), settings)
+    with server:
+        body = {**CALLS[1][1], "max_tokens": num_tokens, "stream": True}
+        with httpx.stream("POST", server.url + CALLS[1][0], json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            ending = threading.Thread(target=server.stop)
+            ending.start()
+            events = [line for line in lines if line]
+            ending.join()
+        assert events[-1] == "data: [DONE]"
+        last = json.loads(events[-2].removeprefix("data: "))
+        if is_cut_off:
+            assert last["error"]["code"] == "engine_closed"
+        else:
+            assert last["choices"][0]["finish_reason"] == "length"
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health")
+    stats = engine.engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_held) == (0, 0, 0)
 
 
 def _connection(server: BackgroundServer) -> socket.socket:

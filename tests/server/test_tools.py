@@ -29,7 +29,7 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</t
 BASE: dict[str, Any] = {"model": MODEL, "messages": CHAT, "temperature": 0, "max_tokens": 200}
 
 
-def streamed_message(client: openai.OpenAI, **fields: Any) -> dict[str, Any]:
+def streamed_message(client: Any, **fields: Any) -> dict[str, Any]:
     """The message that the deltas of a stream add up to, and its finish reason."""
     content, calls, old, reason = "", {}, {"name": "", "arguments": ""}, None
     for chunk in client.chat.completions.create(**fields, stream=True):
@@ -49,7 +49,7 @@ def streamed_message(client: openai.OpenAI, **fields: Any) -> dict[str, Any]:
     return {"content": content, "calls": told, "old": old, "reason": reason}
 
 
-def both_ways(client: openai.OpenAI, **fields: Any) -> tuple[Any, list[tuple[str, Any]]]:
+def both_ways(client: Any, **fields: Any) -> tuple[Any, list[tuple[str, Any]]]:
     """The whole answer's choice and its calls (name, values); a stream's are the same."""
     fields = {**BASE, **fields}
     (choice,) = client.chat.completions.create(**fields).choices
@@ -61,46 +61,46 @@ def both_ways(client: openai.OpenAI, **fields: Any) -> tuple[Any, list[tuple[str
     return choice, [(name, json.loads(arguments)) for name, arguments in calls]
 
 
-def test_a_free_answer_may_be_a_call(client: openai.OpenAI):
+def test_a_free_answer_may_be_a_call(client: Any):
     fields = {"tools": TOOLS, "extra_body": {"guided_choice": [CALL]}}
     choice, calls = both_ways(client, **fields)
     assert calls == [("get_weather", {"city": "Rome"})]
     assert (choice.message.content, choice.finish_reason) == (None, "tool_calls")
 
 
-def test_a_free_answer_may_be_a_text(client: openai.OpenAI):
+def test_a_free_answer_may_be_a_text(client: Any):
     choice, calls = both_ways(client, tools=TOOLS, extra_body={"guided_choice": ["It rains."]})
     assert calls == []
     assert (choice.message.content, choice.finish_reason) == ("It rains.", "stop")
 
 
-def test_several_calls_unless_parallel_ones_are_off(client: openai.OpenAI):
+def test_several_calls_unless_parallel_ones_are_off(client: Any):
     fields: dict[str, Any] = {"tools": TOOLS, "extra_body": {"guided_choice": [CALL + "\n" + CALL]}}
     assert len(both_ways(client, **fields)[1]) == 2
     assert len(both_ways(client, **fields, parallel_tool_calls=False)[1]) == 1
 
 
-def test_without_tools_or_with_none_a_call_is_text(client: openai.OpenAI):
+def test_without_tools_or_with_none_a_call_is_text(client: Any):
     for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         choice, calls = both_ways(client, **fields, extra_body={"guided_choice": [CALL]})
         assert (calls, choice.message.content) == ([], CALL)
 
 
-def test_a_required_call_is_one_of_the_tools(client: openai.OpenAI):
+def test_a_required_call_is_one_of_the_tools(client: Any):
     choice, calls = both_ways(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
     ((name, values),) = calls
     assert values["city"] in {"get_weather": ["Paris", "Rome"], "get_time": ["Oslo"]}[name]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
 
 
-def test_a_named_call_is_that_tool(client: openai.OpenAI):
+def test_a_named_call_is_that_tool(client: Any):
     choice_of = {"type": "function", "function": {"name": "get_time"}}
     choice, calls = both_ways(client, tools=TOOLS, tool_choice=choice_of)
     assert calls == [("get_time", {"city": "Oslo"})]
     assert choice.finish_reason == "stop"  # as OpenAI has it
 
 
-def test_the_old_functions(client: openai.OpenAI):
+def test_the_old_functions(client: Any):
     fields: dict[str, Any] = {**BASE, "functions": [WEATHER, TIME], "function_call": {"name": "get_time"}}
     (choice,) = client.chat.completions.create(**fields).choices
     assert choice.message.function_call is not None
@@ -114,7 +114,7 @@ def test_the_old_functions(client: openai.OpenAI):
     assert choice.finish_reason == "function_call"
 
 
-def test_a_conversation_with_calls_goes_on(client: openai.OpenAI):
+def test_a_conversation_with_calls_goes_on(client: Any):
     call = {"id": "call-1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     messages = [
         *CHAT,
@@ -142,7 +142,7 @@ def test_a_conversation_with_calls_goes_on(client: openai.OpenAI):
         ({"tools": TOOLS, "tool_choice": "required", "extra_body": {"guided_regex": "a"}}, "guided_regex"),
     ],
 )
-def test_what_cannot_be_is_refused(client: openai.OpenAI, fields: dict[str, Any], param: str):
+def test_what_cannot_be_is_refused(client: Any, fields: dict[str, Any], param: str):
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**{**BASE, **fields})
     assert refused.value.param == param
