@@ -125,7 +125,7 @@ class _Server(uvicorn.Server):
             **uvicorn_options(settings),
         )
         super().__init__(config)
-        self._models: ServedModels = app.state.models
+        self._models: ServedModels | None = getattr(app.state, "models", None)  # a router has none
         self._drain_seconds = settings.drain_seconds
         self._on_ready = on_ready
 
@@ -144,4 +144,5 @@ class _Server(uvicorn.Server):
     async def _abort_later(self) -> None:
         """When the drain is over, end what still runs with an answer that says so."""
         await asyncio.sleep(self._drain_seconds)
-        await run_in_threadpool(self._models.close)
+        if self._models is not None:
+            await run_in_threadpool(self._models.close)

@@ -25,6 +25,8 @@ class SmallUpstream:
     num_events: int = 3
     event_seconds: float = 0.0
     is_well: bool = True
+    redirect: str = "/"
+    """Where its answers with an error say that their request should go."""
     seen: list[dict[str, Any]] = field(default_factory=list)
     num_open: int = 0
     """Requests that are being answered."""
@@ -67,7 +69,8 @@ class SmallUpstream:
 
     async def _answer(self, body: dict[str, Any], fault: int | str | None, send: Any) -> None:
         if isinstance(fault, int):
-            await _answer(send, fault, b'{"error": {"message": "of the upstream"}}', (b"retry-after", b"7"))
+            headers = [(b"retry-after", b"7"), (b"location", self.redirect.encode())]
+            await _answer(send, fault, b'{"error": {"message": "of the upstream"}}', *headers)
         elif fault == "hang":
             await asyncio.sleep(60)
         elif fault == "close":  # uvicorn closes a connection whose answer is not whole

@@ -9,8 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from engine.server.admin import admin_routes
 from engine.server.audit import AuditLog
+from engine.server.errors import install_errors
 from engine.server.keys import KeyRing
 from tests.server.guarded_app import guarded_app, small_settings
 
@@ -123,4 +126,20 @@ def test_a_key_that_cannot_be_stored_is_not_made(ring: KeyRing, monkeypatch: pyt
     answer = Client(ring, ADMIN).post("/v1/admin/keys", {})
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "storage_failed"
+    assert len(ring.keys()) == 1
+
+
+def test_the_routes_are_closed_even_where_the_door_is_missing(ring: KeyRing):
+    app = FastAPI()
+    app.include_router(admin_routes(ring))
+    install_errors(app)
+
+    async def call() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            headers = {"authorization": f"Bearer {ADMIN}"}
+            return [await client.request(*each, headers=headers) for each in calls]
+
+    calls = [("GET", "/v1/admin/keys"), ("POST", "/v1/admin/keys"), ("GET", "/v1/admin/audit")]
+    for answer in asyncio.run(call()):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "insufficient_permissions")
     assert len(ring.keys()) == 1
