@@ -141,7 +141,7 @@ class Row {
 
   // The candidates of at least `cut`, unordered.
   void gather(float cut) {
-    chosen_.resize(scaled_.size());
+    if (chosen_.size() < scaled_.size()) chosen_.resize(scaled_.size());
     size_t count = 0;
     each_vector(cut, [&](size_t i) {
       if (!any(load(scaled_.data() + i) >= splat(cut))) return;
@@ -150,7 +150,7 @@ class Row {
         count += scaled_[i + lane] >= cut;
       }
     });
-    chosen_.resize(count);
+    num_chosen_ = count;
   }
 
   // The k-th largest value of at least `floor`; `floor` itself where there are fewer. It is at least the k-th largest of
@@ -158,15 +158,16 @@ class Row {
   float kth_largest(int64_t k, float floor) {
     float first = -3.0f;
     if (2 * k <= static_cast<int64_t>(tops_.size())) {
-      chosen_ = tops_;
-      std::nth_element(chosen_.begin(), chosen_.begin() + (k - 1), chosen_.end(), std::greater<float>());
-      first = chosen_[k - 1];
+      ranked_ = tops_;
+      std::nth_element(ranked_.begin(), ranked_.begin() + (k - 1), ranked_.end(), std::greater<float>());
+      first = ranked_[k - 1];
     }
     for (float cut = first;; cut *= 2.0f) {
       const bool is_last = cut <= floor || cut < -1e30f;
       gather(is_last ? floor : cut);
-      if (static_cast<int64_t>(chosen_.size()) >= k) {
-        std::nth_element(chosen_.begin(), chosen_.begin() + (k - 1), chosen_.end(), std::greater<float>());
+      if (static_cast<int64_t>(num_chosen_) >= k) {
+        const auto end = chosen_.begin() + num_chosen_;
+        std::nth_element(chosen_.begin(), chosen_.begin() + (k - 1), end, std::greater<float>());
         return chosen_[k - 1];
       }
       if (is_last) return floor;
@@ -184,13 +185,13 @@ class Row {
     for (float cut = -3.0f;; cut *= 2.0f) {
       const bool is_last = cut <= floor || cut < -1e30f;
       gather(is_last ? floor : cut);
-      std::sort(chosen_.begin(), chosen_.end(), std::greater<float>());
+      std::sort(chosen_.begin(), chosen_.begin() + num_chosen_, std::greater<float>());
       float held = 0;
-      for (size_t i = 0; i < chosen_.size(); ++i) {
+      for (size_t i = 0; i < num_chosen_; ++i) {
         held += exponential(splat(chosen_[i]))[0];
         if (held >= wanted) return chosen_[i];
       }
-      if (is_last) return chosen_.empty() ? floor : chosen_.back();
+      if (is_last) return num_chosen_ == 0 ? floor : chosen_[num_chosen_ - 1];
     }
   }
 
@@ -220,13 +221,16 @@ class Row {
 
   const float* logits_;
   int64_t size_;
+  size_t num_chosen_ = 0;  // at the front of `chosen_`, which stays as large as a row
   static thread_local std::vector<float> scaled_;
   static thread_local std::vector<float> tops_;
+  static thread_local std::vector<float> ranked_;
   static thread_local std::vector<float> chosen_;
 };
 
 thread_local std::vector<float> Row::scaled_;
 thread_local std::vector<float> Row::tops_;
+thread_local std::vector<float> Row::ranked_;
 thread_local std::vector<float> Row::chosen_;
 
 void sampling(const Sampling& args, Pool& pool) {
