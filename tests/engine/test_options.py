@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import jax.numpy as jnp
 import pytest
 
@@ -155,3 +158,9 @@ def test_prompts_are_cut_only_where_somebody_asked_for_it():
     assert RequestOptions(auto_truncate_prompt=True).truncates
     assert not RequestOptions(truncate_mode="left", auto_truncate_prompt=False).truncates
     assert not RequestOptions(truncate_mode="left", strict_context=True).truncates
+
+
+def test_every_option_is_in_a_test(repository: Path):
+    text = "".join(path.read_text() for path in (repository / "tests").rglob("test_*.py"))
+    missing = [name for name in OPTION_NAMES if not re.search(rf"\b{name}\b\W+\S", text)]
+    assert not missing
