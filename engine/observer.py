@@ -100,6 +100,10 @@ class Observed:
         facts = StepFacts(plan.num_rows, plan.num_tokens, seconds, now)
         for observer in self.observers:
             observer.on_step(facts)
-            for output in outputs:
-                if output.finished:
-                    observer.on_finished(output)
+        for output in outputs:
+            if output.finished:
+                self._tell_finished(output)
+
+    def _tell_finished(self, output: RequestOutput) -> None:
+        for observer in self.observers:
+            observer.on_finished(output)

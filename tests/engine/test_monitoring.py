@@ -16,6 +16,7 @@ from engine.monitoring.definitions import ENGINE_METRICS
 from engine.monitoring.engine_watch import RATE_SECONDS, EngineWatch
 from engine.monitoring.histogram import Histogram
 from engine.monitoring.history import History, percentile
+from engine.monitoring.key_usage import KeyUsage
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
 from tests.engine.engines import tiny_engine, varied_model
@@ -254,6 +255,25 @@ def test_percentiles_are_nearest_ranks():
     assert [percentile(numbers, share) for share in (0.01, 0.5, 0.95, 1.0)] == [1.0, 50.0, 95.0, 100.0]
     assert percentile([3.0], 0.5) == 3.0
     assert percentile([], 0.5) is None
+
+
+def test_what_keys_used_is_told_by_id_and_label():
+    metrics = Metrics()
+    usage = {"id-1": {"label": "notebook", "requests": 2, "prompt_tokens": 30, "completion_tokens": 7}}
+    metrics.add_source(KeyUsage(lambda: usage))
+    (family,) = [
+        family
+        for family in text_string_to_metric_families(metrics_text(metrics.registry).decode())
+        if family.name == "tidemill_api_key_prompt_tokens"
+    ]
+    (sample,) = family.samples
+    assert (sample.labels, sample.value) == ({"key": "id-1", "label": "notebook"}, 30.0)
+    usage["id-1"]["prompt_tokens"] = 31
+    usage["id-2"] = {"label": None, "requests": 1, "prompt_tokens": 1, "completion_tokens": 1}
+    found = {(each.definition.name, each.labels): each.value for each in metrics.samples()}
+    assert found["api_key_prompt_tokens_total", ("id-1", "notebook")] == 31
+    assert found["api_key_completion_tokens_total", ("id-2", "")] == 1
+    assert metrics.facts() == {"API keys": "2"}
 
 
 def test_without_prometheus_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):

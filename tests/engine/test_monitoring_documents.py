@@ -11,9 +11,10 @@ import pytest
 
 from engine.monitoring.__main__ import main
 from engine.monitoring.definitions import ENGINE_METRICS, PREFIX, table
+from engine.monitoring.key_usage import KEY_METRICS
 from pipeline.job_metrics import JOB_METRICS
 
-ALL = (*ENGINE_METRICS, *JOB_METRICS)
+ALL = (*ENGINE_METRICS, *KEY_METRICS, *JOB_METRICS)
 # Named by eSurge, with the prefix `esurge_`.
 ESURGE = (
     "requests_total",
@@ -52,8 +53,9 @@ def expressions(dashboard: dict[str, Any]) -> list[str]:
 
 def test_the_tables_are_those_of_the_definitions(repository: Path):
     text = (repository / "engine/monitoring/MONITORING.md").read_text()
-    _, engines, job = re.split(r"^## .+\n\n", text, flags=re.MULTILINE)
+    _, engines, keys, job = re.split(r"^## .+\n\n", text, flags=re.MULTILINE)
     assert engines.strip() == table(ENGINE_METRICS).strip(), "python -m engine.monitoring metrics prints it"
+    assert keys.strip() == table(KEY_METRICS).strip()
     assert job.strip() == table(JOB_METRICS).strip()
 
 

@@ -22,7 +22,7 @@ from engine.monitoring.console import ConsoleMonitor, lines, overview
 from engine.monitoring.dashboard import DATA_PATH, PAGE_PATH, page
 from engine.monitoring.http_server import MonitoringServer, Page
 from engine.sampling_params import SamplingParams
-from tests.engine.engines import tiny_engine
+from tests.engine.engines import tiny_engine, tokens_of
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -75,6 +75,19 @@ def test_an_engine_serves_its_metrics_until_it_is_told_to_stop(engine: Engine):
     assert not engine.observers
     engine.start_monitoring(prometheus_port=None)
     engine.stop_monitoring()
+
+
+def test_monitoring_changes_no_token(engine: Engine):
+    sampling = SamplingParams(temperature=0.9, seed=4, n=2, max_tokens=12, stop=("er",))
+    prompts = ["the answer", "an ion on the region", "is"]
+    before = engine.generate(prompts, sampling)
+    with start_monitoring(engine, prometheus_port=0, dashboard_port=0) as monitoring:
+        during = engine.generate(prompts, sampling)
+        assert get(monitoring.urls["prometheus"])[0] == 200
+    assert tokens_of(during) == tokens_of(before)
+    assert [[each.text for each in output.outputs] for output in during] == [
+        [each.text for each in output.outputs] for output in before
+    ]
 
 
 def test_one_port_can_serve_both(engine: Engine):
