@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """Bodies of OpenAI's API: what each field becomes, and that none is passed over."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """`python -m jobs.serve`: what it accepts, and a real one, asked by the line that it prints."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """The OpenAPI document is what the server does: schemathesis tries what it allows, and what it does not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """`/v1/responses`: answers, events, conversations and their store."""
 
 from __future__ import annotations
