@@ -11,7 +11,6 @@ from engine.request import TopLogprobs
 
 if TYPE_CHECKING:
     from engine.parsers import ParsedMessage, ToolCall
-    from engine.runner import StepRunner
     from engine.scheduler_settings import SchedulerStats
 
 

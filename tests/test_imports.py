@@ -133,7 +133,6 @@ def declared_packages() -> tuple[set[str], set[str]]:
         "pyyaml": "yaml",
         "opentelemetry-sdk": "opentelemetry",
         "prometheus-client": "prometheus_client",
-        "pyyaml": "yaml",
     }
 
     def names(requirements: list[str]) -> set[str]:

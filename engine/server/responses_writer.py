@@ -44,9 +44,7 @@ class ResponseWriter:
                 yield from self._reasoning(event.text)
             elif isinstance(event, ToolCallStart):
                 yield from self.close("completed")
-                yield from self._open(
-                    _begun_call(event.name)
-                )
+                yield from self._open(_begun_call(event.name))
             else:
                 yield from self._arguments(event.text)
 

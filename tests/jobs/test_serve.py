@@ -136,7 +136,9 @@ def test_the_embedded_model_answers_the_line_that_is_printed():
         chunks = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-1]]
         text = "".join(chunk["delta"].get("content", "") for chunk in chunks)
         assert chunks[-1]["finish_reason"] == "stop"
-        whole = httpx.post(url, headers=headers, json={**json.loads(body), "stream": False}, timeout=60).json()
+        whole = httpx.post(
+            url, headers=headers, json={**json.loads(body), "stream": False}, timeout=60
+        ).json()
         assert text == whole["choices"][0]["message"]["content"] != ""
         owner = {"Authorization": f"Bearer {said['key']}"}
         assert "tidemill_" in httpx.get(f"{said['url']}/metrics", headers=owner).text

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -147,21 +152,33 @@ def test_an_engine_with_too_much_to_do_says_when_to_come_back(loaded: Any):
 
 
 def test_a_request_that_takes_too_long(engine: AsyncEngine):
-    import dataclasses
-
-    settings = dataclasses.replace(OPEN, request_timeout_s=0.05)
+    settings = dataclasses.replace(OPEN, request_timeout_s=1.5)
     app = create_app({MODEL: engine}, settings=settings)
     long = {**CHAT, "max_tokens": 1900, "ignore_eos": True}
-    answer = _post(app, long)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
-    lines = [line for line in _post(app, {**long, "stream": True}).text.split("\n\n") if line]
+    streamed = _while_paused(engine, lambda: _post(app, {**long, "stream": True}))
+    lines = [line for line in streamed.text.split("\n\n") if line]
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "request_timeout"
     assert lines[-1] == "data: [DONE]"
+    settings = dataclasses.replace(OPEN, request_timeout_s=0.05)
+    answer = _post(create_app({MODEL: engine}, settings=settings), long)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+
+
+def _while_paused(engine: AsyncEngine, call: Callable[[], httpx.Response]) -> httpx.Response:
+    """The answer of a call whose request has begun when the engine stops to compute."""
+    before = engine.stats().num_generated_tokens
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(call)
+        while engine.stats().num_generated_tokens < before + 4:
+            time.sleep(0.005)
+        engine.pause()
+        try:
+            return answer.result(timeout=30)
+        finally:
+            engine.resume()
 
 
 def _post(app: Any, body: dict[str, Any]) -> httpx.Response:
-    import asyncio
-
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -79,9 +79,10 @@ def test_clients_that_come_and_go_leave_nothing_behind(served: tuple[int, str]):
     facts = _facts(url)
     print(
         f"\n{NUM_CLIENTS} clients, {SECONDS:.0f} s: {counts['finished']} answers finished, "
-        f"{counts['left']} left, {counts['refused']} refused; /health in ms: median {health[0]:.1f}, p99 {health[1]:.1f}, most "
-        f"{health[2]:.1f} of {len(watched.health_seconds)}; memory {last_half[-1] / 2**20:.0f} MiB, grown by "
-        f"{growth / 2**20:.2f} MiB over the last half; afterwards {facts}"
+        f"{counts['left']} left, {counts['refused']} refused; /health in ms: median {health[0]:.1f}, "
+        f"p99 {health[1]:.1f}, most {health[2]:.1f} of {len(watched.health_seconds)}; memory "
+        f"{last_half[-1] / 2**20:.0f} MiB, grown by {growth / 2**20:.2f} MiB over the last half; "
+        f"afterwards {facts}"
     )
     assert not counts["wrong"], counts["wrong"][:3]
     assert counts["finished"] > NUM_CLIENTS

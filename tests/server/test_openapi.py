@@ -69,7 +69,10 @@ def test_no_request_is_answered_otherwise_than_documented(
     statuses: Counter[int] = Counter()
 
     @given(case=operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=NUM_EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+    @settings(
+        max_examples=NUM_EXAMPLES,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
     def holds(case: schemathesis.Case) -> None:
         body = case.body
         if isinstance(body, dict) and mode is GenerationMode.POSITIVE:
