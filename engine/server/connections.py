@@ -9,6 +9,7 @@ task.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from uvicorn.config import Config
 
 _log = logging.getLogger(__name__)
+_NUMBERS = itertools.count()
 
 
 def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
@@ -47,6 +49,7 @@ class BoundedConnection(H11Protocol):
     def __init__(self, config: Config, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         self._owed_timer: asyncio.TimerHandle | None = None  # the client owes a request, or the rest of one
+        self._number = next(_NUMBERS)
         self._take_timer: asyncio.TimerHandle | None = None  # the client takes nothing of what is sent
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -100,6 +103,12 @@ class BoundedConnection(H11Protocol):
         """Whether no request of this connection is being worked on."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def _waits_since(self) -> tuple[float, int]:
+        """What connections are ordered by, the longest waiting first; a loop's clock may tell only
+        milliseconds."""
+        return self._owed_timer.when() if self._owed_timer else 0.0, self._number
+
     def _owes_nothing_yet(self) -> bool:
         return self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 
@@ -130,7 +139,7 @@ class BoundedConnection(H11Protocol):
         ]
         if not idle:
             return False
-        longest = min(idle, key=lambda each: each._owed_timer.when() if each._owed_timer else 0.0)
+        longest = min(idle, key=lambda each: each._waits_since)
         longest._cut_off("waits while others come")
         return True
 
