@@ -412,3 +412,28 @@ def test_masks_of_a_plain_draft_are_those_of_its_tokens_drawn_one_by_one() -> No
     request.output_token_ids.clear()
     assert np.array_equal(draft_token_masks(request, [4, 5, 9], 40), np.stack(masks))
     assert len(draft_token_masks(request, [4, 5, 6, 9], 40)) == 3
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"format": "date", "type": "string"}, '"2024-02-29"', '"2023-02-29"'),
+        ({"format": "date-time"}, '"2024-02-29T00:00:00Z"', '"2024-02-29T00:00:60Z"'),
+        (
+            POINT | {"additionalProperties": {"type": "null"}},
+            '{"x":1,"kind":"a","y":null}',
+            '{"\\u0078":null',
+        ),
+        ({"type": "array"}, "[ 1,\n    2]", "[  1"),
+        ({"const": 0.1}, "0.1", "0.10000000000000001"),
+        ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, "5", "5.5"),
+        ({"allOf": [{"multipleOf": 4}, {"multipleOf": 6}], "type": "integer"}, "12", "8"),
+    ],
+)
+def test_a_schema_is_followed_to_the_letter(schema: dict[str, Any], right: str, wrong: str) -> None:
+    grammar = engine().grammars.compiled(sampled({"json": schema}))
+    assert grammar is not None
+    tokenizer, [eos] = varied_model().tokenizer, varied_model().config.eos_token_ids
+    for text, is_right in ((right, True), (wrong, False)):
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert grammar.begin().accepts([*tokens, eos]) == is_right, text
