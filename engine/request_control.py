@@ -37,14 +37,18 @@ class RequestControl(Observed):
 
     def abort_request(self, request_id: str) -> bool:
         """Drop a request and free its pages; no output comes of it. False when it is not unfinished."""
+        is_dropped = self._drop(request_id)
+        if is_dropped:
+            self._tell_aborted(request_id)
+        return is_dropped
+
+    def _drop(self, request_id: str) -> bool:
         if request_id in self._duplicates:
             self._duplicates.leave(request_id)
-            self._tell_aborted(request_id)
             return True
         group = self._groups.pop(request_id, None)
         if group is None:
             return False
-        self._tell_aborted(request_id)
         heir = self._duplicates.abdicate(request_id)
         if heir is not None:
             group.hand_over(heir.request_id, heir.prompt, heir.arrival_time)
@@ -64,8 +68,11 @@ class RequestControl(Observed):
         if group is None:
             return None
         output = ended_early(group.output(""), reason, time.monotonic())
-        self.abort_request(request_id)
-        return output if follower is None else as_if_its_own(output, follower)
+        self._drop(request_id)
+        if follower is not None:
+            output = as_if_its_own(output, follower)
+        self._tell_finished(output)
+        return output
 
     def request_group(self, request_id: str) -> RequestGroup | None:
         """What is known of an unfinished request's samples, to be read between two steps only; None when it

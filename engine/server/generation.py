@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from engine.errors import EngineClosed, TidemillError
+from engine.monitoring.tracing import continue_trace
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.server.errors import ApiError, ClientGone, log
 from engine.server.served import ServedModel
 
 T = TypeVar("T")
+_TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 def new_id(kind: str) -> str:
@@ -32,11 +34,14 @@ class Caller:
 
     tenant: str | None
     keys: Any = None
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """W3C's headers of the caller's trace, where it has one."""
 
     @classmethod
     def of(cls, request: Request) -> Caller:
         key = getattr(request.state, "key", None)
-        return cls(None if key is None else key.id, getattr(request.app.state, "keys", None))
+        trace = {name: request.headers[name] for name in _TRACE_HEADERS if name in request.headers}
+        return cls(None if key is None else key.id, getattr(request.app.state, "keys", None), trace)
 
     def record(self, outputs: Sequence[RequestOutput]) -> None:
         """Count what the key's requests took."""
@@ -126,8 +131,11 @@ class Generation:
         return streams[0] if len(streams) == 1 else merged(streams)
 
     def _options(self, index: int) -> dict[str, Any]:
+        request_id = self.request_id if len(self.prompts) == 1 else f"{self.request_id}-{index}"
+        operation = "text_completion" if self.request_id.startswith("cmpl") else "chat"
+        continue_trace(self.model.engine.engine, request_id, self.caller.trace, operation)
         return {
-            "request_id": self.request_id if len(self.prompts) == 1 else f"{self.request_id}-{index}",
+            "request_id": request_id,
             "priority": self.priority,
             "tenant": self.caller.tenant,
             "cache_salt": self.caller.tenant,
