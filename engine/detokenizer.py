@@ -338,7 +338,7 @@ def _bytes_of_token(token: str) -> bytes:
 
 
 def bytes_of_token_id(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes that a token adds to a text, which need not be whole characters; of a special token its name."""
+    """The bytes that a token adds to a text, perhaps a part of a character; of a special token its name."""
     table = _token_bytes(tokenizer, skip_special_tokens=False)
     if table is None:
         return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8", "replace")
