@@ -11,6 +11,7 @@ from engine.mesh import AXES
 DTYPES = ("float32", "bfloat16")
 KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 WEIGHT_DTYPES = (*DTYPES, "int8", "int4")
+MAX_DRAFT_LOGITS = 64
 CPU_KV_CACHE_BYTES = 2 << 30
 """The default byte budget of the KV cache on a CPU, where no device memory bounds it."""
 
@@ -38,6 +39,13 @@ class EngineConfig:
     """Most tokens of one request in one step."""
     async_scheduling: bool = True
     """Plan and start each step while the one before it still runs; False: one after the other."""
+    speculation: str = "off"
+    """Guess tokens to come and look at several in one step (engine/speculation): "ngram" from a request's own
+    text, "suffix" from finished outputs of its template, both in every step; "auto" from both, where it pays.
+    On a CPU no output changes by a bit. On a GPU or TPU a logit's last bits may depend on how many tokens are
+    computed together, as with the batch sizes, so a token where two are that close may differ there."""
+    max_draft_len: int = 8
+    """Most tokens guessed for one row of a step."""
     dtype: str = "float32"
     """Of weights and activations."""
     kv_dtype: str | None = None
@@ -85,6 +93,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 self._check_integer(name, getattr(self, name), 2 if name == "max_model_len" else 1, 1 << 50)
         self._check_integer("seed", self.seed, 0, 2**63 - 1)
+        self._check_integer("max_draft_len", self.max_draft_len, 1, 32)
         for name, low, high in (("page_size", 8, 512), ("min_token_pad", 8, 1024)):
             value = self._check_integer(name, getattr(self, name), low, high)
             if value & (value - 1):
@@ -97,6 +106,7 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("kv_dtype", (None, *KV_DTYPES)),
             ("scheduling_policy", ("fcfs", "priority")),
+            ("speculation", ("off", "ngram", "suffix", "auto")),
             ("weight_dtype", (None, *WEIGHT_DTYPES)),
             ("attention_backend", ("auto", "cpu", "xla", "pallas_tpu", "pallas_gpu")),
             ("linear_backend", ("auto", "cpu", "xla")),
@@ -157,6 +167,14 @@ class EngineConfig:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ConfigError(f"engine.{name}={value!r}: give a whole number from {low} to {high}")
         return value
+
+    @property
+    def num_draft_logits(self) -> int:
+        """Rows of logits that a step may have beyond `max_num_seqs`, for drafts; with many rows few pay."""
+        if self.speculation == "off":
+            return 0
+        most = self.max_num_batched_tokens - self.max_num_seqs
+        return min(MAX_DRAFT_LOGITS, self.max_num_seqs * self.max_draft_len, most)
 
     @property
     def page_dtype(self) -> str:

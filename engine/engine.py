@@ -170,6 +170,7 @@ class Engine:
         priority: int = 0,
         identity: str | None = None,
         cache_salt: str | None = None,
+        template: str | None = None,
         expected_output_len: int | None = None,
         drawn: Sequence[DrawnTokens] | None = None,
         stream: bool = False,
@@ -184,6 +185,8 @@ class Engine:
             priority: lower runs sooner, under the priority policy.
             identity: what the random draws descend from, with the run's seed (default: `request_id`).
             cache_salt: share cached pages only with prompts of the same salt.
+            template: whose outputs are like this one's, for guesses (`speculation`); default: those of prompts
+                with the same first page. It changes no output.
             expected_output_len: tokens it will probably generate, at least 1: so much memory is kept for it
                 once it runs (default: one page more than its prompt's). More running requests than fit would
                 take each other's pages. It changes no output.
@@ -225,6 +228,7 @@ class Engine:
                 eos_token_ids=self._eos_token_ids,
                 bad_words_token_ids=bad_words,
                 cache_salt=cache_salt,
+                template=template,
                 expected_len=None if expected_output_len is None else len(token_ids) + expected_output_len,
             )
             for index in range(params.n)
@@ -248,7 +252,7 @@ class Engine:
         """
         outputs, self._ready = self._ready, []
         before = self._in_flight
-        if before is not None and before.must_end_first:
+        if before is not None and (before.must_end_first or self._scheduler.needs_tokens):
             outputs += self._take_back(before)
             before = None
         plan = self._scheduler.schedule(time.monotonic())
@@ -337,6 +341,8 @@ class Engine:
             num_loaded=runner.num_loaded,
             device=runner.device_name,
             num_duplicates=self._duplicates.num_duplicates,
+            num_drafted_tokens=scheduler.num_drafted_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
             num_replicas=self._num_replicas,
         )
 

@@ -120,5 +120,9 @@ class EngineStats:
     device: str
     num_duplicates: int
     """Requests that were given the result of another one, none of their tokens being computed."""
+    num_drafted_tokens: int = 0
+    """Tokens guessed and looked at (engine/speculation)."""
+    num_accepted_tokens: int = 0
+    """Those of them that were drawn: each saved a step of its row."""
     num_replicas: int = 1
     """Schedulers whose batches run in one step, each of up to `engine.max_num_seqs` sequences."""

@@ -62,6 +62,8 @@ class Request:
     """Prompt and output tokens it will probably come to: pages are set aside for these."""
     cache_salt: str | None = None
     """Prompts share pages only with prompts of the same salt."""
+    template: str | None = None
+    """Whose outputs are like this one's (engine/speculation); None: those of prompts that begin alike."""
 
     arrival: int = 0
     """Sequence number given by `Scheduler.add`; lower is older."""
@@ -152,6 +154,13 @@ class Request:
         own = self.output_token_ids, self.num_computed, self.num_pending
         self.table = None
         self._output_token_ids, self._num_computed, self._num_pending = own
+
+    def cut(self, num_tokens: int) -> None:
+        """Forget the tokens behind the first `num_tokens`: they came in one step with the one that ends it."""
+        if self.table is None:
+            del self._output_token_ids[num_tokens - self.prompt_len :]
+        else:
+            self.table.cut(self.seat, num_tokens)
 
     @property
     def num_tokens(self) -> int:

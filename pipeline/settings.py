@@ -6,7 +6,7 @@ The check is `typed_config`'s, and a test holds the YAML's keys to the dataclass
 
 What may change between two starts on the same output is said here and nowhere else: `HARMLESS`. All the rest
 is part of the fingerprint. Engine settings that never change a token by law (page size, batch sizes) stay in
-it, because they may change the last bit of a logit on some backends.
+it, because they may change the last bit of a logit on some backends; so does speculation, where it is on.
 """
 
 from __future__ import annotations
@@ -278,6 +278,8 @@ def result_part(settings: Settings) -> dict[str, Any]:
     Sampling is left out, it has a part of its own.
     """
     flat = _flatten(as_config(settings))
+    if settings.engine.speculation == "off":  # as it was before there was any
+        del flat["engine.speculation"], flat["engine.max_draft_len"]
     return {key: flat[key] for key in sorted(flat) if key not in HARMLESS and not key.startswith("sampling.")}
 
 

@@ -2,8 +2,8 @@
 
 Without a command it measures this engine on W1 and W2. `compare` sets it against its peers, `growth` shows
 what a row costs as there are more, and a token as its context grows, `host` measures the host's part of a
-step, `profile` where the device's part of it goes, `groups` when reading a shared prefix once pays, `scaling`
-what workers on one run cost each other.
+step, `profile` where the device's part of it goes, `groups` when reading a shared prefix once pays,
+`speculation` what guessed tokens save, `scaling` what workers on one run cost each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from engine.errors import TidemillError
 from jobs.bench import compare, growth, own, scaling
 
 # These read their own arguments.
-PROGRAMS = {"host": "jobs.bench.host", "profile": "jobs.bench.step_profile", "groups": "jobs.bench.groups"}
+PROGRAMS = {
+    "host": "jobs.bench.host",
+    "profile": "jobs.bench.step_profile",
+    "groups": "jobs.bench.groups",
+    "speculation": "jobs.bench.speculation",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         ("host", "the host's part of a step"),
         ("profile", "where a step's time goes"),
         ("groups", "when reading a shared prefix once pays"),
+        ("speculation", "what guessed tokens save or cost"),
     ):
         commands.add_parser(name, help=what, add_help=False)
     return made
