@@ -185,8 +185,8 @@ class Engine:
             priority: lower runs sooner, under the priority policy.
             identity: what the random draws descend from, with the run's seed (default: `request_id`).
             cache_salt: share cached pages only with prompts of the same salt.
-            template: whose outputs are like this one's, for guesses (`speculation`); default: those of prompts
-                with the same first page. It changes no output.
+            template: whose outputs are like this one's, for guesses (`speculation`); default: those of
+                prompts with the same first page. It changes no output.
             expected_output_len: tokens it will probably generate, at least 1: so much memory is kept for it
                 once it runs (default: one page more than its prompt's). More running requests than fit would
                 take each other's pages. It changes no output.

@@ -29,8 +29,8 @@ class PlannedRow(NamedTuple):
     one that the step in flight draws."""
     num_logits: int
     """The logits of the row's LAST `num_logits` tokens are needed: those of the prompt positions whose
-    log-probabilities are due, then the drawn token's, then those of drafted tokens. 0 for a plain chunk, 1 for
-    a decode row."""
+    log-probabilities are due, then the drawn token's, then those of drafted tokens. 0 for a plain chunk, 1
+    for a decode row."""
     page_ids: Sequence[int]
     """Pages covering [0, start + num_tokens); the request's own list, to be read only until the next step is
     planned."""
@@ -91,7 +91,8 @@ class StepPlan:
     copies: tuple[PageCopy, ...] = ()
     """No source is a target of another."""
     drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    """By seat, the guesses that end its row. Such a step's results must be known before the next is planned."""
+    """By seat, the guesses that end its row. Such a step's results are to be known before the next is
+    planned."""
 
     @classmethod
     def of(

@@ -116,7 +116,7 @@ class Replicas:
 
     @property
     def needs_tokens(self) -> bool:
-        return any([scheduler.needs_tokens for scheduler in self._schedulers])
+        return any(scheduler.needs_tokens for scheduler in self._schedulers)
 
     def stats(self) -> SchedulerStats:
         """The sums of all."""

@@ -156,7 +156,8 @@ class Request:
         self._output_token_ids, self._num_computed, self._num_pending = own
 
     def cut(self, num_tokens: int) -> None:
-        """Forget the tokens behind the first `num_tokens`: they came in one step with the one that ends it."""
+        """Forget the tokens behind the first `num_tokens`: they came in one step with the one that ends
+        it."""
         if self.table is None:
             del self._output_token_ids[num_tokens - self.prompt_len :]
         else:

@@ -75,7 +75,8 @@ def record(
 
 
 def _append_accepted(request: Request, token_ids: Sequence[int]) -> tuple[int, bool]:
-    """Append what was drawn as guessed, up to a token that ends the request; how many, and whether one does."""
+    """Append what was drawn as guessed, up to a token that ends the request; how many, and whether one
+    does."""
     if request.table is None:
         raise ValueError(f"request {request.request_id!r} lost its pages while its draft was in flight")
     for number, token in enumerate(token_ids, 1):

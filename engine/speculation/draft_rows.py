@@ -53,8 +53,8 @@ class DraftRows:
     def plan(
         self, decodes: np.ndarray, step: StepDraft, now: float | None, in_flight: StepPlan | None
     ) -> dict[int, list[int]]:
-        """Take decodes (seats) with guesses behind their tokens into the step, where all else leaves room; the
-        guesses by seat.
+        """Take decodes (seats) with guesses behind their tokens into the step, where all else leaves room;
+        the guesses by seat.
 
         Raises ValueError when the step in flight has drafts: how far its rows have come is not known yet.
         """

@@ -27,8 +27,8 @@ class _Row:
 
 
 class Drafter:
-    """`settings.speculation`: "ngram" and "suffix" always draft, each from its own texts; "auto" drafts from both
-    where it pays."""
+    """`settings.speculation`: "ngram" and "suffix" always draft, each from its own texts; "auto" drafts from
+    both where it pays."""
 
     def __init__(self, settings: SchedulerSettings):
         mode, self._page_size = settings.speculation, settings.page_size

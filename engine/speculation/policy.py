@@ -1,12 +1,12 @@
 """When a draft pays. It changes how fast outputs come, never what they are.
 
-With R rows in a step that takes t(R) seconds, drafting D tokens of which A are accepted gives (R + A) tokens in
-t(R + D). With t a line, that is more a second where A / D is above the share that one token more costs of
+With R rows in a step that takes t(R) seconds, drafting D tokens of which A are accepted gives (R + A) tokens
+in t(R + D). With t a line, that is more a second where A / D is above the share that one token more costs of
 what a token costs in that step (`StepCosts.share`). On a CPU with few rows the weights are read anyway and a
 token more is nearly free; with hundreds of rows it costs nearly as much as any.
 
-`Always` drafts whatever there is. `Measured` drafts where that has paid lately, and else looks again from time
-to time, with a few tokens: while it rests, steps overlap and nothing is looked up.
+`Always` drafts whatever there is. `Measured` drafts where that has paid lately, and else looks again from
+time to time, with a few tokens: while it rests, steps overlap and nothing is looked up.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -174,5 +175,7 @@ def test_a_policy_that_rests_looks_again_and_less_and_less_often():
         if policy.budget(16, 64):
             asked.append(step)
         policy.note(16, 0, 0, 0.1)
-    gaps = [after - before - 1 for before, after in zip(asked, asked[1:], strict=False) if after - before > 1]
-    assert gaps == sorted(gaps) and gaps[0] < 80 and gaps[-1] == MAX_REST
+    gaps = [after - before - 1 for before, after in itertools.pairwise(asked) if after - before > 1]
+    assert gaps == sorted(gaps)
+    assert gaps[0] < 80
+    assert gaps[-1] == MAX_REST

@@ -54,7 +54,7 @@ def run(
 
 
 class Oracle:
-    """Guesses in the place of a drafter's: the tokens of an earlier run as far as a coin says, then wrong ones."""
+    """Guesses in the place of a drafter's: the tokens of an earlier run where a coin says so, else any."""
 
     def __init__(self, known: list[list[dict[str, Any]]], chance: float):
         self._known, self._chance, self._pick = known, chance, random.Random(7)
@@ -93,7 +93,7 @@ VARIED = [
 
 @pytest.mark.parametrize("chance", [0.0, 0.7, 1.0])
 def test_any_guess_leaves_every_output_as_it_was(chance, monkeypatch):
-    """Greedy and sampled, ends of every kind, logits that are biased; rows that are not drafted beside them."""
+    """Greedy and sampled, ends of every kind, biased logits; rows that are not drafted beside them."""
     token_ids = prompts(len(VARIED) * 2)
     samplings = VARIED * 2
     wanted = run(tiny_engine(), token_ids, samplings)
@@ -112,7 +112,8 @@ def test_any_guess_leaves_every_output_as_it_was(chance, monkeypatch):
     }[chance], (accepted, drafted)
     reasons = {sample["finish_reason"] for samples in wanted for sample in samples}
     stops = {type(sample["stop_reason"]) for samples in wanted for sample in samples}
-    assert reasons == {"stop", "length"} and stops >= {str, int}, "the cases end in every way"
+    assert reasons == {"stop", "length"}
+    assert stops >= {str, int}, "the cases end in every way"
 
 
 def test_accepted_tokens_save_steps(monkeypatch):
@@ -151,11 +152,12 @@ def test_preemption_and_drafts_change_no_token(monkeypatch):
     guess(engine, Oracle(wanted, 0.7), monkeypatch)
     assert run(engine, token_ids, sampling) == wanted
     stats = engine.stats()
-    assert stats.preemptions > 0 and stats.num_accepted_tokens > 0
+    assert stats.preemptions > 0
+    assert stats.num_accepted_tokens > 0
 
 
 def test_outputs_of_a_template_are_guessed_for_its_next_requests():
-    """The suffix index by itself: what came once comes again in a few steps; other templates know nothing of it."""
+    """The suffix index by itself: what came once comes again in a few steps, but for other templates."""
     engine = tiny_engine(speculation="suffix", max_draft_len=5)
     prompt = prompts(1, seed=11)[0]
 
@@ -167,7 +169,9 @@ def test_outputs_of_a_template_are_guessed_for_its_next_requests():
 
     first, tokens = accepted(template="letters")
     again = accepted(template="letters")
-    assert first < 10 and again[0] > 25 and again[1] == tokens
+    assert first < 10
+    assert again[0] > 25
+    assert again[1] == tokens
     assert accepted(template="bills")[0] < 10
     assert accepted(template="letters", cache_salt="another tenant")[0] < 10
 
@@ -253,7 +257,9 @@ def test_a_step_with_drafts_must_be_updated_before_the_next_is_planned():
     with pytest.raises(ValueError, match="has drafts"):
         scheduler.schedule()
     finished = scheduler.update(plan, _drawn(5, accepted={0: (6, 7)}))
-    assert finished == [] and request.num_computed == 8 and request.num_tokens == 9
+    assert finished == []
+    assert request.num_computed == 8
+    assert request.num_tokens == 9
     scheduler.check_integrity()
 
 
