@@ -77,6 +77,9 @@ class Metrics:
     evictions: int = 0
     preemptions: int = 0
     computed_tokens: int = 0  # fed through the model, recomputed ones included
+    cache_hits: int = 0  # rows whose result was in the request cache (cache.path)
+    cache_stored: int = 0  # rows whose result was put there
+    cache_damaged: int = 0  # its objects and rows that were passed over
     duplicates: int = 0  # requests that were given the result of an identical one
     padded_tokens: int = 0  # fed through with them, to fill a step's declared size
     drafted_tokens: int = 0  # guessed and looked at (engine.speculation)
@@ -251,6 +254,9 @@ def summarise(metrics: Metrics) -> dict[str, Any]:
         "padding_share": _share(metrics.padded_tokens, metrics.computed_tokens + metrics.padded_tokens),
         "page_use": metrics.page_use.summary(),
         "duplicates_fanned_out": metrics.duplicates,
+        "request_cache_hits": metrics.cache_hits,
+        "request_cache_stored": metrics.cache_stored,
+        "request_cache_damaged": metrics.cache_damaged,
         "drafted_tokens": metrics.drafted_tokens,
         "accepted_tokens": metrics.accepted_tokens,
         "draft_acceptance": _share(metrics.accepted_tokens, metrics.drafted_tokens),

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from pipeline.compose import compose
 from pipeline.exit_codes import ExitCode
 from pipeline.explain_mode import explain_job
 from pipeline.id_index import IdIndex
-from pipeline.job_plan import fingerprint_parts, make_plan
+from pipeline.job_plan import family_facts, fingerprint_parts, make_plan, package_versions
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
 from pipeline.plan import RunPlan
@@ -34,6 +33,7 @@ from pipeline.preemption import NoticeWatch, notice_of
 from pipeline.progress import Progress
 from pipeline.prompts import PromptBuilder
 from pipeline.read_ahead import ReadAhead
+from pipeline.request_cache import RequestCache, open_request_cache
 from pipeline.settings import KNOWN_KEYS, OutputSettings, Settings, as_config, audit_settings, from_config
 from pipeline.shards import Shard, list_shards
 from pipeline.signals import HandleSignals, StopRequest
@@ -45,8 +45,6 @@ from pipeline.worker import Worker, WorkResult
 
 LoadModel = Callable[[Settings], Any]
 MakeEngine = Callable[[Any, Settings], Any]
-
-_VERSIONED_PACKAGES = ("tidemill", "jax", "jaxlib", "flax", "transformers", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +169,11 @@ def run_job(
         )
         result = WorkResult()
         if ledger.unfinished() and not stop.is_asked:
-            result = _work(settings, ledger, shards, builder, engine(), stop, spool)
+            request_cache = None
+            if settings.cache.path is not None:
+                facts = family_facts(settings, loaded, platform, engine().stats().device)
+                request_cache = open_request_cache(settings.cache.path, facts)
+            result = _work(settings, ledger, shards, builder, engine(), stop, spool, request_cache)
         manifest = ledger.finish()
         return _conclude(settings, ledger, result, manifest is not None, stop, time.monotonic() - started)
 
@@ -216,6 +218,7 @@ def _work(
     engine: Any,
     stop: StopRequest,
     spool: Path,
+    request_cache: RequestCache | None,
 ) -> WorkResult:
     stats = engine.stats()
     facts = ChunkFacts(
@@ -241,6 +244,7 @@ def _work(
             page_size=settings.engine.page_size,
             max_reject_fraction=settings.max_reject_fraction,
             place=settings.worker,
+            cache=request_cache,
         )
         return worker.run()
 
@@ -295,17 +299,6 @@ def _exit_code(
     if is_finished:
         return ExitCode.DONE
     return ExitCode.DRAINED if stop.is_asked else ExitCode.RETRY_LATER
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of what the results depend on."""
-    found = {}
-    for package in _VERSIONED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that was never installed
-            continue
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

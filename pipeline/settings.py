@@ -26,6 +26,7 @@ from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.preemption import PreemptionSettings
 from pipeline.progress import ProgressStyle
 from pipeline.prompts import PromptSettings
+from pipeline.request_cache import CacheSettings
 from pipeline.shard_order import WorkerSettings
 from pipeline.shards import InputSettings
 from pipeline.typed_config import build, known_keys, unknown_key
@@ -148,6 +149,7 @@ class Settings:
     plan: PlanSettings = field(default_factory=PlanSettings)
     gc: GcSettings = field(default_factory=GcSettings)
     preemption: PreemptionSettings = field(default_factory=PreemptionSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
 
     def __post_init__(self) -> None:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
@@ -191,6 +193,7 @@ HARMLESS = frozenset(
         "plan.roofline_share",
         "gc.remove",
         "gc.min_age_hours",
+        "cache.path",
         "preemption.notice",
         "preemption.file",
         "preemption.metadata_url",

@@ -276,6 +276,7 @@ def test_off_declares_the_steps_it_always_did():
     most = tiny_engine()._runner.buckets[-1].num_logits
     assert most == 32, "as padded"
     assert max(bucket.num_logits for bucket in speculative()._runner.buckets) >= 8 + 24
-    for options in ({"speculation": "draft"}, {"max_draft_len": 0}, {"max_draft_len": 33}):
+    wrong: list[dict[str, Any]] = [{"speculation": "draft"}, {"max_draft_len": 0}, {"max_draft_len": 33}]
+    for options in wrong:
         with pytest.raises(ConfigError, match=f"engine.{next(iter(options))}"):
             EngineConfig(**options)
