@@ -75,7 +75,7 @@ def _sample_json(sample: CompletionOutput) -> dict[str, Any]:
 
 
 def _sample(index: int, value: Mapping[str, Any]) -> CompletionOutput:
-    token_ids, text = tuple(value["token_ids"]), value["text"]
+    token_ids, text, logprobs = tuple(value["token_ids"]), value["text"], _logprobs(value["logprobs"])
     if not isinstance(text, str) or any(type(token) is not int for token in token_ids):
         raise ValueError("its text or tokens are none")
     if value["finish_reason"] not in COMPLETE:
@@ -87,7 +87,7 @@ def _sample(index: int, value: Mapping[str, Any]) -> CompletionOutput:
         text=text,
         stop_reason=value["stop_reason"],
         cumulative_logprob=value["cumulative_logprob"],
-        logprobs=_logprobs(value["logprobs"]),
+        logprobs=None if logprobs is None else tuple(each for each in logprobs if each is not None),
     )
 
 

@@ -5,9 +5,9 @@
 
 A family is everything that tokens depend on besides the row: the weights, the tokenizer, the engine's
 options that are part of a run's fingerprint (the seed among them), the device with its kernels, and versions.
-A row's key is its token ids, the sampling in effect and, where draws descend from it, its id. So what is found is what
-this run would compute, byte for byte on a CPU; on devices whose rounding depends on what runs together, it is
-what a run computed.
+A row's key is its token ids, the sampling in effect and, where draws descend from it, its id. So what is
+found is what this run would compute, byte for byte on a CPU; on devices whose rounding depends on what runs
+together, it is what a run computed.
 
 Objects are created once, named by the hash of their content, which is checked when they are read; they are
 JSON. One that is damaged is passed over and counted, and its rows are computed. What is kept is only what
