@@ -130,7 +130,12 @@ def flip(data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("damage", [flip, lambda data: data[:-9], lambda data: b"{}", lambda data: b"\xff"])
+def say_other_words(data: bytes) -> bytes:
+    """Still JSON, and of the right form."""
+    return data.replace(b'"text":"', b'"text":"other words', 1)
+
+
+@pytest.mark.parametrize("damage", [flip, say_other_words, lambda data: data[:-9], lambda data: b"\xff"])
 def test_damaged_objects_are_passed_over_and_counted(shards, tmp_path, damage):
     cached = {"cache__path": str(tmp_path / "cache")}
     wanted, *_ = run(job_settings(shards, tmp_path / "first", **cached))
