@@ -195,6 +195,10 @@ class Ledger:
         """Whether another worker has finished the shard, since it was found unfinished."""
         return shard not in self._broken and self._state.is_finished(shard)
 
+    def finished_now(self) -> set[int]:
+        """The shards that have a record, by one listing of the folder of these records."""
+        return set(self._state.finished_shards()) - self._broken
+
     def is_known_finished(self, shard: int) -> bool:
         """Whether the shard was found finished; looks for nothing."""
         return shard not in self._broken and self._state.knows_finished(shard)
@@ -234,16 +238,21 @@ class Ledger:
 
     def metrics_so_far(self) -> Metrics:
         """What is counted of all that is committed, by whoever: of a finished shard its metrics/ say it."""
-        finished = self._state.finished()
         total = Metrics()
-        for index in range(self.plan.num_shards):
-            file = finished[index].files.get("metrics") if index in finished else None
-            data = None if file is None else self._state.read(file.path)
-            if data is not None:
-                total.merge(counts_of(json.loads(data)))
+        files = {
+            index: record.files["metrics"].path
+            for index, record in self._state.finished().items()
+            if "metrics" in record.files
+        }
+        lost = []  # with their file
+        for index, data in zip(files, self._state.read_each(list(files.values())), strict=True):
+            if data is None:
+                lost.append(index)
             else:
-                for record in self._state.committed(index).values():
-                    total.merge(Metrics.from_json(record.metrics))
+                total.merge(counts_of(json.loads(data)))
+        for index in [*lost, *(index for index in range(self.plan.num_shards) if index not in files)]:
+            for record in self._state.committed(index).values():
+                total.merge(Metrics.from_json(record.metrics))
         return total
 
     def window(self, shard: int, start: int) -> WindowOrder | None:

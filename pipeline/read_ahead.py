@@ -40,6 +40,7 @@ class ReadAhead:
         self._items: deque[Item] = deque()
         self._num_tokens = 0
         self._assigned: deque[Assignment] = deque()
+        self._not_begun: set[int] = set()  # assigned shards of which no row was taken yet
         self._is_planning = False
         self._planned: deque[tuple[int, Portion | ReadFailure]] = deque()  # with their shard; one at most
         self._is_putting = False
@@ -63,15 +64,21 @@ class ReadAhead:
     def assign(self, assignment: Assignment) -> None:
         """Have these rows read after what was assigned before."""
         with self._changed:
+            self._not_begun.add(assignment.shard.index)
             self._assigned.append(assignment)
             self._changed.notify_all()
 
     @property
     def wants_assignment(self) -> bool:
-        """All that was assigned is planned, and soon put into the buffer: time for the next shard."""
+        """All that was assigned is planned and soon put into the buffer, and begun: time for the next shard.
+
+        No more than one shard waits, however small they are: others may have nothing to do.
+        """
         with self._changed:
+            if not self._items and not self._is_busy:
+                return True
             is_planned = not self._assigned and not self._is_planning and not self._planned
-            return is_planned and self._num_to_put <= self._max_rows
+            return is_planned and self._num_to_put <= self._max_rows and not self._not_begun
 
     @property
     def is_exhausted(self) -> bool:
@@ -88,6 +95,7 @@ class ReadAhead:
                 return None
             item = self._items.popleft()
             self._num_tokens -= _num_tokens(item)
+            self._not_begun.discard(_shard(item))
             self._changed.notify_all()
             return item
 
@@ -176,6 +184,10 @@ def _num_tokens(item: Item) -> int:
     if isinstance(item, PlacedRow) and isinstance(item.row, Prompt):
         return len(item.row.token_ids)
     return 0
+
+
+def _shard(item: Item) -> int:
+    return item.row.shard_index if isinstance(item, PlacedRow) else item.shard_index
 
 
 def batches(rows: Iterator[SourceRow | Reject], size: int) -> Iterator[list[SourceRow | Reject]]:

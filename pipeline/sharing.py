@@ -22,6 +22,9 @@ from pipeline.plan import RunPlan
 HELD_POLL_SECONDS = 2.0
 # Of many shards that others hold, so many are looked at each time.
 LOOKS_PER_POLL = 4
+# Those that are finished are found by one listing, a request for so many shards of the run: each time in a
+# run of no more, less often in a larger one.
+SHARDS_PER_LISTING = 1000
 
 
 class HeldShards:
@@ -32,6 +35,7 @@ class HeldShards:
         self._clock = clock
         self._indices: deque[int] = deque()
         self._next_poll = 0.0
+        self._next_listing = 0.0
         self._ask: Ask | None = None
 
     def __bool__(self) -> bool:
@@ -47,11 +51,20 @@ class HeldShards:
         if not self._indices or self._clock() < self._next_poll:
             return None
         self._next_poll = self._clock() + HELD_POLL_SECONDS
+        self._forget_finished()
         lease = self._answered() or self._freed()
         if lease is None and self._ask is None and self._indices:
             # At random, so that workers without work do not all ask the same one. No row depends on this.
             self._ask = self._ledger.leases.ask(random.choice(self._indices))
         return lease
+
+    def _forget_finished(self) -> None:
+        if len(self._indices) <= LOOKS_PER_POLL or self._clock() < self._next_listing:
+            return
+        num_listings = 1 + len(self._ledger.plan.shards) // SHARDS_PER_LISTING
+        self._next_listing = self._clock() + num_listings * HELD_POLL_SECONDS
+        finished = self._ledger.finished_now()
+        self._indices = deque(index for index in self._indices if index not in finished)
 
     def _answered(self) -> Lease | None:
         answer = self._ledger.leases.answer(self._ask) if self._ask else False

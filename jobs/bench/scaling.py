@@ -117,7 +117,9 @@ def measure(
     """One run; `alone` are one worker's seconds, None if this is that run."""
     # Forked from a server that has imported everything: a worker's start is not what is measured.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jobs.bench.scaling", "jax", "transformers", "pipeline.s3_client"])
+    context.set_forkserver_preload(
+        ["jobs.bench.scaling", "jax", "transformers", "pipeline.s3_client", "pandas", "pyarrow.parquet"]
+    )
     ready, ends = context.Barrier(workers + 1), context.SimpleQueue()
     processes = [
         context.Process(target=work, args=(index, workers, source, output, folder, options, ready, ends))

@@ -1,8 +1,9 @@
 """The real job, killed at random moments: the same command brings it to the same bytes, and to those of a run
 in input order.
 
-TIDEMILL_KILLS sets how many times it is killed (3), TIDEMILL_KILL_SEED at which moments (0); with
-TIDEMILL_CHAOS=1 the same is done to a job whose output is in a bucket.
+TIDEMILL_KILLS sets how many times it is killed (3), TIDEMILL_KILL_SEED at which moments (0). With
+TIDEMILL_CHAOS=1 the same is done to a job whose output is in a bucket, and to runs of one to three workers,
+there with a server that is killed too; each of these kills TIDEMILL_KILLS times and prints what it counted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,11 @@ from pipeline.results import open_run
 from pipeline.storage import open_storage
 from tests.pipeline.input_helpers import lines, write_jsonl, write_parquet
 from tests.pipeline.job_helpers import commits, final_bytes
+from tests.pipeline.store_servers import StoreServer
 
 KILLS = int(os.environ.get("TIDEMILL_KILLS", "3"))
 SEED = int(os.environ.get("TIDEMILL_KILL_SEED", "0"))
+KILLS_A_RUN = 5
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,73 @@ def test_a_job_killed_at_random_moments_resumes_to_the_same_bytes(
     counts = [open_run(folder).counts() for folder in (output, tmp_path / "undisturbed")]
     assert counts[0] == counts[1]
     assert counts[0]["duplicates"] == 10 - 4
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_killed_at_random_moments_end_with_the_same_bytes(
+    workers: int,
+    command: list[str],
+    output: str,
+    repository: Path,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    """Runs that share their output: a worker that is killed is started again while the others go on."""
+    if not os.environ.get("TIDEMILL_CHAOS"):
+        pytest.skip("takes minutes: TIDEMILL_CHAOS=1")
+    server = request.getfixturevalue("s3_server") if output.startswith("s3:") else None
+    undisturbed = start(command, str(tmp_path / "undisturbed"), repository)
+    _, errors = undisturbed.communicate(timeout=600)
+    assert undisturbed.returncode == 0, errors
+    wanted = final_bytes(tmp_path / "undisturbed")
+
+    chance = random.Random(f"{SEED} {workers} {server is None}")
+    num_runs, num_kills, num_server_kills = 0, 0, 0
+    while num_kills < KILLS:
+        place, num_runs = f"{output}-{num_runs}", num_runs + 1
+        with several(workers, command, place, repository) as processes:
+            for _ in range(min(KILLS_A_RUN, KILLS - num_kills)):
+                victim = chance.randrange(workers)
+                goal = len(commits(place)) + chance.randint(0, 2)
+                wait_for(processes[victim], num_commits(place, goal))
+                wait_for(processes[victim], after(chance.uniform(0, 0.5)))
+                num_kills += processes[victim].poll() is None
+                processes[victim].kill()
+                processes[victim].communicate(timeout=30)
+                processes[victim] = start(command, place, repository)
+                if server is not None and chance.random() < 0.3:
+                    restart(server, chance.uniform(0, 1.0))
+                    num_server_kills += 1
+            for process in processes:
+                process.communicate(timeout=600)
+        last = start(command, place, repository)  # some may have given up on a server that was away
+        _, errors = last.communicate(timeout=600)
+        assert last.returncode == 0, errors
+        assert final_bytes(place) == wanted
+    print(
+        f"{output.partition('/')[0] or 'disk'}, {workers} workers: {num_kills} kills of workers and "
+        f"{num_server_kills} of the server in {num_runs} runs, all with the bytes of the undisturbed one"
+    )
+
+
+@contextmanager
+def several(
+    number: int, command: list[str], output: str, repository: Path
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Workers of one run; whatever is left of them is ended."""
+    processes = [start(command, output, repository) for _ in range(number)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def restart(server: StoreServer, seconds_away: float) -> None:
+    server.kill()
+    time.sleep(seconds_away)
+    server.start()
 
 
 def wait_for(process: subprocess.Popen[str], has_come: Callable[[], bool]) -> None:

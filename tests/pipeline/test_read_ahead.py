@@ -237,9 +237,7 @@ def test_no_more_is_held_than_allowed(
         time.sleep(0.1)
         assert len(reader._items) == most
         assert builder.num_built == built  # one batch, or the window that must be known to be ordered
-        assert reader.wants_assignment == ("max_rows" not in limits), (
-            "as many rows as the buffer has room for"
-        )
+        assert not reader.wants_assignment
         assert len(take_all(reader)) == 300
         assert reader.wants_assignment
 
@@ -300,3 +298,23 @@ def test_leaving_ends_the_threads_though_the_buffer_is_full(
         assert isinstance(reader.take(timeout=5.0), PlacedRow)
     assert threading.active_count() == before
     assert reader.take() is None
+
+
+def test_no_more_than_one_shard_waits_however_small_they_are(tmp_path: Path, spool: Path) -> None:
+    for shard in range(3):
+        write_jsonl(tmp_path / "in" / f"{shard}.jsonl", lines([{"prompt": f"{shard}"}] * 2))
+    settings = InputSettings(path=str(tmp_path / "in"))
+    first, second, third = (Assignment(shard, 2, ((0, 2),)) for shard in list_shards(settings))
+    with reader_of(CountingBuilder(), settings, spool) as reader:
+        assert reader.wants_assignment
+        reader.assign(first)
+        taken = [reader.take(timeout=5), reader.take(timeout=5)]
+        assert reader.wants_assignment, "the first is begun"
+        reader.assign(second)
+        while len(reader._items) < 2:
+            time.sleep(0.01)
+        assert not reader.wants_assignment, "the second waits"
+        taken.append(reader.take(timeout=5))
+        assert reader.wants_assignment, "the second is begun"
+        reader.assign(third)
+        assert len(taken + take_all(reader)) == 6

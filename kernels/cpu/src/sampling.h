@@ -71,7 +71,9 @@ TIDEMILL_INLINE vf gumbel(uint32_t key0, uint32_t key1, vu index) {
 
 constexpr float kMostNoise = 16.64f;  // above the noise of the largest uniform number below 1
 
-// One row: V logits, padded here to whole vectors with what can never be drawn.
+constexpr int64_t kBlock = 4 * kLanes;  // logits whose highest is kept
+
+// One row: V logits, padded here to whole blocks with what can never be drawn.
 class Row {
  public:
   Row(const float* logits, int64_t vocab_size) : logits_(logits), size_(vocab_size) {}
@@ -107,40 +109,65 @@ class Row {
   }
 
  private:
-  // Logits relative to the highest, over the temperature: so none is above 0.
+  // Logits relative to the highest, over the temperature: so none is above 0. And the highest of each block of them,
+  // by which blocks without a candidate are passed over.
   void scale(float temperature, int32_t likeliest) {
-    const int64_t padded = (size_ + kLanes - 1) / kLanes * kLanes;
+    const int64_t padded = (size_ + kBlock - 1) / kBlock * kBlock;
     scaled_.resize(padded);
+    tops_.resize(padded / kBlock);
     const float top = logits_[likeliest];
     int64_t i = 0;
     for (; i + kLanes <= size_; i += kLanes)
       store(scaled_.data() + i, (load(logits_ + i) - splat(top)) / splat(temperature));
     for (; i < size_; ++i) scaled_[i] = (logits_[i] - top) / temperature;
     for (; i < padded; ++i) scaled_[i] = -std::numeric_limits<float>::infinity();
+    for (size_t block = 0; block < tops_.size(); ++block) {
+      const float* at = scaled_.data() + block * kBlock;
+      const float highest_here = highest(maximum(maximum(load(at), load(at + kLanes)),
+                                                 maximum(load(at + 2 * kLanes), load(at + 3 * kLanes))));
+      // A NaN, which no model should give, is no candidate, and would put a sort out of its bounds.
+      tops_[block] = highest_here == highest_here ? highest_here : -std::numeric_limits<float>::infinity();
+    }
+  }
+
+  // Calls `visit` with the place of each vector of the blocks that hold a value of at least `cut`.
+  template <typename Visit>
+  void each_vector(float cut, const Visit& visit) const {
+    for (size_t block = 0; block < tops_.size(); ++block) {
+      if (!(tops_[block] >= cut)) continue;
+      for (int64_t at = 0; at < kBlock; at += kLanes) visit(block * kBlock + at);
+    }
   }
 
   // The candidates of at least `cut`, unordered.
   void gather(float cut) {
-    chosen_.resize(scaled_.size());
+    if (chosen_.size() < scaled_.size()) chosen_.resize(scaled_.size());
     size_t count = 0;
-    for (size_t i = 0; i < scaled_.size(); i += kLanes) {
-      if (!any(load(scaled_.data() + i) >= splat(cut))) continue;
+    each_vector(cut, [&](size_t i) {
+      if (!any(load(scaled_.data() + i) >= splat(cut))) return;
       for (int lane = 0; lane < kLanes; ++lane) {  // written always, kept if it counts: no branch to mispredict
         chosen_[count] = scaled_[i + lane];
         count += scaled_[i + lane] >= cut;
       }
-    }
-    chosen_.resize(count);
+    });
+    num_chosen_ = count;
   }
 
-  // The k-th largest value of at least `floor`; `floor` itself where there are fewer. A net is cast ever lower until it
-  // holds enough: few tokens are ever looked at closely.
+  // The k-th largest value of at least `floor`; `floor` itself where there are fewer. It is at least the k-th largest of
+  // the blocks' highest values; for a large k a net is cast ever lower until it holds enough.
   float kth_largest(int64_t k, float floor) {
-    for (float cut = -3.0f;; cut *= 2.0f) {
+    float first = -3.0f;
+    if (2 * k <= static_cast<int64_t>(tops_.size())) {
+      ranked_ = tops_;
+      std::nth_element(ranked_.begin(), ranked_.begin() + (k - 1), ranked_.end(), std::greater<float>());
+      first = ranked_[k - 1];
+    }
+    for (float cut = first;; cut *= 2.0f) {
       const bool is_last = cut <= floor || cut < -1e30f;
       gather(is_last ? floor : cut);
-      if (static_cast<int64_t>(chosen_.size()) >= k) {
-        std::nth_element(chosen_.begin(), chosen_.begin() + (k - 1), chosen_.end(), std::greater<float>());
+      if (static_cast<int64_t>(num_chosen_) >= k) {
+        const auto end = chosen_.begin() + num_chosen_;
+        std::nth_element(chosen_.begin(), chosen_.begin() + (k - 1), end, std::greater<float>());
         return chosen_[k - 1];
       }
       if (is_last) return floor;
@@ -150,21 +177,21 @@ class Row {
   // The largest value such that the tokens of at least it have `top_p` of the mass of those of at least `floor`.
   float nucleus(float top_p, float floor) {
     vf mass = vf{};
-    for (size_t i = 0; i < scaled_.size(); i += kLanes) {
+    each_vector(floor, [&](size_t i) {
       const vf value = load(scaled_.data() + i);
       mass = mass + (value >= splat(floor) ? exponential(value) : vf{});
-    }
+    });
     const float wanted = top_p * sum(mass);
     for (float cut = -3.0f;; cut *= 2.0f) {
       const bool is_last = cut <= floor || cut < -1e30f;
       gather(is_last ? floor : cut);
-      std::sort(chosen_.begin(), chosen_.end(), std::greater<float>());
+      std::sort(chosen_.begin(), chosen_.begin() + num_chosen_, std::greater<float>());
       float held = 0;
-      for (size_t i = 0; i < chosen_.size(); ++i) {
+      for (size_t i = 0; i < num_chosen_; ++i) {
         held += exponential(splat(chosen_[i]))[0];
         if (held >= wanted) return chosen_[i];
       }
-      if (is_last) return chosen_.empty() ? floor : chosen_.back();
+      if (is_last) return num_chosen_ == 0 ? floor : chosen_[num_chosen_ - 1];
     }
   }
 
@@ -175,12 +202,11 @@ class Row {
     const vf at_top = gumbel(key0, key1, start + splat_bits(static_cast<uint32_t>(likeliest)));
     float best = at_top[0];  // the likeliest token's own scaled logit is 0
     int32_t winner = likeliest;
-    for (size_t i = 0; i < scaled_.size(); i += kLanes) {
+    each_vector(std::max(floor, best - kMostNoise), [&](size_t i) {
       const vf value = load(scaled_.data() + i);
-      const float needed = std::max(floor, best - kMostNoise);
-      if (!any(value >= splat(needed))) continue;
+      if (!any(value >= splat(std::max(floor, best - kMostNoise)))) return;
       const vf noisy = value + gumbel(key0, key1, start + splat_bits(static_cast<uint32_t>(i)));
-      if (!any(noisy >= splat(best))) continue;
+      if (!any(noisy >= splat(best))) return;
       for (int lane = 0; lane < kLanes; ++lane) {
         const int32_t token = static_cast<int32_t>(i) + lane;
         if (!(value[lane] >= floor) || !(noisy[lane] >= best)) continue;
@@ -189,17 +215,22 @@ class Row {
           winner = token;
         }
       }
-    }
+    });
     return winner;
   }
 
   const float* logits_;
   int64_t size_;
+  size_t num_chosen_ = 0;  // at the front of `chosen_`, which stays as large as a row
   static thread_local std::vector<float> scaled_;
+  static thread_local std::vector<float> tops_;
+  static thread_local std::vector<float> ranked_;
   static thread_local std::vector<float> chosen_;
 };
 
 thread_local std::vector<float> Row::scaled_;
+thread_local std::vector<float> Row::tops_;
+thread_local std::vector<float> Row::ranked_;
 thread_local std::vector<float> Row::chosen_;
 
 void sampling(const Sampling& args, Pool& pool) {
