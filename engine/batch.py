@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 from engine.buckets import Bucket
+from engine.draw_needs import BIAS, HISTORY, LOGPROBS, MASK, PENALTY
 from engine.group_costs import GroupCosts
 from engine.in_flight import Draws, InFlight, step_results
 from engine.packed_tokens import unpack_tokens
 from engine.plan import StepPlan, StepResults
 from engine.prefix_groups import Branch, arrange_rows, find_groups
 from engine.sampler import MAX_LOGIT_BIAS, StepOutputs
-from engine.seat_sampling import BIAS, HISTORY, LOGPROBS, MASK, PENALTY, SeatSampling
+from engine.seat_sampling import SeatSampling
 from engine.seat_table import SeatTable
 from engine.step_inputs import ANY_FLAGS, StepArrays, StepShape
 from engine.token_masks import mask_width, needs_mask, token_mask
@@ -170,7 +171,7 @@ class BatchBuilder:
         views["num_logits"][0] = total
         drawing = rows.where(rows.samples)
         requests, seats, stops = drawing.requests, drawing.seats, drawing.starts + drawing.lens
-        if total == len(seats):  # without log-probabilities of prompts a row of logits is a draw
+        if total == len(seats):  # without log-probabilities of prompts, or drafts, a row of logits is a draw
             at = self._range[:total]
             views["logit_tokens"][:total] = ends[rows.samples] - 1
             np.take(self._seats.sampled, seats, axis=1, out=views["sampled"][:, :total], mode="clip")
@@ -178,6 +179,11 @@ class BatchBuilder:
         else:
             logit_ends = rows.num_logits.cumsum(dtype=np.int32)
             at = logit_ends[rows.samples] - 1
+            if plan.drafts:  # a token is drawn behind each drafted one too
+                num_more = plan.draft_lens(seats)
+                requests, seats = requests.repeat(num_more + 1), seats.repeat(num_more + 1)
+                before = _counting_down(num_more)
+                stops, at = stops.repeat(num_more + 1) - before, at.repeat(num_more + 1) - before
             views["logit_tokens"][:total] = (
                 np.repeat(ends - logit_ends, rows.num_logits) + self._range[:total]
             )
@@ -219,7 +225,7 @@ class BatchBuilder:
                 values[at[index], : len(bias)] = [value for _, value in bias]
         logit_of_seat = np.zeros(self._seats.num_seats, np.int32)
         logit_of_seat[seats] = at
-        any_history = has_targets or any_need & HISTORY > 0
+        any_history = has_targets or any_need & HISTORY > 0 or bool(plan.drafts)
         return Draws(logit_of_seat, flags[ANY_FLAGS.index("any_logprobs")], any_history), unusual
 
     def _fill_targets(self, plan: StepPlan, views: dict[str, np.ndarray]) -> None:
@@ -258,3 +264,9 @@ class BatchBuilder:
             "bias_ids": np.full((size, MAX_LOGIT_BIAS), self._vocab_size, np.int32),
             "bias_values": np.zeros((size, MAX_LOGIT_BIAS), np.float32),
         }
+
+
+def _counting_down(counts: np.ndarray) -> np.ndarray:
+    """For each count n the numbers n, n - 1, ... 0, behind one another."""
+    ends = (counts + 1).cumsum(dtype=np.int32)
+    return ends.repeat(counts + 1) - 1 - np.arange(ends[-1] if len(ends) else 0, dtype=np.int32)

@@ -19,6 +19,7 @@ FLAGS = (
     "compile_runner",
     "runner_verbose",
 )
+MAX_DRAFT_LOGITS = 64
 CPU_KV_CACHE_BYTES = 2 << 30
 """The default byte budget of the KV cache on a CPU, where no device memory bounds it."""
 
@@ -55,6 +56,13 @@ class EngineConfig:
     """Streams of an `AsyncEngine` show what they have drawn at most this often; 0: after every step."""
     async_scheduling: bool = True
     """Plan and start each step while the one before it still runs; False: one after the other."""
+    speculation: str = "off"
+    """Guess tokens to come and look at several in one step (engine/speculation): "ngram" from a request's own
+    text, "suffix" from finished outputs of its template, both in every step; "auto" from both, where it pays.
+    On a CPU no output changes by a bit. On a GPU or TPU a logit's last bits may depend on how many tokens are
+    computed together, as with the batch sizes, so a token where two are that close may differ there."""
+    max_draft_len: int = 8
+    """Most tokens guessed for one row of a step."""
     dtype: str = "float32"
     """Of weights and activations."""
     kv_dtype: str | None = None
@@ -117,6 +125,7 @@ class EngineConfig:
                 self._check_integer(name, getattr(self, name), 2 if name == "max_model_len" else 1, 1 << 50)
         self._check_integer("stream_interval_ms", self.stream_interval_ms, 0, 60_000)
         self._check_integer("seed", self.seed, 0, 2**63 - 1)
+        self._check_integer("max_draft_len", self.max_draft_len, 1, 32)
         pads = [("min_token_pad", 8, 1024), ("min_input_pad", 8, 1024)]
         for name, low, high in (("page_size", 8, 512), *pads[: 1 if self.min_input_pad is None else 2]):
             value = self._check_integer(name, getattr(self, name), low, high)
@@ -130,6 +139,7 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("kv_dtype", (None, *KV_DTYPES)),
             ("scheduling_policy", ("fcfs", "priority")),
+            ("speculation", ("off", "ngram", "suffix", "auto")),
             ("weight_dtype", (None, *WEIGHT_DTYPES)),
             ("attention_backend", ("auto", "cpu", "xla", "pallas_tpu", "pallas_gpu")),
             ("linear_backend", ("auto", "cpu", "xla")),
@@ -211,6 +221,14 @@ class EngineConfig:
         """`prefix_cache_capacity` in pages, of `num_pages`; None: no bound."""
         capacity = self.prefix_cache_capacity
         return int(capacity * num_pages) if isinstance(capacity, float) else capacity
+
+    @property
+    def num_draft_logits(self) -> int:
+        """Rows of logits that a step may have beyond `max_num_seqs`, for drafts; with many rows few pay."""
+        if self.speculation == "off":
+            return 0
+        most = self.max_num_batched_tokens - self.max_num_seqs
+        return min(MAX_DRAFT_LOGITS, self.max_num_seqs * self.max_draft_len, most)
 
     @property
     def page_dtype(self) -> str:

@@ -189,7 +189,7 @@ def buckets_of(config: EngineConfig, backends: Backends) -> tuple[Bucket, ...]:
     return declare_buckets(
         config.min_token_pad,
         config.max_num_batched_tokens,
-        config.max_num_seqs,
+        config.max_num_seqs + config.num_draft_logits,
         min_input_pad=config.min_input_pad,
         skips_padding=backends.skips_padding,
     )

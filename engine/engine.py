@@ -135,6 +135,7 @@ class Engine(WholeCalls, Upkeep):
         identity: str | None = None,
         tenant: str | None = None,
         cache_salt: str | None = None,
+        template: str | None = None,
         expected_output_len: int | None = None,
         drawn: Sequence[DrawnTokens] | None = None,
         stream: bool | None = None,
@@ -154,6 +155,8 @@ class Engine(WholeCalls, Upkeep):
             tenant: on whose behalf it runs; of requests that wait at one priority, those of each tenant are
                 started in turns of equal tokens.
             cache_salt: share cached pages only with prompts of the same salt.
+            template: whose outputs are like this one's, for guesses (`speculation`); default: those of
+                prompts with the same first page. It changes no output.
             expected_output_len: tokens it will probably generate, at least 1: so much memory is kept for it
                 once it runs (default: one page more than its prompt's). More running requests than fit would
                 take each other's pages. It changes no output.
@@ -193,6 +196,7 @@ class Engine(WholeCalls, Upkeep):
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
+            template=template,
         )
         if drawn is not None:
             begin_with(requests, drawn, self.model_config.vocab_size)
@@ -218,7 +222,7 @@ class Engine(WholeCalls, Upkeep):
         if self._is_paused:
             return outputs
         before = self._in_flight
-        if before is not None and before.must_end_first:
+        if before is not None and (before.must_end_first or self._scheduler.needs_tokens):
             outputs += self._take_back(before)
             before = None
         started = time.monotonic()

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.plan import RowLogprobs, StepResults
 from engine.sampler import StepOutputs
+from engine.speculation.verification import accepted
 
 
 class Draws(NamedTuple):
@@ -18,7 +19,8 @@ class Draws(NamedTuple):
     any_logprobs: bool
     """Log-probabilities are wanted of some row."""
     any_history: bool
-    """The next draw of some row depends on the token that this step draws, not only on its place."""
+    """The next draw of some row depends on the token that this step draws, not only on its place; or how many
+    it draws is not known before (drafts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,25 @@ class InFlight:
 def step_results(step: InFlight, outputs: StepOutputs) -> StepResults:
     """Spread the rows of logits over the rows of the plan. `outputs` holds numpy arrays."""
     plan = step.plan
-    arrays, drawn = plan.arrays, outputs.token_ids
+    arrays, drawn = plan.arrays, np.asarray(outputs.token_ids)
     if not step.draws.any_logprobs and plan.num_logits == plan.num_rows:  # each row has one, which is a draw
-        return StepResults(np.asarray(drawn)[: plan.num_rows])
+        return StepResults(drawn[: plan.num_rows])
     token_ids = np.zeros(plan.num_rows, np.int32)
-    if not step.draws.any_logprobs:  # then a row of logits is a draw
+    if not step.draws.any_logprobs and not plan.drafts:  # then a row of logits is a draw
         token_ids[arrays.samples] = drawn[: plan.num_logits]
         return StepResults(token_ids)
-    last_logits = arrays.num_logits.cumsum() - 1
-    token_ids[arrays.samples] = drawn[last_logits[arrays.samples]]
+    draft_lens = plan.draft_lens(arrays.seats)
+    first_draws = arrays.num_logits.cumsum() - 1 - draft_lens
+    token_ids[arrays.samples] = drawn[first_draws[arrays.samples]]
+    kept = {
+        index: accepted(
+            plan.drafts[arrays.seats.item(index)],
+            drawn[first_draws[index] : first_draws[index] + draft_lens[index] + 1].tolist(),
+        )
+        for index in draft_lens.nonzero()[0].tolist()
+    }
+    if not step.draws.any_logprobs:
+        return StepResults(token_ids, accepted=kept)
     logprobs: dict[int, RowLogprobs] = {}
     at = 0
     for index, row in enumerate(plan.rows):
@@ -63,7 +75,7 @@ def step_results(step: InFlight, outputs: StepOutputs) -> StepResults:
             logprobs[index] = RowLogprobs(*_logprob(outputs, at - 1, sampling.logprobs), prompt)
         elif prompt:
             logprobs[index] = RowLogprobs(prompt=prompt)
-    return StepResults(token_ids, logprobs)
+    return StepResults(token_ids, logprobs, kept)
 
 
 def _logprob(

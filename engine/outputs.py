@@ -214,6 +214,10 @@ class EngineStats:
     device: str
     num_duplicates: int
     """Requests that were given the result of another one, none of their tokens being computed."""
+    num_drafted_tokens: int = 0
+    """Tokens guessed and looked at (engine/speculation)."""
+    num_accepted_tokens: int = 0
+    """Those of them that were drawn: each saved a step of its row."""
     num_replicas: int = 1
     """Schedulers whose batches run in one step, each of up to `engine.max_num_seqs` sequences."""
 
@@ -240,6 +244,8 @@ class EngineStats:
             num_computed_tokens=runner.num_computed_tokens,
             num_padded_tokens=runner.num_padded_tokens,
             num_generated_tokens=scheduler.num_generated_tokens,
+            num_drafted_tokens=scheduler.num_drafted_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             pages_free=scheduler.num_free_pages,

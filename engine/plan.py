@@ -7,7 +7,7 @@ makes a `PlannedRow` of them only for who asks for one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,10 +29,14 @@ class PlannedRow(NamedTuple):
     one that the step in flight draws."""
     num_logits: int
     """The logits of the row's LAST `num_logits` tokens are needed: those of the prompt positions whose
-    log-probabilities are due, then the drawn token's. 0 for a plain chunk, 1 for a decode row."""
+    log-probabilities are due, then the drawn token's, then those of drafted tokens. 0 for a plain chunk, 1
+    for a decode row."""
     page_ids: Sequence[int]
     """Pages covering [0, start + num_tokens); the request's own list, to be read only until the next step is
     planned."""
+    draft: Sequence[int] = ()
+    """The row's last tokens, if they are guesses (engine/speculation): a token is drawn behind each of them
+    too, so its logits are needed."""
 
     @property
     def stop(self) -> int:
@@ -41,7 +45,7 @@ class PlannedRow(NamedTuple):
     @property
     def num_prompt_logprobs(self) -> int:
         """Prompt positions [stop - num_logits, ...) this row must report, one entry each."""
-        return self.num_logits - self.samples
+        return self.num_logits - self.samples - len(self.draft)
 
 
 class PageCopy(NamedTuple):
@@ -86,6 +90,9 @@ class StepPlan:
     """Requests whose pages were taken away; they wait again, outputs kept."""
     copies: tuple[PageCopy, ...] = ()
     """No source is a target of another."""
+    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """By seat, the guesses that end its row. Such a step's results are to be known before the next is
+    planned."""
 
     @classmethod
     def of(
@@ -95,6 +102,7 @@ class StepPlan:
         rows: Sequence[PlannedRow],
         preempted: Sequence[Request] = (),
         copies: Sequence[PageCopy] = (),
+        drafts: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> StepPlan:
         """A step of seats whose requests compute their one token left, and then of rows of any kind."""
         seats = np.concatenate((decodes, [row.request.seat for row in rows])) if rows else decodes
@@ -114,7 +122,7 @@ class StepPlan:
         )
         num_tokens = len(decodes) + sum([row.num_tokens for row in rows])
         num_drawn = len(decodes) + sum([row.num_logits for row in rows])
-        return cls(table, arrays, num_tokens, num_drawn, tuple(preempted), tuple(copies))
+        return cls(table, arrays, num_tokens, num_drawn, tuple(preempted), tuple(copies), drafts)
 
     @property
     def rows(self) -> tuple[PlannedRow, ...]:
@@ -131,7 +139,15 @@ class StepPlan:
             arrays.samples.item(index),
             arrays.num_logits.item(index),
             request.page_ids,
+            self.drafts.get(arrays.seats.item(index), ()) if self.drafts else (),
         )
+
+    def draft_lens(self, seats: np.ndarray) -> np.ndarray:
+        """i32[len(seats)]: the drafted tokens of each seat's row."""
+        lens = np.zeros(len(seats), np.int32)
+        if self.drafts:
+            lens[:] = [len(self.drafts.get(seat, ())) for seat in seats.tolist()]
+        return lens
 
     @property
     def num_rows(self) -> int:
@@ -164,6 +180,10 @@ class StepResults(NamedTuple):
     """What the device says about one step."""
 
     token_ids: Sequence[int | None] | np.ndarray
-    """One a row of the plan, in its order: the drawn token; anything when the row does not sample."""
+    """One a row of the plan, in its order: the drawn token, the first one behind the tokens that were known;
+    anything when the row does not sample."""
     logprobs: Mapping[int, RowLogprobs] = MappingProxyType({})
     """By the row's index, of those rows that were asked for any."""
+    accepted: Mapping[int, Sequence[int]] = MappingProxyType({})
+    """By the row's index, of rows with a draft: the tokens that were drawn as guessed, and the one behind
+    them, without the first."""

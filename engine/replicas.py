@@ -128,6 +128,10 @@ class Replicas:
         for scheduler in self._schedulers:
             scheduler.preempt_all()
 
+    @property
+    def needs_tokens(self) -> bool:
+        return any(scheduler.needs_tokens for scheduler in self._schedulers)
+
     def stats(self) -> SchedulerStats:
         """The sums of all."""
         return SchedulerStats.total([scheduler.stats() for scheduler in self._schedulers])

@@ -67,6 +67,8 @@ class Request:
     """Prompts share pages only with prompts of the same salt."""
     tenant: str | None = None
     """On whose behalf it runs: what waits is started in turns of equal tokens."""
+    template: str | None = None
+    """Whose outputs are like this one's (engine/speculation); None: those of prompts that begin alike."""
 
     arrival: int = 0
     """Sequence number given by `Scheduler.add`; lower is older."""
@@ -161,6 +163,14 @@ class Request:
         own = self.output_token_ids, self.num_computed, self.num_pending
         self.table = None
         self._output_token_ids, self._num_computed, self._num_pending = own
+
+    def cut(self, num_tokens: int) -> None:
+        """Forget the tokens behind the first `num_tokens`: they came in one step with the one that ends
+        it."""
+        if self.table is None:
+            del self._output_token_ids[num_tokens - self.prompt_len :]
+        else:
+            self.table.cut(self.seat, num_tokens)
 
     @property
     def num_tokens(self) -> int:

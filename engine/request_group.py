@@ -45,18 +45,26 @@ class RequestGroup:
         for request, text in zip(requests, self._texts, strict=False):
             for token in request.output_token_ids:  # given
                 text.push([token])
+        self._num_pushed = [request.num_tokens for request in requests] if self.grows else []
         self._num_open = len(requests)
 
     def push(self, request: Request) -> str:
-        """Take in the token drawn last; the text that became certain with it.
+        """Take in the tokens drawn since the last call; the text that became certain with them.
 
-        A token that stopped the sample is no part of its text unless asked for.
+        A token that stopped the sample is no part of its text unless asked for. Of several tokens that one
+        step drew, those behind the one that completes a stop string are forgotten.
         """
-        if ends_with_hidden_token(request):
-            return ""
-        return self._texts[request.sample_index].push(
-            request.token_ids(request.num_tokens - 1, request.num_tokens)
-        )
+        index = request.sample_index
+        text, start = self._texts[index], self._num_pushed[index]
+        stop = self._num_pushed[index] = request.num_tokens
+        delta = ""
+        for at in range(start, stop - ends_with_hidden_token(request)):
+            delta += text.push(request.token_ids(at, at + 1))
+            if text.stopped_by is not None:
+                if at + 1 < stop:
+                    request.cut(at + 1)
+                break
+        return delta
 
     def stopped_by(self, request: Request) -> str | None:
         """The stop string found in the sample's text."""

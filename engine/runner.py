@@ -113,7 +113,7 @@ class StepRunner:
         self.buckets = declare_buckets(
             config.min_token_pad,
             config.max_num_batched_tokens,
-            config.max_num_seqs,
+            config.max_num_seqs + config.num_draft_logits,
             min_input_pad=config.min_input_pad,
             skips_padding=self.backends.skips_padding,
         )

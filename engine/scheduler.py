@@ -14,6 +14,8 @@ happens are looked at one by one.
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine.admission import Admission
 from engine.errors import RequestError
 from engine.page_pool import PagePool
@@ -22,6 +24,7 @@ from engine.prefix_cache import HashPage, PrefixCache, page_hash
 from engine.request import Request, RequestStatus
 from engine.scheduler_settings import SchedulerSettings, SchedulerStats
 from engine.seat_table import SeatTable
+from engine.speculation.draft_rows import DraftRows
 from engine.step_draft import StepDraft
 from engine.step_results import drawn_tokens, record
 
@@ -47,6 +50,11 @@ class Scheduler:
             settings.max_num_seqs, settings.max_model_len, settings.page_size, settings.rank
         )
         self._admission = Admission(settings, self.pool, self.cache, self._table)
+        self._draft_rows = (
+            None
+            if settings.speculation == "off"
+            else DraftRows(settings, self._table, self.pool, self.cache, self._hold)
+        )
         # By request id, then by sample index.
         self._unfinished: dict[str, dict[int, Request]] = {}
         self._num_unfinished = 0
@@ -136,8 +144,12 @@ class Scheduler:
             self._admission.admit(step, self._plan_chunk, self._preempt, now)
         if step.preempted:  # a seat may have gone to another since
             decodes = decodes[table.tickets[decodes] == tickets]
+        drafts = {}
+        if self._draft_rows is not None:
+            drafts = self._draft_rows.plan(decodes, step, now, self._advanced)
+            decodes = decodes[~np.isin(decodes, list(drafts))] if drafts else decodes
         rows = (*step.singles, *step.chunks)
-        return StepPlan.of(table, decodes, rows, step.preempted, self._admission.copies())
+        return StepPlan.of(table, decodes, rows, step.preempted, self._admission.copies(), drafts)
 
     def advance(self, plan: StepPlan) -> None:
         """The plan is dispatched: what it computes counts as computed, what it draws is pending.
@@ -162,14 +174,16 @@ class Scheduler:
             raise _not_the_last(arrays.requests[has_moved][0])
         self._admission.copied()
         self._advanced = plan
-        stops = arrays.starts + arrays.lens
+        # Of a drafted row only the token that was known counts, until it is seen which guesses are right.
+        lens = arrays.lens - plan.draft_lens(seats) if plan.drafts else arrays.lens
+        stops = arrays.starts + lens
         table.num_computed[seats] = stops
         table.num_pending[seats] = samples
         # All of these tokens are known: only the last of a request can be pending, and that is not computed
         # before the step after the one that draws it.
         page_size = self.settings.page_size
         fills_page = stops // page_size > arrays.starts // page_size
-        ends_chunk = samples & (arrays.lens > 1)
+        ends_chunk = samples & (lens > 1)
         leaves = samples & (stops >= table.max_computed_lens[seats])
         for index in (fills_page | ends_chunk | leaves).nonzero()[0].tolist():
             request = arrays.requests[index]
@@ -191,11 +205,18 @@ class Scheduler:
         if self._advanced is not plan:
             self.advance(plan)
         self._advanced = None
-        finished, num_drawn = record(plan, token_ids, results.logprobs, now)
+        finished, num_drawn = record(plan, token_ids, results, now)
         self._num_generated_tokens += num_drawn
+        if self._draft_rows is not None:
+            self._draft_rows.update(plan, now)
         for request in finished:
             self._end(request, request.finish_reason or "stop", request.stop_reason, now)
         return finished
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the next plan guesses what follows the tokens that the step in flight draws."""
+        return self._draft_rows is not None and self._draft_rows.needs_tokens
 
     @property
     def has_unfinished(self) -> bool:
@@ -225,6 +246,8 @@ class Scheduler:
             num_held_pages=self.pool.num_held,
             num_evictions=self.pool.num_evictions,
             num_generated_tokens=self._num_generated_tokens,
+            num_drafted_tokens=0 if self._draft_rows is None else self._draft_rows.num_drafted,
+            num_accepted_tokens=0 if self._draft_rows is None else self._draft_rows.num_accepted,
         )
 
     def _leave(self, request: Request) -> None:
@@ -341,6 +364,8 @@ class Scheduler:
         request.stop_reason = stop_reason
         request.finished_time = now
         request.page_hashes = []
+        if self._draft_rows is not None:
+            self._draft_rows.drafter.ended(request)
         siblings = self._unfinished[request.request_id]
         del siblings[request.sample_index]
         if not siblings:

@@ -15,7 +15,7 @@ class SchedulerSettings:
     """Capacities of one scheduler. Raises ConfigError when they cannot work together."""
 
     max_num_seqs: int
-    """Requests that run at once, and logits that one step may ask for."""
+    """Requests that run at once, and logits that one step may ask for, without those of drafts."""
     max_num_batched_tokens: int
     """Tokens that one step may compute."""
     max_model_len: int
@@ -31,6 +31,12 @@ class SchedulerSettings:
     """Most pages that are kept for what they hold while no request holds them; None: all that are left."""
     long_prefill_token_threshold: int | None = None
     """Most tokens of one request in one step, so that a long prompt leaves room for others."""
+    speculation: str = "off"
+    """Where drafts come from (engine/speculation): "off", "ngram", "suffix" or "auto"."""
+    max_draft_len: int = 8
+    """Most tokens drafted for a row."""
+    num_draft_logits: int = 0
+    """Logits that one step may ask for beyond `max_num_seqs`."""
     min_shared_tokens: int = 8
     """Most prompts have a token or two in common: fewer than these are not copied at the start of a prompt,
     nor waited for while another request computes them."""
@@ -71,6 +77,9 @@ class SchedulerSettings:
             enable_prefix_caching=config.enable_prefix_caching,
             max_cached_pages=config.max_cached_pages(num_pages),
             long_prefill_token_threshold=config.long_prefill_token_threshold,
+            speculation=config.speculation,
+            max_draft_len=config.max_draft_len,
+            num_draft_logits=config.num_draft_logits,
         )
 
     def rank(self, request: Request) -> tuple[int, int]:
@@ -133,6 +142,9 @@ class SchedulerStats:
     num_evictions: int
     num_generated_tokens: int
     """Drawn for requests that had not ended before."""
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of the drafted tokens, those that were drawn."""
 
     @classmethod
     def total(cls, each: Sequence[SchedulerStats]) -> SchedulerStats:

@@ -9,12 +9,10 @@ import struct
 
 import numpy as np
 
+from engine.draw_needs import PENALTY, needs_of
 from engine.plan import RowArrays
 from engine.request import Request
 from engine.step_inputs import SAMPLED_COLUMNS
-
-# What a request's draws need, as bits.
-PENALTY, MASK, BIAS, LOGPROBS, HISTORY = (1 << bit for bit in range(5))
 
 _NUMBERS = struct.Struct("=" + "".join(np.dtype(dtype).char for dtype in SAMPLED_COLUMNS.values()))
 
@@ -45,19 +43,7 @@ class SeatSampling:
     def _write(self, seat: int, request: Request) -> None:
         sampling = request.sampling
         has_penalty = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
-        needs = 0
-        if has_penalty != (1, 0, 0):
-            needs |= PENALTY
-        follows = bool(request.bad_words_token_ids) or request.grammar is not None
-        if sampling.allowed_token_ids is not None or follows:
-            needs |= MASK
-        if needs & PENALTY or follows:
-            needs |= HISTORY
-        if sampling.logit_bias:
-            needs |= BIAS
-        if sampling.logprobs is not None:
-            needs |= LOGPROBS
-        self.needs[seat] = needs
+        needs = self.needs[seat] = needs_of(request)
         self.min_total_len[seat] = request.prompt_len + sampling.min_tokens
         drawn_with = (
             sampling.temperature,

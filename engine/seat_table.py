@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,21 @@ class SeatTable:
         self.tokens[seats, positions] = token_ids
         self.num_tokens[seats] = positions + 1
         self.num_pending[seats] = 0
+
+    def append_one(self, seat: int, token_id: int) -> None:
+        """One token more has come, whose place in the step was guessed (engine/speculation)."""
+        self.tokens[seat, self.num_tokens[seat]] = token_id
+        self.num_tokens[seat] += 1
+
+    def write_draft(self, seat: int, token_ids: Sequence[int]) -> None:
+        """Put guessed tokens behind those known, for the step's inputs; the drawn ones overwrite them."""
+        start = self.num_tokens.item(seat)
+        self.tokens[seat, start : start + len(token_ids)] = token_ids
+
+    def cut(self, seat: int, num_tokens: int) -> None:
+        """The first `num_tokens` stay known; of what is computed, all but the last of them."""
+        self.num_tokens[seat] = num_tokens
+        self.num_computed[seat] = min(self.num_computed.item(seat), num_tokens - 1)
 
     def may_end(self, token_ids: np.ndarray) -> np.ndarray:
         """bool[len(token_ids)]: which of these end some of the requests, not necessarily their own."""

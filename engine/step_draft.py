@@ -25,13 +25,19 @@ class StepDraft:
         self.owners: list[Request] = []
         self.tokens_left = settings.max_num_batched_tokens - num_decodes
         # Logits beyond the one that is set aside for each running request.
-        self.spare_logits = settings.max_num_seqs - num_running
+        self.spare_logits = settings.max_num_seqs + settings.num_draft_logits - num_running
 
     def take(self, row: PlannedRow) -> None:
         (self.singles if row.num_tokens == 1 else self.chunks).append(row)
         self.tokens_left -= row.num_tokens
         if row.num_logits > 1:
             self.spare_logits -= row.num_logits - 1
+
+    def extend(self, row: PlannedRow) -> None:
+        """Take the row of a decode with its draft, in the place of the decode."""
+        self.chunks.append(row)
+        self.tokens_left -= len(row.draft)
+        self.spare_logits -= len(row.draft)
 
     def drop(self, request: Request) -> None:
         """Take a preempted request's row out again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def drawn_tokens(plan: StepPlan, results: StepResults) -> np.ndarray:
 
 
 def record(
-    plan: StepPlan, token_ids: np.ndarray, logprobs: Mapping[int, RowLogprobs], now: float | None
+    plan: StepPlan, token_ids: np.ndarray, results: StepResults, now: float | None
 ) -> tuple[list[Request], int]:
     """Append what the rows drew and set the reasons of those that end with it.
 
@@ -35,7 +35,7 @@ def record(
     Returns:
         The requests that end, and how many tokens were drawn for requests that had not ended before.
     """
-    table, arrays = plan.table, plan.arrays
+    table, arrays, logprobs = plan.table, plan.arrays, results.logprobs
     seats, samples = arrays.seats, arrays.samples
     is_seated = table.tickets[seats] == arrays.tickets
     draws = samples & is_seated
@@ -65,9 +65,25 @@ def record(
             request.first_token_time = now
         if index in logprobs:
             _record_logprob(request, logprobs[index])
-        if _ends_with(request, token):
+        is_ended = _ends_with(request, token)
+        if index in results.accepted and not is_ended:
+            num_more, is_ended = _append_accepted(request, results.accepted[index])
+            num_drawn += num_more
+        if is_ended:
             ended.append(request)
     return ended, num_drawn
+
+
+def _append_accepted(request: Request, token_ids: Sequence[int]) -> tuple[int, bool]:
+    """Append what was drawn as guessed, up to a token that ends the request; how many, and whether one
+    does."""
+    if request.table is None:
+        raise ValueError(f"request {request.request_id!r} lost its pages while its draft was in flight")
+    for number, token in enumerate(token_ids, 1):
+        request.table.append_one(request.seat, token)
+        if _ends_with(request, token):
+            return number, True
+    return len(token_ids), False
 
 
 def _record_prompt_logprobs(row: PlannedRow, logprobs: RowLogprobs | None) -> None:

@@ -31,6 +31,7 @@ class EngineMeter:
         self._computed_tokens = 0
         self._padded_tokens = 0
         self._duplicates = 0
+        self._drafted_tokens = self._accepted_tokens = 0
         self._recent: deque[float] = deque(maxlen=8)
 
     def step(self) -> list[Any]:
@@ -76,6 +77,9 @@ class EngineMeter:
         self._computed_tokens, self._padded_tokens = stats.num_computed_tokens, stats.num_padded_tokens
         pending.duplicates += stats.num_duplicates - self._duplicates
         self._duplicates = stats.num_duplicates
+        pending.drafted_tokens += stats.num_drafted_tokens - self._drafted_tokens
+        pending.accepted_tokens += stats.num_accepted_tokens - self._accepted_tokens
+        self._drafted_tokens, self._accepted_tokens = stats.num_drafted_tokens, stats.num_accepted_tokens
         pending.compile_seconds += stats.compile_seconds - self._compile_seconds
         self._num_steps, self._evictions = stats.num_steps, stats.evictions
         self._preemptions, self._compile_seconds = stats.preemptions, stats.compile_seconds

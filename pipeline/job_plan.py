@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from pipeline.schema import CarriedColumn, agree, carried_from_arrow, carried_fr
 from pipeline.settings import Settings, result_part
 from pipeline.shards import Shard, check_columns, count_rows, read_rows
 
+_VERSIONED_PACKAGES = ("tidemill", "jax", "jaxlib", "flax", "transformers", "numpy", "pyarrow")
 # Rows at the beginning of each JSONL shard that decide the type of a carried column.
 TYPE_SAMPLE_ROWS = 1000
 
@@ -98,5 +100,30 @@ def fingerprint_parts(
     }
 
 
+def family_facts(settings: Settings, loaded: Any, platform: str, device: str) -> dict[str, Any]:
+    """What a row's tokens depend on besides the row, for the request cache (pipeline/request_cache.py).
+
+    device: as the engine describes it, with its kernels.
+    """
+    options = {key: value for key, value in result_part(settings).items() if key.startswith("engine.")}
+    return {
+        "engine": options | {"platform": platform, "device": device},
+        "model": loaded.fingerprint,
+        "tokenizer": _tokenizer_fingerprint(loaded.tokenizer),
+        "versions": package_versions(),
+    }
+
+
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what the results depend on."""
+    found = {}
+    for package in _VERSIONED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that was never installed
+            continue
+    return found

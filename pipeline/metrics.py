@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.outputs import RequestMetrics, RequestOutput
     from pipeline.hints import Template
 
-METRICS_VERSION = 3
+METRICS_VERSION = 4
 
 # Templates that a sum keeps and that a shard's metrics show, those first that save most.
 MAX_TEMPLATES = 64
@@ -77,8 +77,13 @@ class Metrics:
     evictions: int = 0
     preemptions: int = 0
     computed_tokens: int = 0  # fed through the model, recomputed ones included
+    cache_hits: int = 0  # rows whose result was in the request cache (cache.path)
+    cache_stored: int = 0  # rows whose result was put there
+    cache_damaged: int = 0  # its objects and rows that were passed over
     duplicates: int = 0  # requests that were given the result of an identical one
     padded_tokens: int = 0  # fed through with them, to fill a step's declared size
+    drafted_tokens: int = 0  # guessed and looked at (engine.speculation)
+    accepted_tokens: int = 0  # those of them that were drawn
     # Of steps with fewer than half of the sequences and nothing waiting: what the end of a run costs.
     tail_seconds: float = 0.0
     store_requests: dict[str, int] = field(default_factory=dict)  # kind -> sent while this chunk was made
@@ -249,6 +254,12 @@ def summarise(metrics: Metrics) -> dict[str, Any]:
         "padding_share": _share(metrics.padded_tokens, metrics.computed_tokens + metrics.padded_tokens),
         "page_use": metrics.page_use.summary(),
         "duplicates_fanned_out": metrics.duplicates,
+        "request_cache_hits": metrics.cache_hits,
+        "request_cache_stored": metrics.cache_stored,
+        "request_cache_damaged": metrics.cache_damaged,
+        "drafted_tokens": metrics.drafted_tokens,
+        "accepted_tokens": metrics.accepted_tokens,
+        "draft_acceptance": _share(metrics.accepted_tokens, metrics.drafted_tokens),
         "evictions": metrics.evictions,
         "preemptions": metrics.preemptions,
         "preempted_rows": metrics.preempted_rows,

@@ -74,6 +74,7 @@ class OpenChunk:
     metrics: Metrics = field(default_factory=Metrics)
     begun: Mapping[str, PartialRow] = field(default_factory=dict)  # what was saved of its rows, by id
     done: list[PartialRow | None] = field(default_factory=list)  # what may be saved of those in the writer
+    results: dict[str, Any] = field(default_factory=dict)  # computed here, for the request cache, by key
     num_seen: int = 0  # rows taken from the reader
     num_done: int = 0  # rows in the writer
     num_alone: int = 0  # rows waiting to be run with nothing else in flight

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from pipeline.compose import compose
 from pipeline.exit_codes import ExitCode
 from pipeline.explain_mode import explain_job
 from pipeline.id_index import IdIndex
-from pipeline.job_plan import fingerprint_parts, make_plan
+from pipeline.job_plan import family_facts, fingerprint_parts, make_plan, package_versions
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics, merge_chunks
 from pipeline.monitoring import JobMonitoring
@@ -36,6 +35,7 @@ from pipeline.preemption import NoticeWatch, notice_of
 from pipeline.progress import Progress
 from pipeline.prompts import PromptBuilder
 from pipeline.read_ahead import ReadAhead
+from pipeline.request_cache import RequestCache, open_request_cache
 from pipeline.settings import KNOWN_KEYS, OutputSettings, Settings, as_config, audit_settings, from_config
 from pipeline.shards import Shard, list_shards
 from pipeline.signals import HandleSignals, StopRequest
@@ -48,8 +48,6 @@ from pipeline.worker import Worker, WorkResult
 
 LoadModel = Callable[[Settings], Any]
 MakeEngine = Callable[[Any, Settings], Any]
-
-_VERSIONED_PACKAGES = ("tidemill", "jax", "jaxlib", "flax", "transformers", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +173,12 @@ def run_job(
         )
         result = WorkResult()
         if ledger.unfinished() and not stop.is_asked:
+            request_cache = None
+            if settings.cache.path is not None:
+                facts = family_facts(settings, loaded, platform, engine().stats().device)
+                request_cache = open_request_cache(settings.cache.path, facts)
             watch = monitoring.watch(engine(), ledger)
-            result = _work(settings, ledger, shards, builder, engine(), stop, spool, watch)
+            result = _work(settings, ledger, shards, builder, engine(), stop, spool, watch, request_cache)
         manifest = ledger.finish()
         return _conclude(settings, ledger, result, manifest is not None, stop, time.monotonic() - started)
 
@@ -222,6 +224,7 @@ def _work(
     stop: StopRequest,
     spool: Path,
     watch: WorkWatch,
+    request_cache: RequestCache | None,
 ) -> WorkResult:
     stats = engine.stats()
     facts = ChunkFacts(
@@ -251,6 +254,7 @@ def _work(
             place=settings.worker,
             make_answer=None if created is None else answers(builder.tokenizer, created),
             watch=watch,
+            cache=request_cache,
         )
         return worker.run()
 
@@ -305,17 +309,6 @@ def _exit_code(
     if is_finished:
         return ExitCode.DONE
     return ExitCode.DRAINED if stop.is_asked else ExitCode.RETRY_LATER
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of what the results depend on."""
-    found = {}
-    for package in _VERSIONED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that was never installed
-            continue
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ The check is `typed_config`'s, and a test holds the YAML's keys to the dataclass
 
 What may change between two starts on the same output is said here and nowhere else: `HARMLESS`. All the rest
 is part of the fingerprint. Engine settings that never change a token by law (page size, batch sizes) stay in
-it, because they may change the last bit of a logit on some backends.
+it, because they may change the last bit of a logit on some backends; so does speculation, where it is on.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pipeline.parquet_files import MAX_GROUP_ROWS
 from pipeline.preemption import PreemptionSettings
 from pipeline.progress import ProgressStyle
 from pipeline.prompts import PromptSettings
+from pipeline.request_cache import CacheSettings
 from pipeline.shard_order import WorkerSettings
 from pipeline.shards import InputSettings
 from pipeline.typed_config import build, known_keys, unknown_key
@@ -157,6 +158,7 @@ class Settings:
     gc: GcSettings = field(default_factory=GcSettings)
     preemption: PreemptionSettings = field(default_factory=PreemptionSettings)
     monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
 
     def __post_init__(self) -> None:
         _in_range("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
@@ -218,6 +220,7 @@ HARMLESS = frozenset(
         "plan.roofline_share",
         "gc.remove",
         "gc.min_age_hours",
+        "cache.path",
         "preemption.notice",
         "preemption.file",
         "preemption.metadata_url",
@@ -318,6 +321,8 @@ def result_part(settings: Settings) -> dict[str, Any]:
     Sampling is left out, it has a part of its own.
     """
     flat = _flatten(as_config(settings))
+    if settings.engine.speculation == "off":  # as it was before there was any
+        del flat["engine.speculation"], flat["engine.max_draft_len"]
     return {key: flat[key] for key in sorted(flat) if _decides_results(key, flat[key])}
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from engine.drawn import DrawnTokens
 from engine.errors import InputError, RequestError
 from engine.outputs import RequestOutput
+from pipeline.cached_results import row_key, to_json
 from pipeline.engine_meter import EngineMeter
 from pipeline.hints import KEPT_SHARE, OutputLengths, Templates, WantedPrefixes
 from pipeline.lease import Lease
@@ -28,6 +29,7 @@ from pipeline.partials import PartialRow
 from pipeline.planned_reading import Assignment, PlacedRow
 from pipeline.progress import Progress, Standing
 from pipeline.read_ahead import Item, ReadAhead, ReadFailure
+from pipeline.request_cache import RequestCache
 from pipeline.rows import Prompt, Reject
 from pipeline.shard_order import WorkerSettings, order_of
 from pipeline.shards import Shard, current_version
@@ -39,6 +41,8 @@ from pipeline.work_watch import WorkWatch
 
 # Another process's lease is watched this long (a dead one on another machine is taken over after 120 s).
 HELD_PATIENCE_SECONDS = 150.0
+MAX_FOUND_AT_ONCE = 64
+"""Rows completed from the request cache before leases, the drain and the progress are seen to again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Worker:
         place: WorkerSettings = WorkerSettings(),  # noqa: B008 - frozen
         make_answer: MakeAnswer | None = None,
         watch: WorkWatch | None = None,
+        cache: RequestCache | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._ledger = ledger
@@ -100,6 +105,8 @@ class Worker:
         self._unclaimed = deque(order_of(ledger.unfinished(), place))
         self._held = HeldShards(ledger, clock)
         self._work = OpenWork(ledger, engine)
+        self._cache = cache
+        self._num_found = 0  # rows in the cache
         self._alone: deque[PlacedRow] = deque()
         self._alone_steps: int | None = None  # steps of the row that runs alone now
         self._failed: dict[int, InputError] = {}
@@ -132,6 +139,8 @@ class Worker:
         if self._stop.is_asked or too_many:
             self._drain()
         self._wanted.release_all()
+        if self._cache is not None:
+            self._cache.close()
         self._progress.close()
         return WorkResult(self._tally.totals, too_many, standing.rows_rejected, self._failed)
 
@@ -209,7 +218,12 @@ class Worker:
             return
         if self._engine.num_unfinished >= self._refill_below:
             return
-        while self._engine.num_unfinished < self._max_unfinished:
+        # Rows that are found in the cache never fill the engine: look up from them now and then.
+        found_before = self._num_found
+        while (
+            self._engine.num_unfinished < self._max_unfinished
+            and self._num_found - found_before < MAX_FOUND_AT_ONCE
+        ):
             item = self._reader.take()
             if item is None:
                 return
@@ -240,6 +254,12 @@ class Worker:
 
     def _submit(self, chunk: OpenChunk, opened: OpenShard, placed: PlacedRow, prompt: Prompt) -> None:
         request_id = f"{prompt.shard_index}:{prompt.position}"
+        found = None if self._cache is None else self._cache.find(prompt, request_id)
+        if found is not None:
+            self._num_found += 1
+            chunk.metrics.cache_hits += 1
+            self._complete(chunk, placed, prompt, found, None)
+            return
         begun = chunk.begun.get(prompt.row_id)
         try:
             self._engine.add_request(
@@ -309,7 +329,10 @@ class Worker:
             opened.has_changed = True
             self._alone_steps = None
             assert isinstance(placed.row, Prompt), "a rejected row is never run"
-            self._complete(self._work.chunk_of(placed), placed, placed.row, output, None)
+            chunk = self._work.chunk_of(placed)
+            if self._cache is not None and (result := to_json(output)) is not None:
+                chunk.results[row_key(placed.row)] = result
+            self._complete(chunk, placed, placed.row, output, None)
         standing = self._tally.standing(self._work.metrics)
         self._progress.update(standing)
         self._watch.stands(standing)
@@ -343,6 +366,10 @@ class Worker:
         if next(iter(self._work.chunks)) == key:
             self._meter.settle(chunk.metrics)
         chunk.metrics.count_requests(self._ledger.storage.take_requests())
+        if self._cache is not None:
+            chunk.metrics.cache_damaged += self._cache.take_damaged()
+            chunk.metrics.count_requests(self._cache.take_requests())
+            chunk.metrics.cache_stored += self._cache.store(chunk.results)
         try:
             files = chunk.writer.close(metrics=chunk.metrics.to_json() | self._facts.to_json())
             version = current_version(opened.shard)

@@ -22,6 +22,7 @@ MAY_IMPORT = {
 WITHOUT_JAX = [
     "duplicates",
     "admission",
+    "draw_needs",
     "group_costs",
     "page_pool",
     "plan",

@@ -167,6 +167,14 @@ PULLED: tuple[tuple[Definition, Callable[[EngineStats], float]], ...] = (
         lambda stats: stats.num_generated_tokens,
     ),
     (
+        Definition("drafted_tokens_total", "counter", "Tokens guessed by speculation, right or not."),
+        lambda stats: stats.num_drafted_tokens,
+    ),
+    (
+        Definition("accepted_tokens_total", "counter", "Tokens guessed by speculation that were drawn."),
+        lambda stats: stats.num_accepted_tokens,
+    ),
+    (
         Definition(
             "computed_tokens_total", "counter", "Tokens fed through the model, recomputed ones included."
         ),

@@ -3,8 +3,8 @@
 Without a command it measures this engine on W1 and W2. `compare` sets it against its peers, `growth` shows
 what a row costs as there are more, and a token as its context grows, `host` measures the host's part of a
 step, `streams` what streaming costs it, `profile` where the device's part of it goes, `groups` when reading a
-shared prefix once pays, `scaling` what workers on one run cost each other, `schemas` what share of many kinds
-of JSON schemas outputs follow.
+shared prefix once pays, `speculation` what guessed tokens save, `scaling` what workers on one run cost each
+other, `schemas` what share of many kinds of JSON schemas outputs follow.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PROGRAMS = {
     "profile": "jobs.bench.step_profile",
     "groups": "jobs.bench.groups",
     "schemas": "jobs.bench.schemas",
+    "speculation": "jobs.bench.speculation",
 }
 
 
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         ("profile", "where a step's time goes"),
         ("groups", "when reading a shared prefix once pays"),
         ("schemas", "what share of JSON schemas is followed"),
+        ("speculation", "what guessed tokens save or cost"),
     ):
         commands.add_parser(name, help=what, add_help=False)
     return made
