@@ -44,7 +44,8 @@ check: $(INSTALLED)
 
 # Slower than tests should be. Random calls of the native kernels under the address and undefined-behaviour sanitizers,
 # for each instruction set that this CPU has (others answer with the best one it has); then runs on an S3 store, with a
-# fault at every operation, and killed at random moments; and on a Ray cluster of two nodes, where Ray is installed.
+# fault at every operation, and killed at random moments; on a Ray cluster of two nodes, where Ray is installed; and the
+# server with 200 clients, some of whom leave.
 CHAOS_CASES ?= 400
 KERNEL_SOURCES := $(filter-out %_ffi.cpp,$(wildcard kernels/cpu/src/*.cpp))
 FUZZ_SOURCES := $(wildcard tests/kernels/native/*.cpp)
@@ -55,7 +56,7 @@ chaos: $(INSTALLED) build/fuzz
 	TIDEMILL_CPU_ISA=avx512 build/fuzz 3 $(CHAOS_CASES)
 	build/fuzz 4 $(CHAOS_CASES)
 	TIDEMILL_CHAOS=1 $(BIN)/python -m pytest tests/pipeline/test_runs_on_stores.py tests/pipeline/test_kill.py \
-	  tests/pipeline/test_stopped_workers.py tests/jobs/test_ray.py
+	  tests/pipeline/test_stopped_workers.py tests/jobs/test_ray.py tests/server/test_load.py
 
 build/fuzz: $(KERNEL_SOURCES) $(wildcard kernels/cpu/src/*.h) $(FUZZ_SOURCES)
 	@mkdir -p build
