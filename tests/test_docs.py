@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from engine.server.router.settings import RouterSettings
+from engine.server.settings import ServerSettings
 from jobs.bench.__main__ import parser as bench_parser
 from jobs.publish import PublishSettings
 from jobs.ray.settings import RaySettings
+from jobs.route import RouteSettings
 from jobs.schedule import ScheduleSettings
 from jobs.sections import take_section
+from jobs.serve import ServeSettings
 from pipeline.compose import compose, groups
 from pipeline.exit_codes import ExitCode
 from pipeline.schema import data_schema
@@ -24,8 +28,23 @@ from pipeline.typed_config import known_keys
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECTIONS = {"ray": RaySettings, "schedule": ScheduleSettings, "publish": PublishSettings}
-ALL_KEYS = [*KNOWN_KEYS, *(key for name, cls in SECTIONS.items() for key in known_keys(cls, name))]
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "jobs/demo/README.md"]
+SERVER_SECTIONS = {
+    "serve": ServeSettings,
+    "server": ServerSettings,
+    "route": RouteSettings,
+    "router": RouterSettings,
+}
+ALL_KEYS = [
+    *KNOWN_KEYS,
+    *(key for name, cls in (SECTIONS | SERVER_SECTIONS).items() for key in known_keys(cls, name)),
+]
+DOCUMENTS = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "jobs/demo/README.md",
+    "engine/server/SERVER.md",
+]
 FILE_SUFFIXES = (
     ".py",
     ".json",

@@ -106,7 +106,7 @@ class ServerSettings:
                 continue
             elif field.type in ("int", "int | None"):
                 low = -(2**31) if name == "most_urgent_priority" else lowest.get(name, 1)
-                _check(name, value, (int,), low, highest.get(name, 2**40))
+                _check(name, value, (int,), low, highest.get(name, 1 << 40))
 
 
 def _check(name: str, value: object, kinds: tuple[type, ...], low: float, high: float) -> None:

@@ -101,6 +101,12 @@ class FreeDevice:
         self._on_host = [_outputs(token_ids) for token_ids in drawn]
         self._num_steps = self._num_collected = 0
 
+    def make_pages(self) -> None:
+        """It has none."""
+
+    def drop_pages(self) -> None:
+        """It has none."""
+
     def dispatch(self, plan: StepPlan, before: InFlight | None) -> InFlight:
         plan, branches = self.batch.arrange(plan)
         num_tokens = plan.num_tokens

@@ -2,87 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 
 from engine.drawn import DrawnTokens
-from engine.engine import Engine
 from engine.errors import MissingExtraError, RequestError
 from engine.outputs import CompletionOutput, RequestOutput
-from engine.request import Request
-from engine.sampling_params import SamplingParams
 from engine.structured import grammars
 from engine.structured.spec import StructuredOutput
-from engine.token_masks import draft_token_masks, token_mask
-from jobs.bench.schema_checks import violation
 from tests.engine.engines import tiny_engine, tokens_of, varied_model
-
-PROMPT = "in the beginning"
-POINT = {
-    "type": "object",
-    "properties": {
-        "x": {"type": "integer", "minimum": -9, "maximum": 9},
-        "kind": {"enum": ["a", "b", None]},
-        "tags": {"type": "array", "items": {"type": "string", "pattern": "^[a-c]{1,3}$"}, "maxItems": 2},
-    },
-    "required": ["x", "kind"],
-    "additionalProperties": False,
-}
-LIST = 'start: "[" (item ("," item)*)? "]"\nitem: NUMBER | start\nNUMBER: /[1-9][0-9]{0,2}/'
-SPECS: dict[str, dict[str, Any]] = {
-    "json": {"json": POINT},
-    "recursive": {
-        "json": {
-            "$ref": "#/$defs/node",
-            "$defs": {
-                "node": {
-                    "type": "object",
-                    "properties": {"n": {"type": "null"}, "next": {"$ref": "#/$defs/node"}},
-                    "required": ["n"],
-                    "additionalProperties": False,
-                }
-            },
-        }
-    },
-    "date": {"json": {"type": "string", "format": "date"}},
-    "regex": {"regex": "(the|an)? ?answer: [0-9]{2,4}(é|🎉)?"},
-    "choice": {"choice": ["yes", "no", "yes and no", 'quote " and \\ and\nline', "ünï"]},
-    "grammar": {"grammar": LIST},
-    "json_object": {"json_object": True},
-}
-PLAIN = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-
-
-def engine() -> Engine:
-    return tiny_engine()
-
-
-def follows(text: str, spec: dict[str, Any]) -> bool:
-    """By what is not llguidance."""
-    if "json" in spec:
-        return violation(text, spec["json"]) is None
-    if "regex" in spec:
-        return re.fullmatch(spec["regex"], text) is not None
-    if "choice" in spec:
-        return text in spec["choice"]
-    if "grammar" in spec:
-        return re.fullmatch(r"[\[\],0-9]*", text) is not None and isinstance(json.loads(text), list)
-    return isinstance(json.loads(text), dict)
-
-
-def ended(outputs: list[RequestOutput]) -> list[CompletionOutput]:
-    return [sample for output in outputs for sample in output.outputs if sample.finish_reason == "stop"]
-
-
-def sampled(spec: dict[str, Any] | None, **values: Any) -> SamplingParams:
-    values = {"max_tokens": 60, "temperature": 1.0, "seed": 3, "structured": spec} | values
-    return SamplingParams.from_dict(values)
+from tests.engine.structured_cases import PLAIN, POINT, PROMPT, SPECS, ended, engine, follows, sampled
 
 
 @pytest.fixture(scope="module")
@@ -345,72 +278,6 @@ def test_a_model_that_names_no_end_cannot_be_held() -> None:
     of = grammars.Grammars(varied_model().tokenizer, varied_model().config.vocab_size, ())
     with pytest.raises(RequestError, match="end-of-sequence"):
         of.compiled(sampled({"regex": "a"}))
-
-
-def request_of(spec: dict[str, Any], **values: Any) -> Request:
-    model = varied_model().config
-    sampling = sampled(spec, **values)
-    grammar = engine().grammars.compiled(sampling)
-    assert grammar is not None
-    return Request(
-        request_id="r",
-        prompt_token_ids=(1,),
-        sampling=sampling,
-        key=(0, 0),
-        max_total_len=100,
-        eos_token_ids=frozenset(model.eos_token_ids),
-        grammar=grammar.begin(),
-    )
-
-
-@pytest.mark.parametrize(
-    "values", [{}, {"min_tokens": 3}, {"stop_token_ids": [9]}, {"allowed_token_ids": [2, 70]}]
-)
-def test_masks_of_a_draft_are_those_of_its_tokens_drawn_one_by_one(values: dict[str, Any]) -> None:
-    vocab_size, spec = varied_model().config.vocab_size, {"regex": "(in|an|the|[a-z])*[.]"}
-    choose = np.random.default_rng(0)
-    request, ahead = request_of(spec, **values), request_of(spec, **values)
-    for _ in range(8):
-        draft, masks = [], [token_mask(ahead, vocab_size)]
-        for _ in range(3):
-            allowed = np.flatnonzero(np.unpackbits(masks[-1].view(np.uint8), bitorder="little"))
-            token = int(choose.choice(allowed))
-            if token in ahead.end_token_ids:
-                break
-            draft.append(token)
-            ahead.output_token_ids.append(token)
-            masks.append(token_mask(ahead, vocab_size))
-        wrong = next(
-            token for token in range(3, vocab_size) if not masks[-1][token // 32] >> (token % 32) & 1
-        )
-        found = draft_token_masks(request, [*draft, wrong, *draft], vocab_size)
-        assert np.array_equal(found, np.stack(masks)), "up to the token that may not come"
-        ended = draft_token_masks(request, [*draft, 2, *draft], vocab_size)
-        assert len(ended) == 1 + len(draft), "nothing comes after an end"
-        assert np.array_equal(token_mask(request, vocab_size), masks[0]), "the sample stays where it is"
-        request.output_token_ids.extend(draft)
-        ahead = request_of(spec, **values)
-        ahead.output_token_ids.extend(request.output_token_ids)
-
-
-def test_masks_of_a_plain_draft_are_those_of_its_tokens_drawn_one_by_one() -> None:
-    request = Request(
-        request_id="r",
-        prompt_token_ids=(1,),
-        sampling=SamplingParams(max_tokens=9, min_tokens=2),
-        key=(0, 0),
-        max_total_len=50,
-        eos_token_ids=frozenset({2}),
-        bad_words_token_ids=((5, 6), (7,)),
-    )
-    masks = []
-    for token in (4, 5, 9):
-        masks.append(token_mask(request, 40))
-        request.output_token_ids.append(token)
-    masks.append(token_mask(request, 40))
-    request.output_token_ids.clear()
-    assert np.array_equal(draft_token_masks(request, [4, 5, 9], 40), np.stack(masks))
-    assert len(draft_token_masks(request, [4, 5, 6, 9], 40)) == 3
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ def test_a_row_that_costs_too_much_to_follow_is_a_reject(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(grammars.LIMITS, "step_max_items", 10)
-    rows = [{"id": str(i), "prompt": "in", "schema": {"type": "array"} if i == 1 else None} for i in range(4)]
+    schema = {"type": "array", "title": "of no other test, whose compiled grammar would be taken"}
+    rows = [{"id": str(i), "prompt": "in", "schema": schema if i == 1 else None} for i in range(4)]
     write_jsonl(tmp_path / "in" / "a.jsonl", lines(rows))
     options = OPTIONS | {"prompt__schema_column": "schema", "max_reject_fraction": 0.5}
     assert run_model(job_settings(tmp_path / "in", tmp_path / "out", **options))[0] is ExitCode.DONE
