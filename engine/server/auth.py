@@ -71,7 +71,8 @@ class AuthMiddleware:
             await refuse(scope, send, decided)
             return
         scope.setdefault("state", {})["key"] = decided
-        if self._is_open(scope) or (decided is not None and decided.role != "user"):
+        # What an administrator or a monitor has to see is there whatever its key has used.
+        if self._is_open(scope) or (decided is not None and role_needed(route_path(scope)) != "user"):
             await self._app(scope, receive, send)
         elif decided is not None:
             await self._counted(decided, scope, receive, send)
