@@ -375,7 +375,8 @@ def test_keys_are_in_no_log_no_metric_and_no_error(all_logs: pytest.LogCaptureFi
 def test_what_an_administrator_asks_of_a_model_counts_and_looking_at_the_server_does_not():
     ring = make_ring()
     app = guarded_app(ring, small_settings())
-    admin = next(key.id for key in ring.keys() if key.role == "admin")
+    known = ring.keys()
+    admin = next(key.id for key in known if key.role == "admin")
     for path in ("/v1/admin/keys", "/metrics"):
         assert ask(app, "GET", path, bearer(ADMIN)).status_code == 200
     assert ring.usage(admin)["requests"] == 0
