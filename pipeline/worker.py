@@ -156,10 +156,16 @@ class Worker:
                     self._held.add(index)
                     if not self._has_place:  # others are at work: begin elsewhere than they did
                         self._unclaimed.rotate(random.randrange(len(self._unclaimed) + 1))
-            elif (lease := self._held.next_lease()) is None:
+            elif not self._runs_dry or (lease := self._held.next_lease()) is None:
                 return
             if lease is not None:
                 self._open(lease)
+
+    @property
+    def _runs_dry(self) -> bool:
+        """All that was read is in the engine, and none of it waits there: time to ask others for work. Sooner,
+        parts would go from who has as much to do."""
+        return self._reader.is_exhausted and 2 * self._engine.num_unfinished <= self._max_unfinished
 
     def _open(self, lease: Lease) -> None:
         self._work.shards[lease.shard] = OpenShard(self._shards[lease.shard], lease)
