@@ -28,7 +28,7 @@ from pipeline.process_identity import ProcessIdentity
 from pipeline.results import open_run
 from pipeline.run import run_job
 from pipeline.settings import Settings
-from pipeline.sharing import let_parts
+from pipeline.sharing import HeldShards, let_parts
 from pipeline.storage import open_storage
 from pipeline.verify import Verifier
 from tests.pipeline.fake_engine import FakeEngine
@@ -274,3 +274,22 @@ def test_what_is_let_is_not_begun_is_settled_and_is_let_once(data: st.DataObject
 def must(value: Any) -> Any:
     assert value is not None
     return value
+
+
+def test_others_are_asked_for_work_when_ones_own_runs_out(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while rows wait in the engine: whoever is asked may have as much to do."""
+    unfinished = []
+
+    class Watched(HeldShards):
+        def next_lease(self) -> Any:
+            thread: Any = threading.current_thread()
+            unfinished.append(thread.engine.num_unfinished)
+            return super().next_lease()
+
+    monkeypatch.setattr("pipeline.worker.HeldShards", Watched)
+    settings = job_settings(shards, tmp_path / "out", engine__max_num_seqs=2)
+    run_together([WorkerThread(number, settings, slow()) for number in range(3)])
+    assert unfinished
+    assert max(unfinished) <= 2
