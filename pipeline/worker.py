@@ -163,8 +163,7 @@ class Worker:
 
     @property
     def _runs_dry(self) -> bool:
-        """All that was read is in the engine, and none of it waits there: time to ask others for work.
-        Sooner, parts would go from who has as much to do."""
+        """All that was read runs: time to ask others for work. Sooner, they may have as much to do."""
         return self._reader.is_exhausted and 2 * self._engine.num_unfinished <= self._max_unfinished
 
     def _open(self, lease: Lease) -> None:
