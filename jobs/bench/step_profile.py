@@ -30,7 +30,9 @@ from jobs.bench.machine import measure_machine
 from jobs.bench.work import matrix_params
 from kernels.sampling import Draws, draw
 
-NUM_SEQS, STEP_TOKENS, CONTEXT, TRIES = 256, 512, 340, 9
+NUM_SEQS, STEP_TOKENS, CONTEXT, TRIES = 256, 512, 360, 9
+KV_CACHE_BYTES = 6 << 30  # all sequences fit
+PREFILL_TOKENS, DECODES = 2048, 64  # so that all prompts are in some steps before the first sequence ends
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.95
 
 
@@ -44,20 +46,22 @@ def median_seconds(call: Callable[[], Any]) -> float:
     return statistics.median(taken)
 
 
-def engine_steps(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[float, float]:
-    """Median seconds of the engine's full steps, and of the device's part of them.
+def engine_steps(
+    engine: Engine, prompts: list[list[int]], num_tokens: int, shape: tuple[int, int]
+) -> tuple[float, float]:
+    """Median seconds of the engine's steps of `shape` (rows, tokens), and of the device's part of them.
 
     The engine must run without overlap, so that a step's dispatch and collection lie within one call.
     """
     runner = engine._runner
     dispatch, collect = runner.dispatch, runner.collect
     began: list[float] = []
-    steps: list[tuple[float, float, int]] = []
-    rows: list[int] = []
+    kept: list[tuple[float, float]] = []
+    shapes: list[tuple[int, int]] = []
 
     def timed_dispatch(plan: Any, before: Any) -> Any:
         began.append(time.perf_counter())
-        rows.append(len(plan.rows))
+        shapes.append((plan.num_rows, plan.num_tokens))
         return dispatch(plan, before)
 
     def timed_collect(step: Any) -> Any:
@@ -72,16 +76,13 @@ def engine_steps(engine: Engine, prompts: list[list[int]], num_tokens: int) -> t
     try:
         while engine.has_unfinished:
             began.clear()
-            rows.clear()
+            shapes.clear()
             started = time.perf_counter()
             engine.step()
-            if rows:
-                steps.append((time.perf_counter() - started, began[-1] - began[0], rows[0]))
+            if shapes == [shape]:
+                kept.append((time.perf_counter() - started, began[-1] - began[0]))
     finally:
         runner.dispatch, runner.collect = dispatch, collect  # type: ignore[method-assign]
-    full = max(num_rows for _, _, num_rows in steps)
-    kept = [(whole, device) for whole, device, num_rows in steps if num_rows == full]
-    kept = kept[len(kept) // 2 :]  # the first full ones still hold prefill chunks
     return statistics.median(w for w, _ in kept), statistics.median(d for _, d in kept)
 
 
@@ -130,14 +131,17 @@ class Profile:
 
     def decode(self) -> tuple[str, float]:
         """A line, and the seconds of a whole step."""
-        engine = self._engine()
-        whole, device = engine_steps(engine, self._prompts(self.num_seqs, CONTEXT - 24), 48)
+        engine = self._engine(PREFILL_TOKENS)
+        prompts = self._prompts(self.num_seqs, CONTEXT - DECODES)
+        whole, device = engine_steps(engine, prompts, DECODES, (self.num_seqs, self.num_seqs))
         return self._line("decode", self.num_seqs, self.num_seqs, self.num_seqs, whole, device), whole
 
     def prefill(self) -> str:
-        engine = self._engine()
+        engine = self._engine(STEP_TOKENS)
         engine.generate(self._prompts(1, STEP_TOKENS), SamplingParams(temperature=0, max_tokens=1))
-        taken = [engine_steps(engine, self._prompts(1, STEP_TOKENS), 1) for _ in range(TRIES)]
+        taken = [
+            engine_steps(engine, self._prompts(1, STEP_TOKENS), 1, (1, STEP_TOKENS)) for _ in range(TRIES)
+        ]
         whole, device = (statistics.median(column) for column in zip(*taken, strict=True))
         return self._line("prefill", 1, STEP_TOKENS, 16, whole, device)
 
@@ -153,11 +157,12 @@ class Profile:
             f"{TOP_K} and top_p {TOP_P} {1e3 * sampled:.1f} ms ({sampled / decode_seconds:.1%})"
         )
 
-    def _engine(self) -> Engine:
+    def _engine(self, max_num_batched_tokens: int) -> Engine:
         config = EngineConfig(
             max_num_seqs=self.num_seqs,
-            max_num_batched_tokens=STEP_TOKENS,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=2 * STEP_TOKENS,
+            kv_cache_bytes=KV_CACHE_BYTES,
             async_scheduling=False,
         )
         return Engine(self.loaded, config)

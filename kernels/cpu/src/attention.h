@@ -91,7 +91,8 @@ class AttentionCall {
     }
   }
 
-  void run_task(int64_t task) const {
+  // `next` is the task that the thread goes on with, or none (-1).
+  void run_task(int64_t task, int64_t next) const {
     const Block& block = blocks_[task / a_.num_kv_heads];
     const int64_t head = task % a_.num_kv_heads;
     const int64_t count = block.num_tokens * ratio_;
@@ -101,20 +102,24 @@ class AttentionCall {
     const int64_t each = count / block.num_slots;
     for (int64_t i = block.first_share; i < block.last_share; ++i) {
       const Share& share = shares_[i];
+      const Place after = i + 1 < block.last_share ? Place{} : first_own(block, 0, head);
       attend(tile, share.first_member * each, (share.last_member - share.first_member) * each,
-             block.first_slot + share.first_member, head, share.begin, share.end, memory);
+             {block.first_slot + share.first_member, head, share.begin}, share.end, -1, after, memory);
     }
     for (int64_t member = 0; member < block.num_slots; ++member) {
-      const int64_t slot = block.first_slot + member;
-      if (in_place_ && member + 1 < block.num_slots && tile.last[(member + 1) * each] > own_begin_[slot + 1])
-        prefetch_span(slot + 1, head, own_begin_[slot + 1]);
-      if (block.is_decode) write_head(slot, block.first_token + member, head);
-      attend(tile, member * each, each, slot, head, own_begin_[slot], std::numeric_limits<int64_t>::max(), memory);
+      const Place after = member + 1 < block.num_slots ? first_own(block, member + 1, head) : first_of_task(next);
+      attend(tile, member * each, each, {block.first_slot + member, head, own_begin_[block.first_slot + member]},
+             std::numeric_limits<int64_t>::max(), block.is_decode ? block.first_token + member : -1, after, memory);
     }
     finish(block, head, tile);
   }
 
  private:
+  // A span of a slot's keys and values, of one head.
+  struct Place {
+    int64_t slot = -1, head = 0, start = 0;
+  };
+
   struct Block {
     int64_t first_token, num_tokens;
     int64_t first_slot, num_slots;       // several slots: one query each
@@ -219,7 +224,7 @@ class AttentionCall {
 
   // Write one head of a token's new key and value.
   void write_head(int64_t slot, int64_t token, int64_t head) const {
-    const int64_t position = a_.kv_len[slot] - (a_.query_start[slot + 1] - token);
+    const int64_t position = position_of(slot, token);
     const int64_t page = page_of(slot, position / a_.page_size);
     if (page < 0) return;
     const int64_t offset = position % a_.page_size, dim = a_.head_dim, size = a_.page_size;
@@ -282,6 +287,18 @@ class AttentionCall {
     std::memset(static_cast<char*>(a_.out) + token * bytes, 0, bytes);
   }
 
+  int64_t position_of(int64_t slot, int64_t token) const {
+    return a_.kv_len[slot] - (a_.query_start[slot + 1] - token);
+  }
+
+  // The lowest key that a query at `position` sees.
+  int64_t first_key(int64_t position) const {
+    int64_t first = 0;
+    if (a_.window > 0) first = std::max(first, position - (a_.window - 1));
+    if (a_.chunk > 0) first = std::max(first, position / a_.chunk * a_.chunk);
+    return first;
+  }
+
   void start(const Block& block, int64_t head, Tile& tile) const {
     const int64_t dim = a_.head_dim;
     std::fill(tile.out, tile.out + tile.count * dim, 0.0f);
@@ -296,11 +313,8 @@ class AttentionCall {
         quantise_query(tile, i, from);
       else
         for (int64_t h = 0; h < dim; ++h) query[h] = from[h] * a_.scale;
-      const int64_t position = a_.kv_len[slot] - (a_.query_start[slot + 1] - token);
-      int64_t first = 0;
-      if (a_.window > 0) first = std::max(first, position - (a_.window - 1));
-      if (a_.chunk > 0) first = std::max(first, position / a_.chunk * a_.chunk);
-      tile.first[i] = first;
+      const int64_t position = position_of(slot, token);
+      tile.first[i] = first_key(position);
       tile.last[i] = position + 1;
       const bool has_sink = a_.sinks != nullptr;
       tile.maximum[i] = has_sink ? a_.sinks[query_head] : -std::numeric_limits<float>::infinity();
@@ -340,32 +354,55 @@ class AttentionCall {
     }
   }
 
-  // Queries [from, from + count) of the tile over the keys [begin, end) of a slot, in whole spans.
-  void attend(Tile& tile, int64_t from, int64_t count, int64_t slot, int64_t head, int64_t begin, int64_t end,
+  // The first span that a block's member reads by itself.
+  Place first_own(const Block& block, int64_t member, int64_t head) const {
+    const int64_t slot = block.first_slot + member;
+    return {slot, head, std::max(own_begin_[slot], first_key(position_of(slot, block.first_token + member)) / kSpan * kSpan)};
+  }
+
+  // The first span that a task reads, where fetching it early is worth it.
+  Place first_of_task(int64_t task) const {
+    if (task < 0) return {};
+    const Block& block = blocks_[task / a_.num_kv_heads];
+    const int64_t head = task % a_.num_kv_heads;
+    if (!block.is_decode) return {};
+    if (block.first_share == block.last_share) return first_own(block, 0, head);
+    const Share& share = shares_[block.first_share];
+    return {block.first_slot + share.first_member, head, share.begin};
+  }
+
+  // Queries [from, from + count) of the tile over the keys [first.start, end) of a slot, in whole spans. `token`, if
+  // any, is the slot's newest: written when the span that it lies in has come into the cache. `after` is what is read
+  // after these spans.
+  void attend(Tile& tile, int64_t from, int64_t count, Place first, int64_t end, int64_t token, Place after,
               TaskMemory& memory) const {
-    int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
+    int64_t lowest = std::numeric_limits<int64_t>::max(), highest = 0;
     for (int64_t i = from; i < from + count; ++i) {
-      first = std::min(first, tile.first[i]);
-      last = std::max(last, tile.last[i]);
+      lowest = std::min(lowest, tile.first[i]);
+      highest = std::max(highest, tile.last[i]);
     }
-    begin = std::max(begin, first / kSpan * kSpan);
-    end = std::min(end, last);
-    for (int64_t start = begin; start < end; start += kSpan) {
-      const int64_t held = std::min(kSpan, last - start);
-      if (in_place_ && count < kComputeBound && start + kSpan < end) prefetch_span(slot, head, start + kSpan);
+    first.start = std::max(first.start, lowest / kSpan * kSpan);
+    end = std::min(end, highest);
+    for (Place place = first; place.start < end; place.start += kSpan) {
+      const int64_t held = std::min(kSpan, highest - place.start);
+      const bool is_last = place.start + kSpan >= end;
+      Place next = is_last ? after : Place{place.slot, place.head, place.start + kSpan};
+      if (!is_last && count >= kComputeBound) next = {};
+      if (is_last && token >= 0) write_head(place.slot, token, place.head);
       // Common head sizes as instances of their own: addresses are then constants.
       switch (a_.head_dim) {
-        case 64: add_span(std::integral_constant<int64_t, 64>(), tile, from, count, slot, head, start, held, memory); break;
-        case 128: add_span(std::integral_constant<int64_t, 128>(), tile, from, count, slot, head, start, held, memory); break;
-        default: add_span(a_.head_dim, tile, from, count, slot, head, start, held, memory);
+        case 64: add_span(std::integral_constant<int64_t, 64>(), tile, from, count, place, held, next, memory); break;
+        case 128: add_span(std::integral_constant<int64_t, 128>(), tile, from, count, place, held, next, memory); break;
+        default: add_span(a_.head_dim, tile, from, count, place, held, next, memory);
       }
     }
   }
 
-  // The keys [start, start + held) of a slot; `dim` is a number or a constant.
+  // The first `held` keys of a span; `dim` is a number or a constant, `next` the span to fetch meanwhile.
   template <typename Dim>
-  void add_span(Dim dim, Tile& tile, int64_t from, int64_t count, int64_t slot, int64_t head, int64_t start,
-                int64_t held, TaskMemory& memory) const {
+  void add_span(Dim dim, Tile& tile, int64_t from, int64_t count, Place place, int64_t held, Place next,
+                TaskMemory& memory) const {
+    const auto [slot, head, start] = place;
     int64_t begin = kSpan, end = 0;  // what any of the queries sees
     for (int64_t i = from; i < from + count; ++i) {
       const int64_t seen_begin = std::max<int64_t>(tile.first[i] - start, 0);
@@ -375,14 +412,18 @@ class AttentionCall {
       end = std::max(end, seen_end);
     }
     if (begin >= end) return;
+    const Ahead keys_ahead = ahead_of_keys(next, dim), values_ahead = ahead_of_values(next, dim);
+    const auto in_first = [from](const Ahead& ahead, int64_t at) { return at == from ? ahead : Ahead{}; };
     if (!is_int8_) {
       const Span span = read_span(slot, head, start, held, memory);
       by_rows(from, count, [&](auto rows, int64_t at) {
-        span_logits<rows.value>(tile.q + at * dim, begin, end, dim, span, tile.logits + at * kSpan);
+        span_logits<rows.value>(tile.q + at * dim, begin, end, dim, span, tile.logits + at * kSpan,
+                                in_first(keys_ahead, at));
       });
       weigh<false>(dim, tile, from, count, start, held, nullptr);
       by_rows(from, count, [&](auto rows, int64_t at) {
-        span_outputs<rows.value>(tile.logits + at * kSpan, nullptr, begin, end, dim, span.values, tile.out + at * dim);
+        span_outputs<rows.value>(tile.logits + at * kSpan, nullptr, begin, end, dim, span.values, tile.out + at * dim,
+                                 in_first(values_ahead, at));
       });
       return;
     }
@@ -392,13 +433,13 @@ class AttentionCall {
     memory.span_quads.resize(num_quads * kSpan + kSpan / 4 * whole_vectors(dim));
     int32_t* keys = memory.span_quads.data();
     int32_t* values = keys + num_quads * kSpan;
-    key_quads(bytes, dim, keys);
+    key_quads(bytes, dim, keys, keys_ahead);
     by_rows(from, count, [&](auto rows, int64_t at) {
       byte_logits<rows.value>(tile.q_quads + at * num_quads, tile.q_starts + at, num_quads, keys,
                               tile.logits + at * kSpan);
     });
     weigh<true>(dim, tile, from, count, start, held, &bytes);
-    value_quads(bytes, dim, values);
+    value_quads(bytes, dim, values, values_ahead);
     by_rows(from, count, [&](auto rows, int64_t at) {
       byte_outputs<rows.value>(tile.weights + at * (kSpan / 4), tile.weight_scales + at, dim, values,
                                tile.out + at * dim);
@@ -406,12 +447,13 @@ class AttentionCall {
 #else
     const Span span = widened(bytes, held, memory);
     by_rows(from, count, [&](auto rows, int64_t at) {
-      span_logits<rows.value>(tile.q + at * dim, begin, end, dim, span, tile.logits + at * kSpan);
+      span_logits<rows.value>(tile.q + at * dim, begin, end, dim, span, tile.logits + at * kSpan,
+                              in_first(keys_ahead, at));
     });
     weigh<true>(dim, tile, from, count, start, held, &bytes);
     by_rows(from, count, [&](auto rows, int64_t at) {
       span_outputs<rows.value>(tile.logits + at * kSpan, tile.weight_scales + at, begin, end, dim, span.values,
-                               tile.out + at * dim);
+                               tile.out + at * dim, in_first(values_ahead, at));
     });
 #endif
   }
@@ -529,19 +571,27 @@ class AttentionCall {
     }
   }
 
-  // Few queries are done with a span before the hardware's own prefetcher has found the next page.
-  void prefetch_span(int64_t slot, int64_t head, int64_t start) const {
-    const int64_t dim = a_.head_dim, size = a_.page_size, bytes = is_int8_ ? 1 : sizeof(float);
-    const int64_t plane = std::max<int64_t>(page_of(slot, start / size), 0) * a_.num_kv_heads + head;
-    const char* keys = static_cast<const char*>(a_.keys) + (plane * dim * size + start % size) * bytes;
-    const char* values = static_cast<const char*>(a_.values) + (plane * size + start % size) * dim * bytes;
-    constexpr int64_t kLine = 64;
-    for (int64_t h = 0; h < dim; ++h)
-      for (int64_t t = 0; t < kSpan * bytes; t += kLine) __builtin_prefetch(keys + h * size * bytes + t, 0, 2);
-    for (int64_t i = 0; i < kSpan * dim * bytes; i += kLine) __builtin_prefetch(values + i, 0, 2);
-    if (!is_int8_) return;
-    for (const float* scales : {a_.key_scales, a_.value_scales})
-      for (int64_t t = 0; t < kSpan; t += kLine / 4) __builtin_prefetch(scales + plane * size + start % size + t, 0, 2);
+  // What to fetch of a span that is read later: nothing unless it is read where it lies. (Few queries are done with a
+  // span before the hardware's own prefetcher has found the next page.)
+  Ahead ahead_of_keys(Place place, int64_t dim) const {
+    if (place.slot < 0 || !in_place_) return {};
+    const int64_t size = a_.page_size, bytes = page_item_bytes();
+    const char* keys = static_cast<const char*>(a_.keys) + (plane_of(place) * dim * size + place.start % size) * bytes;
+    return {keys, size * bytes, kSpan * bytes};
+  }
+
+  Ahead ahead_of_values(Place place, int64_t dim) const {
+    if (place.slot < 0 || !in_place_) return {};
+    const int64_t size = a_.page_size, row_bytes = dim * page_item_bytes();
+    const char* values = static_cast<const char*>(a_.values) + (plane_of(place) * size + place.start % size) * row_bytes;
+    return {values, row_bytes, row_bytes};
+  }
+
+  int64_t page_item_bytes() const { return is_int8_ ? 1 : sizeof(float); }
+
+  // One head of the page that a span begins in; pages that are not there are read as page 0.
+  int64_t plane_of(Place place) const {
+    return std::max<int64_t>(page_of(place.slot, place.start / a_.page_size), 0) * a_.num_kv_heads + place.head;
   }
 
   // Calls `body(t, run, plane, offset)` for each page that the keys [start, start + held) of a slot lie in: the span's
@@ -560,8 +610,7 @@ class AttentionCall {
   Span read_span(int64_t slot, int64_t head, int64_t start, int64_t held, TaskMemory& memory) const {
     const int64_t dim = a_.head_dim, size = a_.page_size;
     if (in_place_) {
-      const int64_t page = std::max<int64_t>(page_of(slot, start / size), 0);
-      const int64_t plane = page * a_.num_kv_heads + head, offset = start % size;
+      const int64_t plane = plane_of({slot, head, start}), offset = start % size;
       return {static_cast<const float*>(a_.keys) + plane * dim * size + offset, size,
               static_cast<const float*>(a_.values) + (plane * size + offset) * dim};
     }
@@ -592,8 +641,7 @@ class AttentionCall {
     const int8_t* all_keys = static_cast<const int8_t*>(a_.keys);
     const int8_t* all_values = static_cast<const int8_t*>(a_.values);
     if (in_place_) {
-      const int64_t page = std::max<int64_t>(page_of(slot, start / size), 0);
-      const int64_t plane = page * a_.num_kv_heads + head, offset = start % size, at = plane * size + offset;
+      const int64_t plane = plane_of({slot, head, start}), offset = start % size, at = plane * size + offset;
       return {all_keys + plane * dim * size + offset, size, all_values + at * dim, dim, a_.key_scales + at,
               a_.value_scales + at};
     }
@@ -642,13 +690,19 @@ class AttentionCall {
 // Writes come first where a chunk's later queries see its earlier keys.
 void attention(const Attention& args, Pool& pool) {
   const AttentionCall call(args);
-  constexpr int64_t kTokensAtOnce = 16;
+  constexpr int64_t kTokensAtOnce = 16, kTasksAtOnce = 8, kRunsAThread = 16;
   const int64_t num_runs = call.has_early_tokens() ? (args.num_tokens + kTokensAtOnce - 1) / kTokensAtOnce : 0;
   parallel_for(pool, num_runs, [&](int64_t run) {
     const int64_t end = std::min(args.num_tokens, (run + 1) * kTokensAtOnce);
     for (int64_t token = run * kTokensAtOnce; token < end; ++token) call.prepare_token(token);
   });
-  parallel_for(pool, call.num_tasks(), [&](int64_t task) { call.run_task(task); });
+  // A thread takes neighbours, so that it knows what it will read next; so few that none is left with much at the end.
+  const int64_t num_tasks = call.num_tasks();
+  const int64_t at_once = std::clamp<int64_t>(num_tasks / (kRunsAThread * pool.num_threads()), 1, kTasksAtOnce);
+  parallel_for(pool, (num_tasks + at_once - 1) / at_once, [&](int64_t run) {
+    const int64_t end = std::min(num_tasks, (run + 1) * at_once);
+    for (int64_t task = run * at_once; task < end; ++task) call.run_task(task, task + 1 < end ? task + 1 : -1);
+  });
 }
 
 }  // namespace TIDEMILL_ISA

@@ -11,13 +11,25 @@ struct Span {
   const float* values;
 };
 
+// Where a later span's rows lie, fetched into the second-level cache while a span is worked on, a row in each turn of a
+// loop: all at once they would wait for each other, and the work for them.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t stride = 0, num_bytes = 0;  // of a row
+
+  TIDEMILL_INLINE void fetch(int64_t row) const {
+    constexpr int64_t kLine = 64;
+    for (int64_t at = 0; at < num_bytes; at += kLine) __builtin_prefetch(rows + row * stride + at, 0, 2);
+  }
+};
+
 // Vectors of a row that a block of rows keeps in registers: 24 in all with 32 registers, 12 with 16.
 constexpr int vectors_at_once(int rows) { return rows <= 3 || kLanes == 16 ? 4 : 2; }
 
 // logits[r][t] = sum over h of q[r][h] * keys[h][t], for `Rows` queries and at least the keys [begin, end) of a span.
 template <int Rows>
 TIDEMILL_INLINE void span_logits(const float* q, int64_t begin, int64_t end, int64_t head_dim, const Span& span,
-                                 float* logits) {
+                                 float* logits, const Ahead& ahead) {
   constexpr int kVectors = vectors_at_once(Rows);
   constexpr int kWidth = kVectors * kLanes;
   static_assert(kSpan % kWidth == 0 || kWidth > kSpan, "whole blocks of keys");
@@ -30,7 +42,9 @@ TIDEMILL_INLINE void span_logits(const float* q, int64_t begin, int64_t end, int
 #pragma GCC unroll 4
       for (int c = 0; c < kUsed; ++c) acc[r][c] = vf{};
     const float* key = span.keys + token;
+    const bool is_first = token < kStep;
     for (int64_t h = 0; h < head_dim; ++h, key += span.key_stride) {
+      if (is_first) ahead.fetch(h);
       vf column[kUsed];
 #pragma GCC unroll 4
       for (int c = 0; c < kUsed; ++c) column[c] = load(key + c * kLanes);
@@ -52,7 +66,7 @@ TIDEMILL_INLINE void span_logits(const float* q, int64_t begin, int64_t end, int
 // itself, and multiplied by the row's.
 template <int Rows>
 TIDEMILL_INLINE void span_outputs(const float* weights, const float* scales, int64_t begin, int64_t end,
-                                  int64_t head_dim, const float* values, float* out) {
+                                  int64_t head_dim, const float* values, float* out, const Ahead& ahead) {
   constexpr int kVectors = vectors_at_once(Rows);
   int64_t h = 0;
   for (; h + kVectors * kLanes <= head_dim; h += kVectors * kLanes) {
@@ -63,6 +77,7 @@ TIDEMILL_INLINE void span_outputs(const float* weights, const float* scales, int
       for (int c = 0; c < kVectors; ++c) acc[r][c] = scales == nullptr ? load(out + r * head_dim + h + c * kLanes) : vf{};
     const float* value = values + begin * head_dim + h;
     for (int64_t t = begin; t < end; ++t, value += head_dim) {
+      if (h == 0) ahead.fetch(t);
       vf row[kVectors];
 #pragma GCC unroll 4
       for (int c = 0; c < kVectors; ++c) row[c] = load(value + c * kLanes);

@@ -50,21 +50,27 @@ TIDEMILL_INLINE vi quads_of_rows(const int8_t* const* rows, int64_t at) {
 }
 
 // keys -> [quads of H, kSpan], each byte with 128 added. Rows past the last repeat it: queries are zero there.
-TIDEMILL_INLINE void key_quads(const ByteSpan& span, int64_t head_dim, int32_t* quads) {
+TIDEMILL_INLINE void key_quads(const ByteSpan& span, int64_t head_dim, int32_t* quads, const Ahead& ahead) {
   for (int64_t quad = 0; quad < quads_of(head_dim); ++quad, quads += kSpan) {
     const int8_t* rows[4];
-    for (int64_t i = 0; i < 4; ++i) rows[i] = span.keys + std::min(4 * quad + i, head_dim - 1) * span.key_stride;
+    for (int64_t i = 0; i < 4; ++i) {
+      rows[i] = span.keys + std::min(4 * quad + i, head_dim - 1) * span.key_stride;
+      ahead.fetch(std::min(4 * quad + i, head_dim - 1));
+    }
     for (int64_t t = 0; t < kSpan; t += kLanes)
       store_int(quads + t, quads_of_rows(rows, t) ^ splat_int(static_cast<int32_t>(0x80808080u)));
   }
 }
 
 // values -> [quads of kSpan, H in whole vectors].
-TIDEMILL_INLINE void value_quads(const ByteSpan& span, int64_t head_dim, int32_t* quads) {
+TIDEMILL_INLINE void value_quads(const ByteSpan& span, int64_t head_dim, int32_t* quads, const Ahead& ahead) {
   const int64_t width = whole_vectors(head_dim);
   for (int64_t t = 0; t < kSpan; t += 4, quads += width) {
     const int8_t* rows[4];
-    for (int64_t i = 0; i < 4; ++i) rows[i] = span.values + (t + i) * span.value_stride;
+    for (int64_t i = 0; i < 4; ++i) {
+      rows[i] = span.values + (t + i) * span.value_stride;
+      ahead.fetch(t + i);
+    }
     for (int64_t h = 0; h < width; h += kLanes) store_int(quads + h, quads_of_rows(rows, h));
   }
 }
