@@ -14,6 +14,9 @@ from dataclasses import replace
 
 from engine.outputs import RequestOutput
 
+_PORTION = 4
+"""Tasks that are woken in one turn of a loop."""
+
 
 class LoopWaker:
     """Wakes the tasks of one event loop, from other threads; it does not keep the loop alive."""
@@ -41,9 +44,12 @@ class LoopWaker:
 
     def _set_events(self) -> None:
         with self._lock:
-            events, self._filled = self._filled, []
+            events, self._filled = self._filled[:_PORTION], self._filled[_PORTION:]
+            is_rest = bool(self._filled)
         for event in events:
             event.set()
+        if is_rest and (loop := self._loop()) is not None:
+            loop.call_soon(self._set_events)
 
 
 class Mailbox:
