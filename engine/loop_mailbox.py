@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from engine.outputs import RequestOutput
 
-_PORTION = 4
+_PORTION = 2
 """Tasks that are woken in one turn of a loop."""
 
 

@@ -26,6 +26,7 @@ from engine.server.responses import response_routes
 from engine.server.served import ServedModels
 from engine.server.settings import ServerSettings
 from engine.server.tokens import token_routes
+from engine.server.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from engine.monitoring import Metrics
@@ -83,6 +84,7 @@ def create_app(
     # The limits come before everything else: nothing of a request is read that is over them.
     uploads = {} if batches is None else {FILES_PATH: batches.max_file_bytes + OVERHEAD_BYTES}
     install_limits(app, settings, max_body_bytes=uploads)
+    app.add_middleware(Turnstile)
     return app
 
 

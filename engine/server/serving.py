@@ -119,6 +119,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             lifespan="on",
+            loop="asyncio",
             log_level="warning",
             access_log=False,  # it shows query strings, which may hold keys
             timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + _LAST_WORDS_SECONDS,
