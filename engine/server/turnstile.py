@@ -1,8 +1,8 @@
 """New requests one after the other, however many come at once.
 
-Until it first waits for something, a request keeps the event loop: its body is read, checked and made a call of the
-engine. Clients that all come at once, as those do whose answers end with the same step, would keep it for the sum of
-that, and a question for the server's health, or a stream's next piece, with them.
+Until it first waits for something, a request keeps the event loop: its body is read, checked and made a call
+of the engine. Clients that all come at once, as those do whose answers end with the same step, would keep it
+for the sum of that, and a question for the server's health, or a stream's next piece, with them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _PER_TURN = 1
 
 
 class Turnstile:
-    """ASGI middleware: requests with a body begin in the order in which they came, a few in a turn of the loop."""
+    """ASGI middleware: requests with a body begin in the order in which they came, `_PER_TURN` in each turn
+    of the event loop."""
 
     def __init__(self, app: AsgiApp):
         self._app = app
