@@ -119,7 +119,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             lifespan="on",
-            # uvloop accepts one connection in a turn: with many it keeps the others waiting for half a second.
+            # uvloop accepts one connection a turn: with many, each waits for half a second.
             loop="asyncio",
             log_level="warning",
             access_log=False,  # it shows query strings, which may hold keys
