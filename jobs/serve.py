@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class ServeSettings:
     source's last part, and "default" names a single model always. models: several, by name, in the place of
     model.source. keys_path: a file that keeps API keys and what they used; null keeps them in memory.
     batches_path: a local folder for /v1/files and /v1/batches; null is without. metrics: /metrics and
-    /dashboard.
+    /dashboard. traces: a span a request, sent where the OTEL_* variables say (extra `otel`).
     """
 
     host: str = "127.0.0.1"
@@ -46,6 +47,7 @@ class ServeSettings:
     keys_path: str | None = None
     batches_path: str | None = None
     metrics: bool = True
+    traces: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -92,7 +94,7 @@ def read_arguments(arguments: Sequence[str]) -> Serving | None:
 def run_server(serving: Serving, *, on_ready: Callable[[str], None] | None = None) -> ExitCode:
     """Load the models and serve until a signal. Raises TidemillError for what the user must see to."""
     require_server_packages()
-    from engine.server.serving import bound_socket
+    from engine.server.serving import bound_socket, serve
     from jobs.batches.store import BatchStore
 
     # What can be refused is, before anything slow is loaded.
@@ -102,6 +104,7 @@ def run_server(serving: Serving, *, on_ready: Callable[[str], None] | None = Non
     keys, secret = open_keys(
         serving.serve.keys_path, required=serving.server.require_api_key, command="python -m jobs.serve"
     )
+    providers = _trace_providers(serving)
     loaded = {name: _load(serving, source) for name, source in serving.sources.items()}
     engines = {name: engine for name, (engine, _) in loaded.items()}
     followers = [engine for engine in engines.values() if not engine.leads]
@@ -110,36 +113,49 @@ def run_server(serving: Serving, *, on_ready: Callable[[str], None] | None = Non
     if followers:
         return ExitCode.DONE
     fingerprints = {name: fingerprint for name, (_, fingerprint) in loaded.items()}
-    return _serve(serving, engines, fingerprints, keys, on_ready or (lambda url: _tell(serving, url, secret)))
+    with ExitStack() as closing:
+        closing.callback(keys.close)
+        for name, engine in engines.items():
+            closing.callback(engine.close)
+            if name in providers:
+                closing.callback(_traced(engine, providers[name]).close)
+        app = _app(serving, engines, fingerprints, keys)
+        told = on_ready or (lambda url: _tell(serving, url, secret))
+        serve(app, serving.server, host=serving.serve.host, port=serving.serve.port, on_ready=told)
+    return ExitCode.DONE
 
 
-def _serve(
-    serving: Serving,
-    engines: Mapping[str, Any],
-    fingerprints: Mapping[str, str],
-    keys: Any,
-    on_ready: Callable[[str], None],
-) -> ExitCode:
+def _app(serving: Serving, engines: Mapping[str, Any], fingerprints: Mapping[str, str], keys: Any) -> Any:
     from engine.async_engine import AsyncEngine
     from engine.server.app import create_app
-    from engine.server.serving import serve
 
     settings = serving.server
     models = {name: AsyncEngine(engine, max_waiting=settings.max_waiting) for name, engine in engines.items()}
-    app = create_app(
+    return create_app(
         models,
         settings=settings,
         keys=keys,
         batches=_batches(serving, models, fingerprints, keys),
         metrics=_metrics(engines) if serving.serve.metrics else None,
     )
-    try:
-        serve(app, settings, host=serving.serve.host, port=serving.serve.port, on_ready=on_ready)
-    finally:
-        keys.close()
-        for engine in engines.values():
-            engine.close()
-    return ExitCode.DONE
+
+
+def _trace_providers(serving: Serving) -> dict[str, Any]:
+    """What sends the spans of each model's requests. Raises ConfigError, MissingExtraError."""
+    if not serving.serve.traces:
+        return {}
+    from engine.monitoring.tracing import provider_from_environment
+
+    return {name: provider_from_environment() for name in serving.sources}
+
+
+def _traced(engine: Any, provider: Any) -> Any:
+    """The monitoring that makes spans until it is closed."""
+    from engine.monitoring.monitor import Monitoring
+
+    monitoring = Monitoring()
+    monitoring.trace(engine, provider)
+    return monitoring
 
 
 def _batches(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -93,8 +94,9 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(capsys: pytest.Ca
 @contextmanager
 def served() -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     """A server as a process, and what it said: `url`, `key`, `curl`."""
-    command = [sys.executable, "-m", "jobs.serve", *SMALL]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
+    command = [sys.executable, "-m", "jobs.serve", *SMALL, "serve.traces=true"]
+    environment = {**os.environ, "OTEL_TRACES_EXPORTER": "console"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment)
     assert process.stdout is not None
     said: dict[str, str] = {}
     try:
@@ -144,6 +146,9 @@ def test_the_embedded_model_answers_the_line_that_is_printed():
         owner = {"Authorization": f"Bearer {said['key']}"}
         assert "tidemill_" in httpx.get(f"{said['url']}/metrics", headers=owner).text
         assert stop(process) == 143
+        # What the server says from there on are its spans, one a request that was answered.
+        assert process.stdout is not None
+        assert process.stdout.read().count('"gen_ai.operation.name": "chat"') == 2
 
 
 def test_a_key_may_come_from_the_environment_or_be_made(monkeypatch: pytest.MonkeyPatch):

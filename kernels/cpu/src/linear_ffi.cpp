@@ -3,9 +3,10 @@
 #include <string>
 #include <utility>
 
+#include <sys/mman.h>
+
 #include "ffi_pool.h"
 #include "kernels.h"
-#include "memory.h"
 
 namespace ffi = xla::ffi;
 
@@ -19,8 +20,17 @@ constexpr int64_t kGroupInputs = 64;  // that share a scale, in int8 and int4 pa
 ffi::Error invalid(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "linear: " + what); }
 
 // A result as large as a batch's logits is memory that the system has just given and takes back after the step: in
-// huge pages that is some faults a step and not ten thousand. What an allocator keeps for itself is smaller.
-constexpr int64_t kFreshlyMapped = 32 << 20;
+// huge pages, where it has them, that is some faults a step and not ten thousand.
+void use_huge_pages(void* data, int64_t num_bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr int64_t kLarge = 32 << 20;  // what an allocator keeps for itself is smaller
+  constexpr uintptr_t kPage = 4096;
+  if (num_bytes < kLarge) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: that it is not taken is no error
+#endif
+}
 
 ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panels, ffi::Buffer<ffi::F32> scales,
                     ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer residual,
@@ -95,8 +105,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panel
   args.norm_eps = norm_eps;
   args.out = out->untyped_data();
   args.scratch = scratch->untyped_data();
-  const int64_t out_bytes = out->size_bytes();
-  if (out_bytes >= kFreshlyMapped) use_huge_pages(args.out, out_bytes);
+  use_huge_pages(args.out, out->size_bytes());
   XlaPool threads(std::move(pool));
   kernels().linear(args, threads);
   return ffi::Error::Success();
