@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import fields
 
 from engine.loop_mailbox import Mailbox, waker_of_running_loop
 from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -14,7 +13,7 @@ NUM_MAILBOXES = 100
 
 def output(text: str) -> RequestOutput:
     sample = CompletionOutput(index=0, token_ids=(), finish_reason=None, text=text)
-    metrics = RequestMetrics(*(None for _ in fields(RequestMetrics)))
+    metrics = RequestMetrics(0.0, None, None, None)
     return RequestOutput("r", None, (1,), (sample,), False, metrics, delta_text=text)
 
 
