@@ -172,7 +172,7 @@ def test_the_profile_takes_the_devices_part_out_of_a_step(tiny_checkpoint: str):
     engine = Engine.from_pretrained(
         tiny_checkpoint, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, async_scheduling=False
     )
-    whole, device = engine_steps(engine, [[5, 6, 7, 8]] * 4, 8, (4, 4))
+    whole, device = engine_steps(engine, [[5 + row, 6, 7, 8] for row in range(4)], 8, (4, 4))
     assert 0 < device < whole
     engine.check_integrity()
 
