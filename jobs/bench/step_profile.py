@@ -31,7 +31,6 @@ from jobs.bench.work import matrix_params
 from kernels.sampling import Draws, draw
 
 NUM_SEQS, STEP_TOKENS, CONTEXT, TRIES = 256, 512, 360, 9
-KV_CACHE_BYTES = 6 << 30  # all sequences fit
 PREFILL_TOKENS, DECODES = 2048, 64  # so that all prompts are in some steps before the first sequence ends
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.95
 
@@ -83,6 +82,8 @@ def engine_steps(
                 kept.append((time.perf_counter() - started, began[-1] - began[0]))
     finally:
         runner.dispatch, runner.collect = dispatch, collect  # type: ignore[method-assign]
+    if not kept:
+        raise ValueError(f"no step had {shape[0]} rows and {shape[1]} tokens")
     return statistics.median(w for w, _ in kept), statistics.median(d for _, d in kept)
 
 
@@ -162,10 +163,16 @@ class Profile:
             max_num_seqs=self.num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=2 * STEP_TOKENS,
-            kv_cache_bytes=KV_CACHE_BYTES,
+            kv_cache_bytes=self._cache_bytes(),
             async_scheduling=False,
         )
         return Engine(self.loaded, config)
+
+    def _cache_bytes(self) -> int:
+        """For all sequences at once, their last pages included."""
+        config = self.loaded.config
+        token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+        return self.num_seqs * (CONTEXT + EngineConfig().page_size) * token_bytes
 
     def _prompts(self, count: int, length: int) -> list[list[int]]:
         return self._rng.integers(10, 40_000, (count, length)).tolist()
