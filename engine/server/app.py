@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from fastapi.security import HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
 from engine.async_engine import AsyncEngine
+from engine.memory import give_back_freed_memory
 from engine.server.auth import OPEN_PATHS, install_auth
 from engine.server.batches.routes import FILES_PATH, batch_routes
 from engine.server.batches.uploads import OVERHEAD_BYTES
@@ -31,6 +33,8 @@ from engine.server.turnstile import Turnstile
 if TYPE_CHECKING:
     from engine.monitoring import Metrics
     from engine.server.batches.backend import BatchBackend
+
+_MEMORY_SECONDS = 30
 
 
 def create_app(
@@ -55,9 +59,11 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for model in served:
             model.engine.start()
+        giving_back = asyncio.create_task(_give_memory_back())
         try:
             yield
         finally:
+            giving_back.cancel()
             await run_in_threadpool(served.close)
 
     security = [] if keys is None else [Depends(HTTPBearer(auto_error=False))]
@@ -86,6 +92,17 @@ def create_app(
     install_limits(app, settings, max_body_bytes=uploads)
     app.add_middleware(Turnstile)
     return app
+
+
+async def _give_memory_back() -> None:
+    """Now and then, as long as the server runs.
+
+    What requests leave behind lies between what stays, in the heaps of several threads, and the C library
+    keeps it: of 24 MiB that a minute of 200 clients added, 22 were free.
+    """
+    while True:
+        await asyncio.sleep(_MEMORY_SECONDS)
+        await run_in_threadpool(give_back_freed_memory)
 
 
 def _routes(
