@@ -113,11 +113,12 @@ class AsyncEngine:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
         stream: bool = False,
+        wait: bool = True,
         on_output: Callable[[RequestOutput], None],
         on_error: Callable[[Exception], None] | None = None,
     ) -> str:
-        """Queue a request; thread-safe. Waits until the step thread has taken it, a step at most; asyncio
-        tasks call `generate` or `stream`, which let the event loop run meanwhile.
+        """Queue a request; thread-safe. Waits until the step thread has taken it, a step at most, unless told
+        not to; asyncio tasks call `generate` or `stream`, which let the event loop run meanwhile.
 
         Args:
             request_id: unique among the unfinished; by default one is made.
@@ -127,6 +128,7 @@ class AsyncEngine:
             timeout_s: seconds from now on after which it ends as it stands, with finish reason "timeout".
             stream: `on_output` is called whenever text has grown, at most once an interval
                 (`engine.stream_interval_ms`), and not only with the last output.
+            wait: False: return at once; what the step thread refuses it for goes to `on_error`, called there.
             on_output: called in the text thread, for one request after the other: it must not wait.
             on_error: called there instead of a last output, with what went wrong on the device.
 
@@ -141,10 +143,14 @@ class AsyncEngine:
         request = self._reserve(request_id, tenant, prompt, timeout_s, stream, on_output, on_error or _ignore)
         try:
             token_ids = self._tokens(request.request_id, prompt)
-            self._add(request, token_ids, sampling, priority, cache_salt).result()
+            adding = self._add(request, token_ids, sampling, priority, cache_salt)
+            if wait:
+                adding.result()
         except BaseException:
             self._drop(request)
             raise
+        if not wait:
+            adding.add_done_callback(lambda ended: self._tell_refusal(request, ended.exception()))
         return request.request_id
 
     async def generate(
@@ -288,6 +294,11 @@ class AsyncEngine:
                 )
 
         return self._steps.call(add)
+
+    def _tell_refusal(self, request: OpenRequest, error: BaseException | None) -> None:
+        if error is not None:
+            self._drop(request)
+            request.on_error(error if isinstance(error, Exception) else self._steps.closed_error())
 
     def _drop(self, request: OpenRequest) -> None:
         """Nobody waits for this request any more: whatever has become of it, nothing is left of it."""

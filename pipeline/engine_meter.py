@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.outputs import EngineStats
+from engine.outputs import EngineStats, RequestOutput
 from pipeline.metrics import Metrics
+from pipeline.open_work import Refusal
 
 
 class EngineMeter:
@@ -34,7 +35,7 @@ class EngineMeter:
         self._drafted_tokens = self._accepted_tokens = 0
         self._recent: deque[float] = deque(maxlen=8)
 
-    def step(self) -> list[Any]:
+    def step(self) -> Sequence[RequestOutput | Refusal]:
         """One engine step, counted."""
         started = self._clock()
         outputs = self._engine.step()

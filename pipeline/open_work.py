@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.drawn import DrawnTokens
+from engine.errors import RequestError
 from engine.outputs import EngineStats, RequestOutput
 from engine.sampling_params import SamplingParams
 from pipeline.lease import Lease
@@ -18,6 +19,14 @@ from pipeline.rows import Prompt, Reject
 from pipeline.shards import Shard
 from pipeline.suspects import Suspects
 from pipeline.writer import ChunkWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An engine of another thread cannot run a request that `add_request` had handed on."""
+
+    request_id: str
+    error: RequestError
 
 
 class EngineLike(Protocol):
@@ -51,7 +60,7 @@ class EngineLike(Protocol):
         """Undo one `pin_prefix` of the same tokens."""
         ...
 
-    def step(self) -> list[RequestOutput]: ...
+    def step(self) -> Sequence[RequestOutput | Refusal]: ...
 
     def drawn_tokens(self, request_id: str) -> Sequence[DrawnTokens] | None:
         """What another engine can go on from, a sample each; None where there is nothing."""
@@ -178,6 +187,14 @@ class OpenWork:
                 begun=opened.partials.of_chunk(number) if opened.partials else {},
             )
         return self.chunks[key]
+
+    def take_back(self, request_id: str) -> PlacedRow | None:
+        """The row whose request has ended; None where its shard or chunk was given up since."""
+        opened = self.shards.get(int(request_id.partition(":")[0]))
+        placed = opened.in_flight.pop(request_id, None) if opened else None
+        if opened is not None and placed is not None:
+            opened.has_changed = True
+        return placed
 
     def abandon(self, key: tuple[int, int]) -> CutShort:
         """Give up a chunk; how far its rows have come."""

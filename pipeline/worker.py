@@ -23,7 +23,7 @@ from pipeline.hints import KEPT_SHARE, OutputLengths, Templates, WantedPrefixes
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import ChunkFacts, Metrics
-from pipeline.open_work import EngineLike, OpenChunk, OpenShard, OpenWork, merge_ranges, quarantine
+from pipeline.open_work import EngineLike, OpenChunk, OpenShard, OpenWork, Refusal, merge_ranges, quarantine
 from pipeline.openai_batch import MakeAnswer
 from pipeline.partials import PartialRow
 from pipeline.planned_reading import Assignment, PlacedRow
@@ -326,15 +326,15 @@ class Worker:
         if self._alone_steps is not None:
             self._alone_steps += 1
         for output in outputs:
-            shard_index = int(output.request_id.partition(":")[0])
-            opened = self._work.shards.get(shard_index)
-            placed = opened.in_flight.pop(output.request_id, None) if opened else None
-            if opened is None or placed is None:
-                continue  # aborted since: its shard or chunk was given up
-            opened.has_changed = True
+            placed = self._work.take_back(output.request_id)
+            if placed is None:
+                continue
             self._alone_steps = None
             assert isinstance(placed.row, Prompt), "a rejected row is never run"
             chunk = self._work.chunk_of(placed)
+            if isinstance(output, Refusal):
+                self._complete(chunk, placed, placed.row, None, output.error)
+                continue
             if self._cache is not None and (result := to_json(output)) is not None:
                 chunk.results[row_key(placed.row)] = result
             self._complete(chunk, placed, placed.row, output, None)

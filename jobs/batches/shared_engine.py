@@ -2,7 +2,8 @@
 requests.
 
 A worker steps its engine; this one is stepped by its own thread, and a step here waits a moment for results.
-What the engine does not take because too many are waiting is offered again with each step.
+Rows are handed to it without waiting for its step, so that many begin at once; what it cannot run comes back
+with the results. What it does not take because too many are waiting is offered again with each step.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 
 from engine.async_engine import AsyncEngine
 from engine.drawn import DrawnTokens
-from engine.errors import EngineClosed, Overloaded
+from engine.errors import EngineClosed, Overloaded, RequestError
 from engine.outputs import EngineStats, RequestOutput
 from engine.sampling_params import MAX_SEED, SamplingParams
+from pipeline.open_work import Refusal
 
 BATCH_PRIORITY = 1_000_000
 """Lower runs sooner: batches come after whoever waits for an answer."""
@@ -40,7 +42,7 @@ class SharedEngine:
         self._engine = engine
         self._cache_salt = cache_salt
         self._prefix = f"batch-{uuid.uuid4().hex[:12]}:"
-        self._results: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[RequestOutput | tuple[str, Exception]] = queue.SimpleQueue()
         self._open: set[str] = set()
         self._waiting: dict[str, tuple[tuple[int, ...], SamplingParams]] = {}
         self._stats = _nothing_yet(engine.stats())
@@ -79,13 +81,13 @@ class SharedEngine:
     def release_prefix(self, token_ids: Sequence[int]) -> None:
         """Nothing was pinned."""
 
-    def step(self) -> list[RequestOutput]:
-        """What has finished since the last step; waits a moment for the first. Raises EngineClosed, or what
-        went wrong on the device."""
+    def step(self) -> list[RequestOutput | Refusal]:
+        """What has finished, or was refused, since the last step; waits a moment for the first. Raises
+        EngineClosed, or what went wrong on the device."""
         for request_id, (token_ids, sampling) in list(self._waiting.items()):
             if not self._submit(request_id, token_ids, sampling):
                 break
-        outputs: list[RequestOutput] = []
+        outputs: list[RequestOutput | Refusal] = []
         try:
             self._take(self._results.get(timeout=STEP_SECONDS), outputs)
             while True:
@@ -124,23 +126,30 @@ class SharedEngine:
                 priority=BATCH_PRIORITY,
                 tenant=TENANT,
                 cache_salt=self._cache_salt,
+                wait=False,
                 on_output=self._results.put,
-                on_error=self._results.put,
+                on_error=lambda error: self._results.put((request_id, error)),
             )
         except Overloaded:
             self._open.discard(request_id)
             self._waiting[request_id] = (token_ids, sampling)
             return False
-        except BaseException:
-            self._open.discard(request_id)
-            self._waiting.pop(request_id, None)
-            raise
+        except RequestError as error:
+            self._results.put((request_id, error))
         self._waiting.pop(request_id, None)
         return True
 
-    def _take(self, result: RequestOutput | Exception, outputs: list[RequestOutput]) -> None:
-        if isinstance(result, Exception):
-            raise result
+    def _take(
+        self, result: RequestOutput | tuple[str, Exception], outputs: list[RequestOutput | Refusal]
+    ) -> None:
+        if isinstance(result, tuple):
+            request_id, error = result
+            if not isinstance(error, RequestError):
+                raise error
+            if request_id in self._open:
+                self._open.remove(request_id)
+                outputs.append(Refusal(request_id, error))
+            return
         request_id = result.request_id.removeprefix(self._prefix)
         if request_id not in self._open:
             return  # aborted

@@ -202,10 +202,17 @@ def test_an_id_is_taken_once(gated: AsyncEngine):
 # -- the engine as a whole -------------------------------------------------------------------------------
 
 
-def test_a_pause_frees_all_pages_and_changes_no_output():
+def test_a_pause_frees_all_pages_and_changes_no_output(monkeypatch: pytest.MonkeyPatch):
     engine = tiny_engine()
     sampling = LONG.replace(max_tokens=60)
     alone = engine.generate([[5, 6, 7], [8, 9]], sampling)
+    step = engine.step
+
+    def slow_step() -> list[RequestOutput]:
+        time.sleep(0.02)  # so that the pause comes before they have finished
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow_step)
 
     async def ask(front: AsyncEngine) -> list[RequestOutput]:
         streams = [front.stream(prompt, sampling) for prompt in ([5, 6, 7], [8, 9])]
