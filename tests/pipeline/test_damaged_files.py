@@ -13,6 +13,7 @@ import decimal
 import gzip
 import os
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,7 +53,7 @@ COMPRESSED = {
 }
 
 
-def outcome(path: Path, file_format: str) -> str:
+def outcome(path: Path, file_format: Literal["parquet", "jsonl"]) -> str:
     """ "whole" or "refused"; nothing else may come of a file."""
     shard = Shard(index=0, name=path.name, url=str(path), format=file_format, num_bytes=0, version={})
     input_settings = InputSettings(path=str(path))
