@@ -131,8 +131,8 @@ def test_airflow_loads_the_dag(repository: Path, tmp_path: Path, monkeypatch: py
         pytest.skip("Airflow is not installed: it wants an environment of its own")
     monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path))
     # By name: neither it nor its types are there where types are checked.
-    dagbag = import_module("airflow.models.dagbag")
-    bag = dagbag.DagBag(str(repository / "jobs" / "schedules"), include_examples=False)
+    dagbag = import_module("airflow.dag_processing.dagbag")
+    bag = dagbag.DagBag(str(repository / "jobs" / "schedules"))
     assert bag.import_errors == {}
     dag = bag.dags["tidemill"]
     assert {task.task_id: task.downstream_task_ids for task in dag.tasks} == {

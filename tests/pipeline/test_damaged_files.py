@@ -1,6 +1,6 @@
 """Whatever bytes a file holds, each row is read or rejected with a reason, or the file is refused by name.
 
-TIDEMILL_FUZZ_EXAMPLES sets how many damaged files are tried (120; 40,000 take ten minutes), and
+TIDEMILL_FUZZ_EXAMPLES sets how many damaged files are tried (120; 54,000 take ten minutes), and
 TIDEMILL_FOREIGN_FILES names a folder whose Parquet files, at any depth, are read too, such as a copy of
 apache/parquet-testing.
 """

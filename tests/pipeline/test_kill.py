@@ -18,11 +18,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.results import open_run
-from pipeline.storage import open_storage
+from pipeline.storage import PassingFault, open_storage
 from tests.pipeline.input_helpers import lines, write_jsonl, write_parquet
 from tests.pipeline.job_helpers import commits, final_bytes
 from tests.pipeline.store_servers import StoreServer
@@ -149,7 +150,7 @@ def test_workers_killed_at_random_moments_end_with_the_same_bytes(
         with several(workers, command, place, repository) as processes:
             for _ in range(min(KILLS_A_RUN, KILLS - num_kills)):
                 victim = chance.randrange(workers)
-                goal = len(commits(place)) + chance.randint(0, 2)
+                goal = len(seen(place)) + chance.randint(0, 2)
                 wait_for(processes[victim], num_commits(place, goal))
                 wait_for(processes[victim], after(chance.uniform(0, 0.5)))
                 num_kills += processes[victim].poll() is None
@@ -182,13 +183,25 @@ def several(
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def restart(server: StoreServer, seconds_away: float) -> None:
     server.kill()
     time.sleep(seconds_away)
     server.start()
+
+
+def seen(output: str) -> dict[str, dict[str, Any]]:
+    """The commits; waits for a server that was started again and does not have all its parts yet."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return commits(output)
+        except PassingFault:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def wait_for(process: subprocess.Popen[str], has_come: Callable[[], bool]) -> None:
@@ -204,4 +217,4 @@ def after(seconds: float) -> Callable[[], bool]:
 
 
 def num_commits(output: str, number: int) -> Callable[[], bool]:
-    return lambda: len(commits(output)) >= number
+    return lambda: len(seen(output)) >= number
