@@ -277,7 +277,7 @@ def test_a_device_error_reaches_all_who_wait():
         while front.num_unfinished < 17:
             await asyncio.sleep(0.001)
         failing.set()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
 
     with AsyncEngine(engine) as front:
         front.pause()  # so that all are there when it fails
