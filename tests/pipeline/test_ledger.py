@@ -76,6 +76,7 @@ def test_a_fault_at_any_storage_operation_changes_no_byte(tmp_path: Path, mode: 
         assert manifest["totals"]["rows"] == 5
         assert results(output) == expected, f"operation {fail_at}"
         assert chunks_are_all_referred_to(output), f"operation {fail_at}"
+    print(f"\ndisk, {mode}: all {len(places)} operations, one a run, all with the same bytes")
 
 
 def chunks_are_all_referred_to(output: Path) -> bool:

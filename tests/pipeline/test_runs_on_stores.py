@@ -45,7 +45,8 @@ def test_a_fault_at_any_storage_operation_changes_no_byte(
     assert work(counted, spool, TINY) is not None
     assert stored_results(counted.inner) == expected
     places = counted.writes if mode == "crash after" else range(counted.num_operations)
-    for fail_at in places[:: 1 if IS_CHAOS else len(places) // 2]:
+    tried = places[:: 1 if IS_CHAOS else len(places) // 2]
+    for fail_at in tried:
         inner = storage.subfolder(f"out-{fail_at}")
         try:
             manifest = work(FaultyStorage(inner, fail_at, mode), spool, TINY)
@@ -54,6 +55,7 @@ def test_a_fault_at_any_storage_operation_changes_no_byte(
             manifest = work(inner, spool, TINY)
         assert manifest is not None, f"operation {fail_at}"
         assert stored_results(inner) == expected, f"operation {fail_at}"
+    print(f"\nS3, {mode}: {len(tried)} of {len(places)} operations, one a run, all with the same bytes")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,8 @@ def test_a_run_behind_faults_makes_the_same_bytes(
         thread.join()
     assert codes == [ExitCode.DONE] * 2
     assert proxy.num_faults > share * 100
+    kinds = "every kind" if len(faults) > 1 else f"{faults[0]}"
+    print(f"\nS3, {share:.0%} of requests, {kinds}: {proxy.num_faults} faults in one run")
     proxy.decide = lambda asked: None
     assert final_bytes(output) == final_bytes(tmp_path / "disk")
     assert chunk_files(output) == referred_files(output)
