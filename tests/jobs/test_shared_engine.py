@@ -20,8 +20,14 @@ def test_rows_begin_without_waiting_for_the_engines_step_and_a_refused_one_is_a_
     too_long = [5] * 100_000
     with AsyncEngine(engine, max_waiting=6) as front:
         shared = SharedEngine(front)
-        goes_on = threading.Event()
-        front.run_on_step_thread(lambda: goes_on.wait(timeout=30))  # a step that takes its time
+        is_stepping, goes_on = threading.Event(), threading.Event()
+
+        def long_step() -> None:
+            is_stepping.set()
+            goes_on.wait(timeout=30)
+
+        front.run_on_step_thread(long_step)
+        assert is_stepping.wait(timeout=30)
         for index, prompt in enumerate([[9] * 5, too_long, *([index] * 5 for index in range(6))]):
             shared.add_request(
                 f"0:{index}",
