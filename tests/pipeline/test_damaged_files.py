@@ -54,7 +54,7 @@ COMPRESSED = {
 
 
 def outcome(path: Path, file_format: Literal["parquet", "jsonl"]) -> str:
-    """ "whole" or "refused"; nothing else may come of a file."""
+    """What came of a file: "whole", "rejects" or "refused", and nothing else may."""
     shard = Shard(index=0, name=path.name, url=str(path), format=file_format, num_bytes=0, version={})
     input_settings = InputSettings(path=str(path))
     refused = None
