@@ -123,7 +123,7 @@ def test_a_run_behind_faults_makes_the_same_bytes(
         thread.join()
     assert codes == [ExitCode.DONE] * 2
     assert proxy.num_faults > share * 100
-    kinds = "every kind" if len(faults) > 1 else f"{faults[0]}"
+    kinds = "every kind" if faults == EVERY_FAULT else f"{faults}"
     print(f"\nS3, {share:.0%} of requests, {kinds}: {proxy.num_faults} faults in one run")
     proxy.decide = lambda asked: None
     assert final_bytes(output) == final_bytes(tmp_path / "disk")
