@@ -6,20 +6,22 @@ step are the compiler's to say (`engine.topology_compile`), and estimated where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import jax
+from jax.sharding import AbstractMesh
 
 from engine.backends import Backends
 from engine.buckets import Bucket, declare_buckets
 from engine.chips import Slice, slices_of
 from engine.config import EngineConfig
-from engine.errors import ConfigError
 from engine.memory import pages_in
-from engine.models.abstract import abstract_model, num_parameters, share_of
+from engine.mesh import AXES, REPLICA_AXES, TENSOR_AXIS, WEIGHTS_AXIS, check_experts, mesh_shape
+from engine.models.abstract import abstract_model, abstract_sharded_model, num_parameters, share_of
 from engine.models.config import ModelConfig
-from engine.models.packed import PackedModel
+from engine.models.packed import bytes_on_device
+from engine.models.tensor_split import TensorSplit
 from engine.roofline import Roofline
 from kernels.paged_attention import PageLayout, page_layout
 
@@ -29,6 +31,8 @@ class DevicePlan:
     """All bytes are of one device; a chip is one, but for those that show themselves as several."""
 
     topology: Slice
+    mesh: Mapping[str, int]
+    """Devices along each of `engine.mesh.AXES`."""
     num_parameters: int
     model: ModelConfig
     share: ModelConfig
@@ -36,7 +40,9 @@ class DevicePlan:
     max_model_len: int
     weight_bytes: int
     read_bytes: int
-    """Of the weights, what a step reads: all but a table of embeddings."""
+    """Of the weights, what every step reads: all but experts, and embeddings unless they are gathered."""
+    expert_bytes: int
+    """Of the weights, the experts'."""
     layer_bytes: int
     """Of the weights, one layer's."""
     page_bytes: int
@@ -59,7 +65,13 @@ class DevicePlan:
         return free if wanted is None else min(free, wanted)
 
     @property
+    def num_replicas(self) -> int:
+        """Batches that run side by side, each with a scheduler, and with pages of its own."""
+        return math.prod(self.mesh[axis] for axis in REPLICA_AXES)
+
+    @property
     def num_pages(self) -> int:
+        """Of a replica, as are tokens."""
         return pages_in(self.free_bytes, self.config, self.page_bytes, self.max_model_len)
 
     @property
@@ -105,8 +117,9 @@ class DevicePlan:
             topology=self.topology,
             model=self.model,
             share=self.share,
-            num_sharing=self.topology.num_devices,
+            mesh=self.mesh,
             weight_bytes=self.read_bytes,
+            expert_bytes=self.expert_bytes,
             kv_token_bytes=self.page_bytes / self.config.page_size,
             dtype=self.config.dtype,
         )
@@ -144,33 +157,41 @@ def plan_device(
     max_model_len: int,
     temporary_bytes: int | None = None,
 ) -> DevicePlan:
-    """The plan of a model under tensor parallelism over all devices of `topology`.
+    """The plan of a model on the devices of `topology`, as `config.sharding_axis_dims` spreads it over them.
 
     temporary_bytes: of the largest step, as compiled; None: estimated.
 
-    Raises ConfigError for a mixture of experts, whose bytes and operations are not counted.
+    Raises ConfigError where the axes, the devices and the model do not go together.
     """
-    if model.num_experts:
-        raise ConfigError(
-            f"a plan for chips counts dense models, and this is a mixture of {model.num_experts} experts: "
-            "set plan.topology=null to plan its rows and tokens alone"
-        )
-    share = share_of(model, topology.num_devices, config.weight_format)
+    mesh = AbstractMesh(mesh_shape(config.sharding_axis_dims, topology.num_devices), AXES)
+    check_experts(model.num_experts, mesh.shape)
+    share = share_of(model, mesh.shape[TENSOR_AXIS], config.weight_format)
     backends = Backends.choose(config, topology.chip.platform)
-    packed = abstract_model(share, config.weight_format, backends.linear, config.dtype)
+    if mesh.size == 1:
+        packed = abstract_model(model, config.weight_format, backends.linear, config.dtype)
+    else:
+        split = TensorSplit(model, mesh.shape[TENSOR_AXIS], config.weight_format)
+        packed = abstract_sharded_model(split, mesh, backends.linear, config.dtype)
     layout = layout_of(share, config, backends)
+    num_gathered = mesh.shape[WEIGHTS_AXIS]
     estimate = estimated_temporaries(share, config, buckets_of(config, backends)[-1])
-    embed_bytes = 0 if packed.embed is None else packed.embed.size * packed.embed.dtype.itemsize
+    if num_gathered > 1:  # two layers: one is gathered while the one before it is used
+        estimate += 2 * num_gathered * bytes_on_device(packed.layers) // share.num_layers
+        estimate += num_gathered * bytes_on_device((packed.head, packed.embed))
+    experts = bytes_on_device([part for name, part in packed.layers.items() if ".experts." in name])
+    unread = 0 if num_gathered > 1 else bytes_on_device(packed.embed)
     return DevicePlan(
         topology=topology,
+        mesh=dict(mesh.shape),
         num_parameters=num_parameters(model),
         model=model,
         share=share,
         config=config,
         max_model_len=max_model_len,
         weight_bytes=packed.num_bytes,
-        read_bytes=packed.num_bytes - embed_bytes,
-        layer_bytes=_layer_bytes(packed) // share.num_layers,
+        read_bytes=packed.num_bytes - experts - unread,
+        expert_bytes=experts,
+        layer_bytes=bytes_on_device(packed.layers) // share.num_layers,
         page_bytes=layout.page_bytes * share.num_layers,
         temporary_bytes=estimate if temporary_bytes is None else temporary_bytes,
         is_estimate=temporary_bytes is None,
@@ -206,13 +227,11 @@ def estimated_temporaries(share: ModelConfig, config: EngineConfig, bucket: Buck
     tokens, logits = bucket
     mlp = tokens * 2 * share.intermediate_size * (4 + itemsize)
     stream = 4 * tokens * share.d_model * itemsize
+    if share.num_experts:  # each token once for every expert it chose: in order, made, and put back
+        stream += 3 * tokens * share.experts_per_token * share.d_model * itemsize
     drawing = 4 * logits * share.vocab_size * 4
     widened = 0
     if config.weight_format in ("int8", "int4"):
         widened = max(2 * share.intermediate_size, share.vocab_size) * share.d_model * itemsize
     head = share.vocab_size * share.d_model * (4 + itemsize)
     return max(mlp, drawing) + stream + widened + head
-
-
-def _layer_bytes(packed: PackedModel) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed.layers))

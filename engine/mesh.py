@@ -12,7 +12,7 @@ Neighbours in tp are neighbours in the list of devices: they exchange most.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine.errors import ConfigError
 
@@ -45,3 +45,13 @@ def mesh_shape(dims: Sequence[int], num_devices: int) -> tuple[int, ...]:
             f"{asked}: sp is {shape[-1]}, and splitting a sequence's tokens is not implemented; give 1"
         )
     return shape
+
+
+def check_experts(num_experts: int, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError where a layer's experts cannot be put on a mesh of these sizes, by axis."""
+    num_chips = sizes[EXPERT_AXIS]
+    if num_chips > 1 and (num_experts == 0 or num_experts % num_chips):
+        raise ConfigError(
+            f"engine.sharding_axis_dims: ep is {num_chips}, and the model has {num_experts} experts a "
+            "layer: give a number that divides them, or 1"
+        )

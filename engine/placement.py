@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
 from engine.batch import BatchBuilder
 from engine.checkpoints.weights import StoredWeights
 from engine.compiled_steps import CompiledSteps
 from engine.config import EngineConfig
+from engine.models.abstract import abstract_model
 from engine.models.config import ModelConfig
 from engine.models.packed import PackedModel, pack_model
 from engine.page_copies import PageCopier
@@ -46,6 +48,10 @@ class Placement(Protocol):
         """The weights of a `Llama` or `StoredWeights`, packed for the products' backend; see `pack_model`."""
         ...
 
+    def abstract_model(self, backend: str) -> PackedModel:
+        """The shapes of what `pack` makes, to compile for."""
+        ...
+
     def empty_pages(self, layout: PageLayout, num_pages: int) -> Pages: ...
 
     def abstract_pages(self, layout: PageLayout, num_pages: int) -> Pages:
@@ -75,7 +81,11 @@ class Placement(Protocol):
 
 def choose_placement(config: EngineConfig, model_config: ModelConfig) -> Placement:
     """One device, or a mesh where there are more. Raises ConfigError (`engine.mesh`)."""
-    mesh = make_mesh(config.sharding_axis_dims)
+    return placement_on(make_mesh(config.sharding_axis_dims), config, model_config)
+
+
+def placement_on(mesh: Mesh | None, config: EngineConfig, model_config: ModelConfig) -> Placement:
+    """The placement on a mesh; without one (None) on JAX's first device."""
     if mesh is None:
         return OneDevice(config, model_config)
     from engine.sharding import MeshPlacement  # late: nothing of it is needed on one device
@@ -102,6 +112,10 @@ class OneDevice:
         model = model.load() if isinstance(model, StoredWeights) else model
         packed = pack_model(model, self._config.weight_format, backend, takes_weights=takes_weights)
         return jax.device_put(packed, self.device)
+
+    def abstract_model(self, backend: str) -> PackedModel:
+        config = self._config
+        return abstract_model(self.local_config, config.weight_format, backend, config.dtype)
 
     def empty_pages(self, layout: PageLayout, num_pages: int) -> Pages:
         return jax.device_put(layout.empty(num_pages), self.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.chips import CHIPS, chip_of
@@ -37,6 +39,7 @@ def select_platform(name: str, chip: str | None = None) -> str:
         raise ConfigError(f"engine.platform={name!r}: choose one of {', '.join(PLATFORMS)}")
     import jax  # late: `--cfg job` and bad configurations must not wait for it
 
+    quieten_libtpu()
     if name == "auto":
         found = _default_platform(jax)
         _check_chip(jax, chip)
@@ -52,6 +55,20 @@ def select_platform(name: str, chip: str | None = None) -> str:
         )
     _check_chip(jax, chip)
     return name
+
+
+def quieten_libtpu() -> None:
+    """Where no TPU is attached, keep libtpu from looking for the rest of a TPU host: it has been installed to
+    compile with (`tpu-compile`), and says at length on stderr what it did not find. Before JAX is used.
+    """
+    if any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists():
+        return
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def join_processes(config: EngineConfig) -> None:
@@ -129,8 +146,16 @@ def make_mesh(dims: Sequence[int]) -> Mesh | None:
             f"engine.sharding_axis_dims={list(dims)} uses {size} of the {len(devices)} devices of "
             f"{jax.process_count()} processes: each device of each process must be used"
         )
+    return mesh_of(devices, shape)
+
+
+def mesh_of(devices: Sequence[Any], shape: Sequence[int]) -> Mesh:
+    """The mesh of the first of these devices, with so many along each of `engine.mesh.AXES`."""
+    import jax
+
+    used = devices[: math.prod(shape)]
     return jax.make_mesh(
-        shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices[:size]
+        tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=used
     )
 
 

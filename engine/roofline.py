@@ -6,9 +6,11 @@ values; not what stays on the chip, nor what prefix groups save. A real step tak
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.chips import Slice
+from engine.mesh import EXPERT_AXIS, TENSOR_AXIS, WEIGHTS_AXIS
 from engine.models.config import ModelConfig
 
 
@@ -46,48 +48,74 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
-    """One device's part in each step of a model that `num_sharing` devices share."""
+    """One device's part in each step of a model that the devices of a mesh share, each axis in its way."""
 
     topology: Slice
     model: ModelConfig
     """The whole model."""
     share: ModelConfig
-    """What one device has of it."""
-    num_sharing: int
+    """One device's heads, inner units and rows of the vocabulary; all experts."""
+    mesh: Mapping[str, int]
+    """Devices along each of `engine.mesh.AXES`."""
     weight_bytes: int
-    """Of the share, read once a step."""
+    """What a device reads of its own weights once a step, experts left out."""
+    expert_bytes: int
+    """Its experts' matrices, all of them."""
     kv_token_bytes: float
-    """Keys and values of one token, in the share."""
+    """Keys and values of one token, on one device."""
     dtype: str
     """Of activations."""
 
     def step(self, load: StepLoad) -> StepTime:
+        sent = self.bytes_sent(load)
         return StepTime(
             self.flops(load) / self.topology.flops(self.dtype),
             self.bytes_moved(load) / self.topology.memory_rate,
-            self.bytes_sent(load) / self.topology.exchange_rate if self.num_sharing > 1 else 0.0,
+            sent / self.topology.exchange_rate if sent else 0.0,
         )
 
     def flops(self, load: StepLoad) -> float:
-        """Two operations for each weight and token; attention's two products over what a sequence holds."""
+        """Two operations for each weight and token; attention's two products over what a sequence holds. The
+        experts that tokens choose are spread evenly over those who have them.
+        """
         share = self.share
         heads, kv_heads = share.num_heads * share.head_dim, share.num_kv_heads * share.head_dim
-        products = share.d_model * (2 * heads + 2 * kv_heads + 3 * share.intermediate_size)
+        mlp = 3.0 * share.intermediate_size
+        if share.num_experts:
+            mlp = mlp * share.experts_per_token / self.mesh[EXPERT_AXIS] + share.num_experts
+        products = share.d_model * (2 * heads + 2 * kv_heads + mlp)
         attention = 2 * heads * load.context
         head = share.d_model * share.vocab_size
         return 2.0 * (load.num_tokens * share.num_layers * (products + attention) + load.num_logits * head)
 
     def bytes_moved(self, load: StepLoad) -> float:
-        """Weights; each sequence's keys and values read, and those of new tokens written."""
-        return self.weight_bytes + self.kv_token_bytes * (load.num_sequences * load.context + load.num_tokens)
+        """Weights, gathered whole; each sequence's keys and values read, and those of new tokens written.
+
+        Of experts those that a step of so many tokens is expected to choose, if all are as likely.
+        """
+        weights = float(self.weight_bytes)
+        if self.expert_bytes:
+            is_left_out = 1 - self.share.experts_per_token / self.share.num_experts
+            weights += self.expert_bytes * (1 - is_left_out**load.num_tokens)
+        weights *= self.mesh[WEIGHTS_AXIS]
+        return weights + self.kv_token_bytes * (load.num_sequences * load.context + load.num_tokens)
 
     def bytes_sent(self, load: StepLoad) -> float:
-        """By each device: sums over the devices after the embedding, each attention and each MLP, as rings
-        make them (every part goes round twice), and its part of the logits in f32, since each device draws
-        for its part of the rows.
+        """By each device. Over `tp`: sums after the embedding, each attention and each MLP (of experts over
+        `ep` too), as rings make them (every part goes round twice), and its part of the logits in f32, since
+        each device draws for its part of the rows. Over `fsdp`: its part of the weights, to all others.
         """
         itemsize = 4 if self.dtype == "float32" else 2
-        others = (self.num_sharing - 1) / self.num_sharing
-        sums = (2 * self.model.num_layers + 1) * load.num_tokens * self.model.d_model * itemsize
-        logits = load.num_logits * self.share.vocab_size * 4
-        return others * (2 * sums + logits)
+        num_tensor, layers = self.mesh[TENSOR_AXIS], self.model.num_layers
+        over_tensor = 2 * _others(num_tensor)
+        over_mlp = 2 * _others(num_tensor * self.mesh[EXPERT_AXIS])
+        stream = load.num_tokens * self.model.d_model * itemsize
+        sums = ((layers + 1) * over_tensor + layers * over_mlp) * stream
+        logits = _others(num_tensor) * load.num_logits * self.share.vocab_size * 4
+        gathered = (self.mesh[WEIGHTS_AXIS] - 1) * (self.weight_bytes + self.expert_bytes)
+        return sums + logits + gathered
+
+
+def _others(count: int) -> float:
+    """Of `count` equal parts all but one's own."""
+    return (count - 1) / count

@@ -24,7 +24,8 @@ from engine.batch import BatchBuilder
 from engine.compiled_steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.mesh import AXES, EXPERT_AXIS, REPLICA_AXES, TENSOR_AXIS
+from engine.mesh import AXES, REPLICA_AXES, TENSOR_AXIS, check_experts
+from engine.models.abstract import abstract_sharded_model
 from engine.models.config import ModelConfig
 from engine.models.llama import Llama
 from engine.models.sharded import ModelWeights, ShardedModel, WeightReader, shard_model
@@ -46,7 +47,7 @@ class MeshPlacement:
     is_mesh = True
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, mesh: Mesh):
-        check_experts(model_config, mesh)
+        check_experts(model_config.num_experts, mesh.shape)
         if config.compiled_steps_path is not None and jax.process_count() > 1:
             raise ConfigError(
                 "engine.compiled_steps_path: steps that several processes run together are not kept; "
@@ -71,9 +72,10 @@ class MeshPlacement:
 
     def pack(self, model: Llama | WeightReader, backend: str, *, takes_weights: bool) -> ShardedModel:
         weights = ModelWeights(model, takes_weights) if isinstance(model, Llama) else model
-        sharded = shard_model(weights, self._split, self._mesh, backend, self._config.dtype)
-        self._weight_specs = jax.tree.map(lambda x: x.sharding.spec, sharded)
-        return sharded
+        return self._placed(shard_model(weights, self._split, self._mesh, backend, self._config.dtype))
+
+    def abstract_model(self, backend: str) -> ShardedModel:
+        return self._placed(abstract_sharded_model(self._split, self._mesh, backend, self._config.dtype))
 
     def empty_pages(self, layout: PageLayout, num_pages: int) -> Pages:
         return jax.jit(self._own_pages(layout, num_pages))()
@@ -124,6 +126,10 @@ class MeshPlacement:
     ) -> PageCopier:
         return ReplicaPageCopier(layout, num_layers, num_pages, max_copies, self, saved)
 
+    def _placed(self, model: ShardedModel) -> ShardedModel:
+        self._weight_specs = jax.tree.map(lambda x: x.sharding.spec, model)
+        return model
+
     def _own_pages(self, layout: PageLayout, num_pages: int) -> Any:
         return self._map(lambda: layout.empty(num_pages), (), _OWN)
 
@@ -131,16 +137,6 @@ class MeshPlacement:
         # Calls into kernels say nothing of what varies over which axis, so it cannot be checked.
         return jax.shard_map(
             function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-
-
-def check_experts(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises ConfigError where the model's experts cannot be put on this mesh."""
-    num_chips = mesh.shape[EXPERT_AXIS]
-    if num_chips > 1 and (config.num_experts == 0 or config.num_experts % num_chips):
-        raise ConfigError(
-            f"engine.sharding_axis_dims: ep is {num_chips}, and the model has {config.num_experts} experts a "
-            "layer: give a number that divides them, or 1"
         )
 
 

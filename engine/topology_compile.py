@@ -1,10 +1,9 @@
 """Compiles the real step of a planned model for chips that are not there, and reads what the compiler says.
 
-libtpu is the whole compiler for TPUs (the extra `tpu-compile`). It reads its environment once and ends the
-process when it meets what it does not expect, so it runs in a process of its own:
+libtpu is the whole compiler for TPUs (the extra `tpu-compile`), XLA's plugin for CUDA that for GPUs
+(`gpu-compile`). They read their environment once, and libtpu ends the process when it meets what it does not
+expect, so they run in a process of its own:
 `python -m engine.topology_compile` takes a pickled `DevicePlan` and writes a line of JSON for each step.
-
-Where several chips share a model, what is compiled is one chip's share, without the sums over chips.
 """
 
 from __future__ import annotations
@@ -27,12 +26,16 @@ import jax
 from engine.backends import Backends
 from engine.batch import BatchBuilder
 from engine.buckets import Bucket
+from engine.chips import Slice
 from engine.device_plan import DevicePlan, buckets_of, layout_of
 from engine.errors import ConfigError
-from engine.models.abstract import abstract_model
 from engine.models.config import attention_scale
+from engine.placement import placement_on
+from engine.platforms import mesh_of
+from engine.replica_batch import ReplicaBatch
 from kernels.paged_attention import AttentionOptions
-from kernels.paged_attention.tpu.topology import compile_for, is_installed, one_device_mesh, prepare
+from kernels.paged_attention.gpu import targets as gpu
+from kernels.paged_attention.tpu import topology as tpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,18 @@ class CompiledStep:
 
 def why_not_compiled(plan: DevicePlan) -> str | None:
     """Why steps cannot be compiled for the plan's chip here; None when they can."""
-    if plan.topology.chip.platform != "tpu":
-        return f"there is no compiler for {plan.topology.chip.name} here"
-    if not is_installed():
+    if plan.topology.chip.platform == "gpu":
+        return gpu.missing()
+    if not tpu.is_installed():
         return "libtpu is not installed: pip install 'tidemill[tpu-compile]'"
     return None
+
+
+def _devices_of(topology: Slice) -> list[Any]:
+    """To compile for. JAX has been prepared for them, and not used before."""
+    if topology.chip.platform == "gpu":
+        return gpu.slice_devices(topology.chip.name.upper(), topology.num_devices)
+    return tpu.slice_devices(topology.chip.name, topology.axes)
 
 
 def compile_steps(plan: DevicePlan, *, only_largest: bool = False) -> Iterator[CompiledStep]:
@@ -98,36 +108,45 @@ def compile_steps(plan: DevicePlan, *, only_largest: bool = False) -> Iterator[C
 
 
 class _Program:
-    """One device's step of a plan, ready to be compiled for any bucket and number of pages."""
+    """A plan's step, on all devices of its mesh, ready to be compiled for any bucket and number of pages."""
 
     def __init__(self, plan: DevicePlan):
-        share, config = plan.share, plan.config
+        config = plan.config
         backends = Backends.choose(config, plan.topology.chip.platform)
-        self._layout = layout_of(share, config, backends)
-        self._num_layers = share.num_layers
-        self._model = abstract_model(share, config.weight_format, backends.linear, config.dtype)
+        self._layout = layout_of(plan.share, config, backends)
+        self._num_layers = plan.share.num_layers
         self.buckets = buckets_of(config, backends)
-        self._batch = BatchBuilder(
+        host = jax.devices()[0]
+        self._mesh = mesh_of(_devices_of(plan.topology), tuple(plan.mesh.values()))
+        place = placement_on(None if self._mesh.size == 1 else self._mesh, config, plan.model)
+        self._place = place
+        self._model = place.abstract_model(backends.linear)
+        # Of a batch's arrays only the shapes are wanted, so they are made on the host.
+        make_builder = partial(
+            BatchBuilder,
             buckets=self.buckets,
-            vocab_size=share.vocab_size,
+            vocab_size=plan.model.vocab_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=plan.max_model_len,
             page_size=config.page_size,
-            device=jax.devices()[0],
+            device=host,
             group_costs=None,
         )
+        builders = [make_builder() for _ in range(place.num_replicas)]
+        self._batch = ReplicaBatch(builders, host) if place.is_mesh else builders[0]
         from engine.runner import make_step
 
-        options = AttentionOptions(scale=attention_scale(share))
-        self._step = make_step(options, self._layout, backends.linear)
-        self._mesh = one_device_mesh(plan.topology.chip.name)
+        options = AttentionOptions(scale=attention_scale(plan.model))
+        self._step = place.jit_step(make_step(options, self._layout, backends.linear, place.sample))
 
     def compile(self, bucket: Bucket, num_pages: int) -> CompiledStep:
         started = time.monotonic()
-        pages = jax.eval_shape(lambda: self._layout.empty(self._num_layers * num_pages))
-        arguments = (self._model, pages, self._batch.idle_arrays(bucket))
-        step = partial(self._step, self._batch.shape(bucket))
-        memory: Any = compile_for(self._mesh, step, arguments, donate_argnums=1).memory_analysis()
+        pages = self._place.abstract_pages(self._layout, self._num_layers * num_pages)
+        arrays = self._batch.idle_arrays(bucket)
+        arguments = tpu.on_mesh(self._mesh, (self._model, pages, arrays))
+        with jax.sharding.set_mesh(self._mesh):  # tells Pallas the chip that it compiles for
+            lowered = self._step.lower(self._batch.shape(bucket), *arguments)
+        memory: Any = lowered.compile().memory_analysis()
         return CompiledStep(
             *bucket,
             num_pages,
@@ -149,7 +168,10 @@ def _steps(plan: DevicePlan, only_largest: bool) -> Iterator[CompiledStep]:
 
 def main(*arguments: str) -> None:
     plan: DevicePlan = pickle.loads(sys.stdin.buffer.read())  # from the process that started this one
-    prepare(plan.topology.chip.name)
+    if plan.topology.chip.platform == "gpu":
+        gpu.prepare()
+    else:
+        tpu.prepare(plan.topology.chip.name)
     try:
         for step in _steps(plan, "--only-largest" in arguments):
             print(json.dumps(asdict(step)), flush=True)

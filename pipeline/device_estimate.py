@@ -40,7 +40,7 @@ class PlannedStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceEstimate:
-    """running: sequences at a time. context: tokens that one holds, halfway through its output."""
+    """running: sequences at a time, in a replica. context: tokens that one holds, halfway through."""
 
     running: int
     context: float
@@ -51,7 +51,7 @@ class DeviceEstimate:
 
 
 def running_sequences(plan: DevicePlan, work: Work | None) -> tuple[int, float]:
-    """How many sequences run at once, and the tokens each holds on average.
+    """How many sequences run at once in a replica, and the tokens each holds on average.
 
     As many as there are pages for at their full length, a shared prefix counted for each; without rows (None)
     sequences are as long as the model lets them be.
@@ -61,7 +61,7 @@ def running_sequences(plan: DevicePlan, work: Work | None) -> tuple[int, float]:
     if work is not None and work.num_sequences:
         longest = max(1, round(work.mean_prompt + work.mean_generated))
         context = work.mean_prompt + work.mean_generated / 2
-        running = min(running, work.num_sequences)
+        running = min(running, -(-work.num_sequences // plan.num_replicas))
     return max(1, min(running, plan.num_tokens // longest)), context
 
 
@@ -80,14 +80,14 @@ def estimate(
     plan: DevicePlan, work: Work, *, roofline_share: float, price_per_chip_hour: float | None
 ) -> DeviceEstimate:
     """Steps in which all running sequences decode, prefill riding along in what room they leave; and steps of
-    prefill alone for what they have no room for.
+    prefill alone for what they have no room for. Replicas share the work evenly.
 
     roofline_share: of the roofline's speed, what steps reach; 1 gives the least time there can be.
     """
     running, context = running_sequences(plan, work)
     budget = plan.config.max_num_batched_tokens
-    to_prefill = work.num_prompt_tokens - work.num_shared_tokens
-    decodes = -(-work.num_generated_tokens // running)
+    to_prefill = -(-(work.num_prompt_tokens - work.num_shared_tokens) // plan.num_replicas)
+    decodes = -(-work.num_generated_tokens // (running * plan.num_replicas))
     riding = min(to_prefill, decodes * (budget - running))
     alone = -(-(to_prefill - riding) // budget)
     seconds = 0.0

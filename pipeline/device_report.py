@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -51,10 +52,13 @@ class DeviceReport:
 
     def as_json(self) -> dict[str, Any]:
         plan = self.plan
+        compiler = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}[plan.topology.chip.platform]
         return {
             "topology": plan.topology.name,
             "chips": plan.topology.num_chips,
             "devices": plan.topology.num_devices,
+            "mesh": plan.mesh,
+            "replicas": plan.num_replicas,
             "parameters": plan.num_parameters,
             "weight_format": plan.config.weight_format,
             "kv_dtype": plan.config.page_dtype,
@@ -69,16 +73,20 @@ class DeviceReport:
             },
             "temporaries_are": "estimated" if plan.is_estimate else "compiled",
             "not_compiled": self.not_compiled,
-            "compiler": f"libtpu {version('libtpu')}" if self.compiled else None,
+            "compiler": f"{compiler} {version(compiler)}" if self.compiled else None,
             "pages": plan.num_pages,
-            "concurrent_tokens": plan.num_tokens,
+            "concurrent_tokens": plan.num_tokens * plan.num_replicas,
             "max_model_len": plan.max_model_len,
-            "sequences_of_full_length": plan.num_tokens // plan.max_model_len,
+            "sequences_of_full_length": plan.num_tokens // plan.max_model_len * plan.num_replicas,
             "largest_context": plan.largest_context,
             "largest_layers": plan.largest_num_layers,
             "largest_parameters": plan.largest_num_parameters,
             "would_fit": [
-                {"change": change, "pages": found.num_pages, "concurrent_tokens": found.num_tokens}
+                {
+                    "change": change,
+                    "pages": found.num_pages,
+                    "concurrent_tokens": found.num_tokens * found.num_replicas,
+                }
                 for change, found in self.would_fit
             ],
             "steps": [self._step_json(step) for step in self.steps],
@@ -116,15 +124,16 @@ class DeviceReport:
             f"{topology.usable_bytes / _GIB:.2f} GiB a {each}, of which "
             f"{plan.budget_bytes / _GIB:.2f} may be used",
             f"  model     {_billions(plan.num_parameters)} parameters, weights in "
-            f"{plan.config.weight_format}, shared by {topology.num_devices}",
+            f"{plan.config.weight_format}, {self._spread()}",
             f"  memory    a {each}: weights {plan.weight_bytes / _GIB:.2f} GiB, temporaries "
             f"{plan.temporary_bytes / _GIB:.2f} ({source}), keys and values {plan.kv_bytes / _GIB:.2f}",
         ]
         if plan.fits:
+            of_each = "" if plan.num_replicas == 1 else f", in each of {plan.num_replicas} replicas"
             found.append(
                 f"  pages     {plan.num_pages:,} of {plan.config.page_size} tokens: {plan.num_tokens:,} "
                 f"tokens at a time, {plan.num_tokens // plan.max_model_len:,} sequences of "
-                f"{plan.max_model_len:,}"
+                f"{plan.max_model_len:,}{of_each}"
             )
         else:
             found.append(f"  pages     DOES NOT FIT. {self._remedy()}")
@@ -135,6 +144,13 @@ class DeviceReport:
         if self.not_compiled is not None:
             found.append(f"  compiled  no step: {self.not_compiled}")
         return [*found, *self._step_lines(), *self._time_lines()]
+
+    def _spread(self) -> str:
+        """Over how many devices a model is spread, and along which axes."""
+        num_used, num_devices = math.prod(self.plan.mesh.values()), self.plan.topology.num_devices
+        used = f"{num_used}" if num_used == num_devices else f"{num_used} of {num_devices}"
+        axes = "".join(f" {axis}={size}" for axis, size in self.plan.mesh.items() if size > 1)
+        return f"on {used} devices:{axes}" if axes else f"on {used} device{'' if used == '1' else 's'}"
 
     def _step_lines(self) -> list[str]:
         found = [
@@ -161,8 +177,8 @@ class DeviceReport:
         price = "" if found.cost is None else f", {found.cost:,.2f} at plan.price_per_chip_hour"
         return [
             f"  time      at least {duration(found.seconds)} if every row generates its max_tokens: "
-            f"{found.num_steps:,} steps of {found.running:,} sequences; {found.chip_hours:,.2f} chip "
-            f"hours{price}"
+            f"{found.num_steps:,} steps of {found.running * self.plan.num_replicas:,} sequences; "
+            f"{found.chip_hours:,.2f} chip hours{price}"
         ]
 
 

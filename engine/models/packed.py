@@ -6,6 +6,7 @@ the loop's index picks. Unrolled, a step of thirty layers takes XLA twenty times
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,8 @@ class PackedModel:
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        """On one device."""
+        return bytes_on_device(self)
 
     def embedded(self, token_ids: jax.Array) -> jax.Array:
         """i32[T] -> [T, D], what goes into the first layer."""
@@ -150,6 +152,15 @@ def every_expert(path: Path, config: ModelConfig) -> list[Path]:
         return [path]
     at = path.index("experts") + 1
     return [(*path[:at], index, *path[at + 1 :]) for index in range(config.num_experts)]
+
+
+def bytes_on_device(tree: Any) -> int:
+    """What one device has of arrays, or of their shapes, spread or not."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
 
 
 def _path_of(name: str) -> Path:

@@ -110,12 +110,6 @@ class ShardedModel(PackedModel):
 
     vocab_each: int = 0
 
-    @property
-    def num_bytes(self) -> int:
-        """Of one chip."""
-        leaves = jax.tree.leaves(self)
-        return sum(x.dtype.itemsize * int(np.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
-
     def embedded(self, token_ids: jax.Array) -> jax.Array:
         """i32[T] -> [T, D]: each row from the chip that has it."""
         place = token_ids - jax.lax.axis_index(TENSOR_AXIS) * self.vocab_each

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.platforms import quieten_libtpu
 from jobs.bench.processes import busy_processes
 
 _MATRIX_SIZE = 2048
@@ -36,6 +37,7 @@ class Machine:
 def measure_machine() -> Machine:
     """Takes some seconds. The load is read first, before this measurement adds to it."""
     load_average, busy = os.getloadavg()[0], busy_processes()
+    quieten_libtpu()
     return Machine(
         cpu=cpu_name(),
         num_cores=len(os.sched_getaffinity(0)),

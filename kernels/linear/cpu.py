@@ -63,7 +63,7 @@ def rows(weights: PackedWeights, layer: int, row_ids: jax.Array) -> jax.Array:
     if meta.weight_format in ("float32", "bfloat16"):
         return panels[layer, panel, :, place].astype(jnp.float32)
     quads = panels.reshape(*panels.shape[:2], -1, PANEL, 4)[layer, panel, :, place]
-    values = unpack_nibbles(quads) if meta.weight_format == "int4" else quads
+    values = jnp.stack(unpack_nibbles(quads), axis=-2) if meta.weight_format == "int4" else quads
     scales = weights.arrays[1][layer, panel, :, place]
     groups = values.reshape(*scales.shape, GROUP).astype(jnp.float32) * scales[..., None]
     return groups.reshape(len(row_ids), -1)[:, : meta.in_dim]

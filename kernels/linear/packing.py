@@ -77,18 +77,17 @@ def _cpu_arrays(matrix: np.ndarray, meta: WeightMeta) -> list[np.ndarray]:
     scales = to_panels(quantised.scales, is_gated=meta.is_gated)
     if meta.weight_format == "int8":
         return [quads.reshape(num_panels, in_dim, PANEL), scales]
-    packed = pack_nibbles(quads.reshape(num_panels, in_dim // 8, 2, 4 * PANEL))
+    pairs = quads.reshape(num_panels, in_dim // 8, 2, 4 * PANEL)
+    packed = pack_nibbles(pairs[:, :, 0], pairs[:, :, 1])
     return [packed.reshape(num_panels, in_dim // 2, PANEL), scales]
 
 
 def _xla_arrays(matrix: np.ndarray, meta: WeightMeta) -> list[np.ndarray]:
-    """The matrix as it is or, of quantised weights, in whole numbers, and its scales."""
+    """The matrix as it is or, quantised, whole numbers [in, rows] and their scales [in / 64, rows]."""
     if meta.weight_format in ("float32", "bfloat16"):
         return [matrix.astype(jnp.dtype(meta.weight_format))]
-    values, scales = quantise(matrix, meta.weight_format)
-    if meta.weight_format == "int8":
-        return [values, scales]
-    return [pack_nibbles(values.reshape(meta.num_rows, 2, -1)), scales]
+    values, scales = (np.ascontiguousarray(each.T) for each in quantise(matrix, meta.weight_format))
+    return [values if meta.weight_format == "int8" else pack_nibbles(*np.split(values, 2)), scales]
 
 
 def _checked(weight: np.ndarray | jax.Array, meta: WeightMeta) -> np.ndarray:

@@ -27,8 +27,8 @@ def _xla_shapes(meta: WeightMeta) -> tuple[jax.ShapeDtypeStruct, ...]:
     num_groups = -(-meta.in_dim // GROUP)
     values = num_groups * GROUP // (1 if meta.weight_format == "int8" else 2)
     return (
-        jax.ShapeDtypeStruct((meta.num_rows, values), jnp.int8),
-        jax.ShapeDtypeStruct((meta.num_rows, num_groups), jnp.float32),
+        jax.ShapeDtypeStruct((values, meta.num_rows), jnp.int8),
+        jax.ShapeDtypeStruct((num_groups, meta.num_rows), jnp.float32),
     )
 
 

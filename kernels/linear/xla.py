@@ -3,11 +3,13 @@
 Weights lie [out, in] and the product is x @ w.T: on a CPU, XLA then gives a row the same bits at every
 number of rows from 2 on (an [in, out] product goes to another kernel at 16 rows and less, which adds in
 another order), so fewer rows than `MIN_STABLE_ROWS` are filled up to it. Quantised weights are
-widened for each product, and activations stay as they are.
+widened for each product, and activations stay as they are. They lie [in, out]: if inputs that share a scale
+lay side by side, a TPU's compiler would turn every matrix around in every step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -64,23 +66,29 @@ def multiply(
     return jnp.where(is_valid, y, 0).astype(dtype)
 
 
-def _matrix(arrays: tuple[jax.Array, ...], meta: WeightMeta) -> jax.Array:
-    """A matrix [rows, in], or some of its rows: as it is or, quantised, as f32."""
-    if meta.weight_format in ("float32", "bfloat16"):
-        return arrays[0]
+def _widened(arrays: Sequence[jax.Array], meta: WeightMeta) -> jax.Array:
+    """f32[in, rows] of a quantised matrix, or of some of its rows."""
     values, scales = arrays
     if meta.weight_format == "int4":
-        values = unpack_nibbles(values)
-    groups = values.reshape(*scales.shape, GROUP).astype(jnp.float32) * scales[..., None]
-    return groups.reshape(len(scales), -1)[:, : meta.in_dim]
+        values = jnp.concatenate(unpack_nibbles(values))
+    groups = values.reshape(len(scales), GROUP, -1).astype(jnp.float32) * scales[:, None]
+    return groups.reshape(len(values), -1)[: meta.in_dim]
 
 
 def _product(arrays: tuple[jax.Array, ...], meta: WeightMeta, x: jax.Array) -> jax.Array:
     """One layer's product, f32[T, rows]."""
-    return _project(x, _matrix(arrays, meta).astype(x.dtype))
+    if meta.weight_format in ("float32", "bfloat16"):
+        return _project(x, arrays[0].astype(x.dtype))
+    matrix = _widened(arrays, meta).astype(x.dtype).T
+    # A CPU is to have the matrix [out, in], for the sake of the bits; XLA would multiply by it as it lies.
+    matrix = jax.lax.platform_dependent(matrix, cpu=jax.lax.optimization_barrier, default=lambda each: each)
+    return _project(x, matrix)
 
 
 def rows(weights: PackedWeights, layer: int, row_ids: jax.Array) -> jax.Array:
     """f32[T, in]: rows of layer `layer`'s matrix."""
-    chosen = tuple(array.at[row_ids].get(mode="clip") for array in weights.arrays[layer])
-    return _matrix(chosen, weights.meta).astype(jnp.float32)
+    arrays, meta = weights.arrays[layer], weights.meta
+    if meta.weight_format in ("float32", "bfloat16"):
+        return arrays[0].at[row_ids].get(mode="clip").astype(jnp.float32)
+    chosen = [array.at[:, row_ids].get(mode="clip") for array in arrays]
+    return _widened(chosen, meta).T

@@ -134,11 +134,67 @@ def test_a_byte_budget_takes_the_place_of_a_share(tmp_path: Path) -> None:
     assert not plan_device(model, config, find_slice("v5e-1"), 641).fits
 
 
-def test_a_mixture_is_refused_rather_than_counted_wrong(tmp_path: Path) -> None:
-    dense = model_config("Llama-3.1-8B", tmp_path)
-    mixture = replace(dense, architecture="mixtral", num_experts=8, experts_per_token=2)
-    with pytest.raises(ConfigError, match="a mixture of 8 experts"):
-        plan_device(mixture, BF16, find_slice("v4-8"), 8192)
+def test_replicas_have_pages_of_their_own(tmp_path: Path) -> None:
+    model = model_config("Llama-3.1-8B", tmp_path)
+    halves = plan_device(model, replace(BF16, sharding_axis_dims=(2, 1, 1, -1, 1)), find_slice("v4-8"), 8192)
+    assert halves.num_replicas == 2
+    # Two chips share a model: half of its heads, units and words each.
+    layer = 2 * ((16 + 2 * 4) * 128 * 4096 + 4096 * 16 * 128 + 3 * 7168 * 4096) + 2 * 4096 * 4
+    assert halves.weight_bytes == 32 * layer + 2 * 64_128 * 4096 * 2 + 4096 * 4
+    assert halves.page_bytes == 4 * 64 * (128 + 128) * 2 * 32
+    load = StepLoad(num_tokens=256, num_logits=256, num_sequences=256, context=0.0)
+    sent = halves.roofline().bytes_sent(load)
+    assert sent == 0.5 * (2 * 65 * 256 * 4096 * 2 + 256 * 64_128 * 4), "replicas send each other nothing"
+
+
+def test_weights_that_are_gathered_for_use(tmp_path: Path) -> None:
+    model = model_config("Llama-3.1-8B", tmp_path)
+    plan = plan_device(model, replace(BF16, sharding_axis_dims=(1, 4, 1, 1, 1)), find_slice("v4-8"), 8192)
+    assert plan.num_replicas == 4
+    matrices = 32 * ((32 + 2 * 8) * 128 * 4096 + 4096 * 4096 + 3 * 14_336 * 4096) + 2 * 128_256 * 4096
+    norms = 65 * 4096 * 4
+    assert plan.weight_bytes == 2 * matrices // 4 + norms
+    assert plan.page_bytes == 8 * 64 * (128 + 128) * 2 * 32, "all heads of a replica's sequences"
+    roofline, load = plan.roofline(), StepLoad(num_tokens=256, num_logits=256, num_sequences=256, context=0.0)
+    assert roofline.bytes_sent(load) == 3 * plan.weight_bytes, "each chip's part goes to the three others"
+    token = 8 * (128 + 128) * 2 * 32
+    assert roofline.bytes_moved(load) == 4 * plan.weight_bytes + 256 * token
+
+
+def test_a_mixture_spread_by_experts(tmp_path: Path) -> None:
+    model = model_config("Mixtral-8x7B", tmp_path)
+    assert num_parameters(model) == 46_702_792_704
+    config = replace(BF16, sharding_axis_dims=(1, 1, -1, 1, 1))
+    plan = plan_device(model, config, find_slice("v4-8"), 8192, TEMPORARIES)
+    # Each of four chips has two experts of every layer; attention, router and words are on all of them.
+    experts = 32 * 2 * 3 * 14_336 * 4096 * 2
+    layer = 2 * ((32 + 2 * 8) * 128 * 4096 + 4096 * 4096 + 8 * 4096) + 2 * 4096 * 4
+    table = 32_000 * 4096 * 2
+    assert plan.expert_bytes == experts
+    assert plan.weight_bytes == experts + 32 * layer + 2 * table + 4096 * 4
+    assert plan.read_bytes == plan.weight_bytes - experts - table
+    assert plan.fits
+    roofline = plan.roofline()
+    few = StepLoad(num_tokens=1, num_logits=1, num_sequences=1, context=0.0)
+    token = 8 * (128 + 128) * 2 * 32
+    assert roofline.bytes_moved(few) == pytest.approx(plan.read_bytes + experts / 4 + token), (
+        "a token chooses two of eight experts, wherever they are"
+    )
+    many = replace(few, num_tokens=256, num_logits=256)
+    assert roofline.bytes_moved(many) == pytest.approx(plan.read_bytes + experts + 256 * token)
+    # Half an expert of the two that a token chose is here, on average.
+    products = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14_336 * 2 / 4 + 8)
+    assert roofline.flops(many) == pytest.approx(2 * 256 * (32 * products + 4096 * 32_000))
+    # What the chips make of the experts is added up once a layer, the rest is the same on all.
+    assert roofline.bytes_sent(many) == pytest.approx(2 * 0.75 * 32 * 256 * 4096 * 2)
+
+
+def test_axes_that_do_not_go_with_the_chips_or_the_model_are_refused(tmp_path: Path) -> None:
+    model = model_config("Llama-3.1-8B", tmp_path)
+    with pytest.raises(ConfigError, match="needs 8 devices"):
+        plan_device(model, replace(BF16, sharding_axis_dims=(1, 1, 1, 8, 1)), find_slice("v4-8"), 8192)
+    with pytest.raises(ConfigError, match="ep is 4, and the model has 0 experts"):
+        plan_device(model, replace(BF16, sharding_axis_dims=(1, 1, 4, 1, 1)), find_slice("v4-8"), 8192)
 
 
 def test_a_model_too_large_says_what_would_fit(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from engine.chips import find_slice
 from engine.config import EngineConfig
-from engine.device_plan import plan_device
+from engine.device_plan import DevicePlan, plan_device
 from engine.errors import ConfigError
-from engine.topology_compile import compile_steps, why_not_compiled
+from engine.topology_compile import CompiledStep, compile_steps, why_not_compiled
 from kernels.paged_attention.tpu.topology import is_installed
 from tests.engine.model_shapes import model_config
 
@@ -55,20 +55,58 @@ def test_every_step_of_smollm2_compiles_for_v5e(tmp_path: Path) -> None:
     assert first.temporary_bytes <= plan.temporary_bytes
 
 
+def check_largest_step(plan: DevicePlan) -> CompiledStep:
+    """It compiles for all devices of the mesh, each of which has the weights and pages that were counted."""
+    [step] = compile_steps(plan, only_largest=True)
+    counted = plan.weight_bytes + step.num_pages * plan.page_bytes
+    inputs = plan.num_replicas * 20 * 2**20
+    assert counted <= step.argument_bytes <= counted + inputs, "every chip has the inputs of all replicas"
+    assert step.temporary_bytes <= plan.temporary_bytes, "the formula errs on the safe side"
+    return step
+
+
+@needs_libtpu
+def test_a_step_of_several_chips_compiles_as_a_whole(tmp_path: Path) -> None:
+    """Two replicas of four chips each, on eight of two hosts."""
+    model = replace(model_config("SmolLM2-135M", tmp_path), num_layers=2)
+    config = replace(CONFIG, max_num_batched_tokens=64, sharding_axis_dims=(2, 1, 1, -1, 1))
+    plan = plan_device(model, config, find_slice("v5e-8"), 2048)
+    assert plan.mesh == {"dp": 2, "fsdp": 1, "ep": 1, "tp": 4, "sp": 1}
+    check_largest_step(plan)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "topology", "dims"),
+    [
+        ("SmolLM2-135M", "v6e-8", (1, 2, 1, -1, 1)),
+        ("Mixtral-8x7B", "v4-8", (1, 1, -1, 1, 1)),
+        ("Mixtral-8x7B", "v5p-16", (1, 2, 2, -1, 1)),
+        ("Llama-3.1-8B", "tpu7x-8", (2, 1, 1, -1, 1)),
+    ],
+)
+def test_every_axis_compiles(name: str, topology: str, dims: tuple[int, ...], tmp_path: Path) -> None:
+    model = replace(model_config(name, tmp_path), num_layers=2)
+    check_largest_step(
+        plan_device(model, replace(CONFIG, sharding_axis_dims=dims), find_slice(topology), 2048)
+    )
+
+
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "topology", "weights"),
     [("Llama-3.1-8B", "v4-8", None), ("Llama-3.3-70B", "v4-32", "int8"), ("Llama-3.3-70B", "v6e-8", "int8")],
 )
-def test_a_share_of_a_large_model_compiles(
+def test_a_large_model_compiles_for_its_slice(
     name: str, topology: str, weights: str | None, tmp_path: Path
 ) -> None:
     config = replace(CONFIG, weight_dtype=weights, max_num_seqs=256, max_num_batched_tokens=2048)
     plan = plan_device(model_config(name, tmp_path), config, find_slice(topology), 8192)
-    [step] = compile_steps(plan, only_largest=True)
+    step = check_largest_step(plan)
     assert step.num_tokens == 2048
-    assert step.temporary_bytes <= plan.temporary_bytes <= step.temporary_bytes + 0.05 * plan.budget_bytes
+    assert plan.temporary_bytes <= step.temporary_bytes + 0.05 * plan.budget_bytes
 
 
 @needs_libtpu
@@ -83,8 +121,9 @@ def test_a_step_that_the_compiler_refuses_is_told_in_its_words(tmp_path: Path) -
 
 def test_what_cannot_be_compiled_here_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_config("SmolLM2-135M", tmp_path)
+    monkeypatch.setattr("kernels.paged_attention.gpu.targets._find", lambda module: None)
     reason = why_not_compiled(plan_device(model, CONFIG, find_slice("h100-1"), 2048))
-    assert reason == "there is no compiler for h100 here"
-    monkeypatch.setattr("engine.topology_compile.is_installed", lambda: False)
+    assert reason == "jax-cuda12-pjrt is absent: install the extra gpu-compile"
+    monkeypatch.setattr("kernels.paged_attention.tpu.topology.is_installed", lambda: False)
     reason = why_not_compiled(plan_device(model, CONFIG, find_slice("v5e-1"), 2048))
     assert reason == "libtpu is not installed: pip install 'tidemill[tpu-compile]'"

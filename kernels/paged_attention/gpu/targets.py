@@ -10,6 +10,7 @@ import importlib.util
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -129,9 +130,14 @@ def prepare(dump_folder: Path | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump_folder}"
 
 
-def one_device_mesh(chip: str) -> Mesh:
-    """A mesh of one such device. Raises what XLA raises when it cannot compile for it."""
+def slice_devices(chip: str, count: int = 1) -> list[Any]:
+    """So many of such devices on one machine. Raises what XLA raises when it cannot compile for them."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=TARGETS[chip].description()
+        platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=TARGETS[chip].description()
     )
-    return Mesh(np.array(topology.devices[:1]), ("device",))
+    return list(topology.devices)
+
+
+def one_device_mesh(chip: str) -> Mesh:
+    """A mesh of one such device."""
+    return Mesh(np.array(slice_devices(chip)), ("device",))

@@ -7,8 +7,9 @@ its own where the compiler is to write down what it did.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,34 @@ def prepare(chip: str, dump_folder: Path | None = None) -> None:
         )
 
 
-def one_device_mesh(chip: str) -> Mesh:
-    """A mesh of one device of a topology. Raises what libtpu raises when it does not know the topology."""
+def slice_devices(chip: str, axes: Sequence[int] = (1,)) -> list[Any]:
+    """The devices of a slice with so many chips along each axis; one chip is a larger slice's first.
+
+    Raises what libtpu raises when it does not know the slice.
+    """
     topology = TOPOLOGIES[chip]
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.name, **topology.options
-    ).devices
-    return Mesh(np.array(devices[:1]), ("device",))
+    name = topology.name if math.prod(axes) == 1 else f"{chip}:{'x'.join(map(str, axes))}"
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **topology.options).devices
+    return list(devices[:1] if math.prod(axes) == 1 else devices)
+
+
+def one_device_mesh(chip: str) -> Mesh:
+    """A mesh of one device of a chip."""
+    return Mesh(np.array(slice_devices(chip)), ("device",))
+
+
+def on_mesh(mesh: Mesh, arguments: Any) -> Any:
+    """Shapes of arguments, placed: those that are not yet go to every device."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        is_placed = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
+        return x if is_placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+    return jax.tree.map(placed, arguments)
 
 
 def compile_for(mesh: Mesh, function: Callable[..., Any], arguments: Any, **jit_options: Any) -> Any:
     """`function` compiled for the mesh's device, for `arguments` (arrays or their shapes, as a tuple)."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     with jax.sharding.set_mesh(mesh):  # tells Pallas the chip that it compiles for
-        return jax.jit(function, **jit_options).lower(*placed).compile()
+        return jax.jit(function, **jit_options).lower(*on_mesh(mesh, arguments)).compile()
