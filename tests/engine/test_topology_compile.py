@@ -12,12 +12,14 @@ from engine.config import EngineConfig
 from engine.device_plan import DevicePlan, plan_device
 from engine.errors import ConfigError
 from engine.topology_compile import CompiledStep, compile_steps, why_not_compiled
+from kernels.paged_attention.gpu import targets as gpu
 from kernels.paged_attention.tpu.topology import is_installed
 from tests.engine.model_shapes import model_config
 
 needs_libtpu = pytest.mark.skipif(
     not is_installed(), reason="libtpu is absent: install the extra tpu-compile"
 )
+needs_cuda = pytest.mark.skipif(gpu.missing() is not None, reason=f"{gpu.missing()}")
 CONFIG = EngineConfig(
     dtype="bfloat16", max_num_seqs=64, max_num_batched_tokens=256, min_token_pad=64, hbm_utilization=0.9
 )
@@ -107,6 +109,23 @@ def test_a_large_model_compiles_for_its_slice(
     step = check_largest_step(plan)
     assert step.num_tokens == 2048
     assert plan.temporary_bytes <= step.temporary_bytes + 0.05 * plan.budget_bytes
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("name", "topology", "dims", "weights"),
+    [
+        ("SmolLM2-135M", "h100-1", (1, 1, 1, 1, 1), None),
+        ("Llama-3.3-70B", "h200-8", (1, 1, 1, -1, 1), "int8"),
+        ("Mixtral-8x7B", "a100-8", (2, 1, 2, -1, 1), None),
+    ],
+)
+def test_a_step_compiles_for_gpus(
+    name: str, topology: str, dims: tuple[int, ...], weights: str | None, tmp_path: Path
+) -> None:
+    model = replace(model_config(name, tmp_path), num_layers=2)
+    config = replace(CONFIG, weight_dtype=weights, sharding_axis_dims=dims)
+    check_largest_step(plan_device(model, config, find_slice(topology), 2048))
 
 
 @needs_libtpu
