@@ -20,7 +20,7 @@ from engine.config import EngineConfig
 from engine.errors import RetraceError
 from engine.group_costs import group_costs
 from engine.in_flight import InFlight
-from engine.memory import give_back_freed_memory, num_pages_that_fit
+from engine.memory import give_back_freed_memory, keep_freed_memory, num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
 from engine.models.packed import PackedModel
 from engine.placement import choose_placement
@@ -148,6 +148,8 @@ class StepRunner:
                 self._layout, self._num_layers, self.num_pages, config.max_num_seqs, self._saved
             )
         give_back_freed_memory()
+        if self._device.platform == "cpu":
+            keep_freed_memory()
         self._kv_pages: Any = None
         self.make_pages()
         if config.compile_runner and not self._is_ahead_of_time:
