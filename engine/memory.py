@@ -90,7 +90,7 @@ def host_memory_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """From here on have the C library keep large blocks that are freed, up to `KEPT_BYTES`, where it is glibc.
+    """From here on have the C library, where it is glibc, keep `KEPT_BYTES` of large blocks that are freed.
 
     Each step takes memory for its results and temporaries (50 MB of logits at 256 rows of 49,152 numbers).
     What goes back to the system in between comes again page by page, cleared. It holds for all of the
