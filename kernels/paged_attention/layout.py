@@ -98,6 +98,11 @@ class AttentionOptions:
             if value is not None and value <= 0:
                 raise ValueError(f"AttentionOptions.{name} is {value}; give a positive value or None")
 
+    @property
+    def is_bounded(self) -> bool:
+        """A query may not see all before it."""
+        return self.window is not None or self.chunk is not None
+
     def first_visible(self, position: jax.Array) -> jax.Array:
         """The lowest key position that a query at `position` sees (same shape as `position`)."""
         first = jnp.zeros_like(position)

@@ -91,7 +91,7 @@ def shape_of(
         layout=layout,
         ratio=ratio,
         options=options,
-        tiles=tiles or choose_tiles(layout, ratio, chip),
+        tiles=tiles or choose_tiles(layout, ratio, chip, is_bounded=options.is_bounded),
         num_cores=chip.num_cores,
         num_slots=num_slots,
         table_width=table_width,

@@ -82,11 +82,11 @@ def _attend(
 
     def seen(keys: jax.Array) -> jax.Array:
         is_seen = keys <= position[:, None]
-        return is_seen & (keys >= lowest) if shape.is_bounded else is_seen
+        return is_seen & (keys >= lowest) if shape.options.is_bounded else is_seen
 
     add = partial(add_tiles, q=q, tokens=tokens, num_keys=num_keys)
     free_end = _rounded_down(first + 1, num_keys)
-    if not shape.is_bounded:
+    if not shape.options.is_bounded:
         state = add(state, begin=0, end=free_end)
         return add(state, begin=free_end, end=end, seen=seen)
     begin = _rounded_down(shape.options.first_visible(first), num_keys)

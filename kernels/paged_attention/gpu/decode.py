@@ -96,7 +96,7 @@ def _attend(shape: Geometry, q: jax.Array, tokens: PagedTokens, lowest: Any, beg
     """A query that sees positions from `lowest` on, to the keys at [begin, end)."""
     num_keys = shape.tiles.decode.keys
     state = Softmax.start(q.shape[0], shape.vector)
-    if shape.is_bounded:
+    if shape.options.is_bounded:
         return add_tiles(state, q, tokens, num_keys, begin, end, lambda keys: keys >= lowest)
     whole = jnp.maximum(end - begin, 0)
     free_end = begin + whole - jax.lax.rem(whole, num_keys)

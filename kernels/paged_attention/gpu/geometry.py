@@ -56,11 +56,6 @@ class Geometry:
         return compute_dtype(self.layout)
 
     @property
-    def is_bounded(self) -> bool:
-        """A query may not see all before it."""
-        return self.options.window is not None or self.options.chunk is not None
-
-    @property
     def num_decodes(self) -> int:
         """Most sequences with one query that a step can have."""
         return min(self.num_slots, self.num_tokens)

@@ -53,7 +53,7 @@ def _kernel(shape: Geometry, q: Any, pages: Pages, plan: Any, parts: Parts) -> N
     token = plgpu.load(plan.query_start.at[slot], mask=is_decode, other=0)
     length = plgpu.load(plan.kv_len.at[slot], mask=is_decode, other=1)
     lowest = shape.options.first_visible(length - 1)
-    block_lowest = _block_lowest(shape, jnp.where(is_decode, lowest, _FAR)) if shape.is_bounded else 0
+    block_lowest = _block_lowest(shape, jnp.where(is_decode, lowest, _FAR)) if shape.options.is_bounded else 0
     queries = rows.load(q, token, is_decode)
 
     def attend(group: Any, state: Softmax) -> Softmax:
@@ -63,7 +63,7 @@ def _kernel(shape: Geometry, q: Any, pages: Pages, plan: Any, parts: Parts) -> N
 
         def seen(keys: jax.Array) -> jax.Array:
             is_seen = jnp.broadcast_to(is_member[:, None], (rows.num_rows, keys.shape[1]))
-            return is_seen & (keys >= lowest[:, None]) if shape.is_bounded else is_seen
+            return is_seen & (keys >= lowest[:, None]) if shape.options.is_bounded else is_seen
 
         end = plan.group_end[group]
         begin = jnp.minimum(jnp.maximum(plan.group_begin[group], block_lowest), end)

@@ -14,8 +14,10 @@ from kernels.paged_attention.gpu.tiles import Tile, TileSizes
 _MOST_ROWS = 256
 
 
-def choose_tiles(layout: GpuPageLayout, ratio: int, chip: Chip) -> TileSizes:
+def choose_tiles(layout: GpuPageLayout, ratio: int, chip: Chip, *, is_bounded: bool = False) -> TileSizes:
     """The sizes for KV heads of such pages with `ratio` query heads each.
+
+    is_bounded: keys are hidden behind a window or a chunk.
 
     Raises ValueError where no size does, or the chip cannot read such pages.
     """
@@ -28,8 +30,8 @@ def choose_tiles(layout: GpuPageLayout, ratio: int, chip: Chip) -> TileSizes:
     vector = padded_vector(layout.head_dim)
     if layout.dtype == np.float32:
         # Its products are no instructions of their own, and their operands lie in registers.
-        rows = 32 if vector < 128 else 16
-        sizes = TileSizes(Tile(16, 32, 8, 2), Tile(rows, 32, 8, 2), Tile(rows, 32, 8, 2))
+        many = Tile(32, 32, 8, 2) if vector < 128 else Tile(16, 16, 4, 2)
+        sizes = TileSizes(Tile(16, 32, 8, 2), many, many)
     else:
         sizes = TileSizes(Tile(16, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))
         is_narrow = layout.dtype.itemsize == 1
@@ -39,6 +41,8 @@ def choose_tiles(layout: GpuPageLayout, ratio: int, chip: Chip) -> TileSizes:
             sizes = replace(sizes, group=Tile(64, 32, 8, 2), chunk=Tile(64, 32, 8, 2))
         elif vector >= 128 and is_narrow and not chip.has_warp_groups:
             sizes = replace(sizes, group=Tile(64, 32, 4, 2), chunk=Tile(64, 32, 8, 2))
+        elif vector >= 128 and is_bounded and not chip.has_warp_groups:
+            sizes = replace(sizes, chunk=Tile(128, 32, 8, 2))  # a third loop over keys, with its mask
     tiles = (sizes.decode, sizes.group, sizes.chunk)
     return TileSizes(*(_fitting(_with_rows(tile, ratio), layout, chip) for tile in tiles))
 

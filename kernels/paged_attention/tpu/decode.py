@@ -203,6 +203,6 @@ def _own_rows(shape: Geometry, parts: list[list[jax.Array]]) -> list[jax.Array]:
 def _visible(shape: Geometry, logits: jax.Array, offset: int, seen: tuple[Any, Any]) -> jax.Array:
     position = offset + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     is_seen = position < seen[1]
-    if shape.is_bounded:
+    if shape.options.is_bounded:
         is_seen &= position >= seen[0]
     return jnp.where(is_seen, logits, MASKED)

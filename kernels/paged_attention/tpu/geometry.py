@@ -94,8 +94,3 @@ class Geometry:
         """exp(scaled logits) = 2 ** (exponent * what the running maximum is kept in)."""
         scale = self.options.scale if self.options.soft_cap is None else 1.0
         return scale * math.log2(math.e)
-
-    @property
-    def is_bounded(self) -> bool:
-        """A query may not see all before it."""
-        return self.options.window is not None or self.options.chunk is not None

@@ -111,7 +111,7 @@ def group_keys(call: Call, group: Any, block: Any) -> Keys:
     first, last, start, stop = _members(call, group, block)
     begin, end = plan.group_begin[group], plan.group_end[group]
     lowest = highest = begin
-    if shape.is_bounded:
+    if shape.options.is_bounded:
 
         def widen(index: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
             visible = plan.decode_first[index]
@@ -145,7 +145,7 @@ def slot_keys(call: Call, slot: Any, block: Any) -> Keys:
     token = first + quotient(jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0), shape.ratio)
     position = held + token - start
     scratch.row_last[...] = jnp.where((token >= start) & (token < stop), position, -1)
-    if shape.is_bounded:
+    if shape.options.is_bounded:
         scratch.row_first[...] = options.first_visible(position)
     lowest, end = held + jnp.maximum(first, start) - start, held + jnp.minimum(last, stop) - start
     begin = options.first_visible(lowest)
@@ -224,7 +224,7 @@ def _masked(call: Call, logits: jax.Array, offset: int, seen: tuple[Any, Any, An
     base, begin, end = seen
     position = base + offset + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     is_seen = (position >= begin) & (position < end) & (position <= call.scratch.row_last[...])
-    if call.shape.is_bounded:
+    if call.shape.options.is_bounded:
         is_seen &= position >= call.scratch.row_first[...]
     return jnp.where(is_seen, logits, MASKED)
 

@@ -103,7 +103,7 @@ def make_arrays(
     decodes = jnp.pad(decodes, [(0, 0), (0, 0), (0, shape.head_rows - ratio), (0, 0)])
     queries = jnp.pad(by_head, [(0, shape.num_tokens - q.shape[0]), (0, 0), (0, 0), (0, 0)])
     member_first = None
-    if shape.is_bounded:
+    if shape.options.is_bounded:
         member_first = jnp.repeat(plan.decode_first, shape.head_rows)[:, None]
         member_first = jnp.broadcast_to(member_first, (member_first.shape[0], LANES))
     decode_rows = new_rows.at[token].get(mode="clip")
