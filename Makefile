@@ -32,8 +32,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The tests that `make test` leaves out: the TPU kernel over all that the shared tests hold, interpreted, and compiled
-# with all its options for every chip.
+# The tests that `make test` leaves out: the TPU and GPU kernels over all that the shared tests hold, interpreted, and
+# compiled with all dtypes and options for every chip; and the whole steps of large models, compiled for their slices.
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 

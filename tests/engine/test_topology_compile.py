@@ -61,8 +61,9 @@ def check_largest_step(plan: DevicePlan) -> CompiledStep:
     """It compiles for all devices of the mesh, each of which has the weights and pages that were counted."""
     [step] = compile_steps(plan, only_largest=True)
     counted = plan.weight_bytes + step.num_pages * plan.page_bytes
-    inputs = plan.num_replicas * 20 * 2**20
-    assert counted <= step.argument_bytes <= counted + inputs, "every chip has the inputs of all replicas"
+    # Every chip has the inputs of all replicas, and arrays are filled up to whole registers.
+    more = plan.num_replicas * 20 * 2**20 + counted // 200
+    assert counted <= step.argument_bytes <= counted + more
     assert step.temporary_bytes <= plan.temporary_bytes, "the formula errs on the safe side"
     return step
 

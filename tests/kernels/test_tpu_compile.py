@@ -29,13 +29,6 @@ def test_ci_has_libtpu():
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("chip", "shape"), list(zip(TOPOLOGIES, MODEL_SHAPES, strict=True)))
-def test_each_chip_and_each_shape(repository, chip, shape):
-    compile_cases(PROGRAM, repository, chip, f"{shape}:bfloat16")
-
-
-@needs_libtpu
-@pytest.mark.slow
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_every_shape_on_every_chip(repository, chip):
     compile_cases(PROGRAM, repository, chip, *(f"{shape}:bfloat16" for shape in MODEL_SHAPES))
