@@ -74,7 +74,6 @@ def test_pages_of_8_bits(dtype, page_size):
     check_steps(shape, 2, tolerance=2e-2)
 
 
-@pytest.mark.slow
 def test_a_row_of_4096_tokens():
     """Among one-token rows, as the whole of one step and as the history of one decode."""
     shape = GpuShape(

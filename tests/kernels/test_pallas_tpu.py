@@ -112,7 +112,6 @@ def test_options(options, has_sinks, capfd):
     check_steps(Shape(layout_of(), 4, options, has_sinks=has_sinks), 3, capfd)
 
 
-@pytest.mark.slow
 def test_a_row_of_4096_tokens(capfd):
     """Among one-token rows, as the whole of one step and as the history of one decode."""
     shape = Shape(
@@ -121,7 +120,7 @@ def test_a_row_of_4096_tokens(capfd):
         options=AttentionOptions(scale=0.125),
         tiles=TileSizes(block=512, decodes=16, queries=64),
         num_tokens=4128,
-        num_pages=160,
+        num_pages=280,
     )
     rows = [Sequence_(2, 0, 4100, 1), Sequence_(3, 0, 0, 4096), Sequence_(4, 0, 0, 1)]
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
