@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,32 @@ def test_hours_by_hand(tmp_path: Path) -> None:
     assert found.seconds == pytest.approx(78_125 * step.time.seconds)
     assert found.chip_hours == pytest.approx(found.seconds / 3600 * 4)
     assert found.cost == pytest.approx(found.chip_hours * 3)
+
+
+def test_replicas_share_the_work(tmp_path: Path) -> None:
+    """Two replicas of two chips: each has half of the sequences, and its own pages and steps."""
+    model = model_config("Llama-3.1-8B", tmp_path)
+    config = replace(BF16, sharding_axis_dims=(2, 1, 1, -1, 1))
+    plan = plan_device(model, config, find_slice("v4-8"), 8192, 500_000_000)
+    work = Work(num_sequences=300, num_prompt_tokens=0, num_shared_tokens=0, num_generated_tokens=60_000)
+    found = estimate(plan, work, roofline_share=1.0, price_per_chip_hour=None)
+    assert found.running == 150
+    assert found.num_steps == 200, "both replicas decode in each step"
+    assert found.chip_hours == pytest.approx(found.seconds / 3600 * 4)
+    whole = plan_device(model, BF16, find_slice("v4-8"), 8192, 500_000_000)
+    assert running_sequences(whole, work)[0] == 256
+
+
+def test_what_replicas_have_together_is_reported(tmp_path: Path, capsys: Any) -> None:
+    dims = "engine.sharding_axis_dims=[2,1,1,-1,1]"
+    code, found = plan_of("Llama-3.1-8B", tmp_path, "conf=tpu_v4", "plan.topology=v4-8", dims)
+    assert code == 0
+    device = found["device"]
+    assert (device["replicas"], device["mesh"]["dp"], device["mesh"]["tp"]) == (2, 2, 2)
+    assert device["concurrent_tokens"] == 2 * device["pages"] * 64
+    shown = capsys.readouterr().out
+    assert "on 4 devices: dp=2 tp=2" in shown
+    assert "in each of 2 replicas" in shown
 
 
 def test_prefill_that_finds_no_room_beside_decodes_has_steps_of_its_own(tmp_path: Path) -> None:
