@@ -33,7 +33,7 @@ def mesh_shape(dims: Sequence[int], num_devices: int) -> tuple[int, ...]:
     asked = f"engine.sharding_axis_dims={list(dims)} ({', '.join(AXES)})"
     fixed = math.prod(size for size in dims if size != -1)
     if fixed > num_devices:
-        raise ConfigError(f"{asked} needs {fixed} devices, and JAX has {num_devices}: ask for fewer")
+        raise ConfigError(f"{asked} needs {fixed} devices, and there are {num_devices}: ask for fewer")
     if -1 in dims and num_devices % fixed:
         raise ConfigError(
             f"{asked}: {num_devices} devices are not a multiple of {fixed}, so -1 has no size; "

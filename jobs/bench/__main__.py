@@ -3,8 +3,9 @@
 Without a command it measures this engine on W1 and W2. `compare` sets it against its peers, `growth` shows
 what a row costs as there are more, and a token as its context grows, `host` measures the host's part of a
 step, `streams` what streaming costs it, `profile` where the device's part of it goes, `groups` when reading a
-shared prefix once pays, `speculation` what guessed tokens save, `scaling` what workers on one run cost each
-other, `schemas` what share of many kinds of JSON schemas outputs follow.
+shared prefix once pays, `gpu` how near an accelerator's limits a large model's steps come, `speculation` what
+guessed tokens save, `scaling` what workers on one run cost each other, `schemas` what share of many kinds of
+JSON schemas outputs follow.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PROGRAMS = {
     "streams": "jobs.bench.streams",
     "profile": "jobs.bench.step_profile",
     "groups": "jobs.bench.groups",
+    "gpu": "jobs.bench.gpu",
     "schemas": "jobs.bench.schemas",
     "speculation": "jobs.bench.speculation",
 }
@@ -44,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         ("streams", "what streams cost a step"),
         ("profile", "where a step's time goes"),
         ("groups", "when reading a shared prefix once pays"),
+        ("gpu", "a large model's steps beside an accelerator's limits, and beside transformers"),
         ("schemas", "what share of JSON schemas is followed"),
         ("speculation", "what guessed tokens save or cost"),
     ):

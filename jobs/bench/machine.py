@@ -79,6 +79,20 @@ def _best_seconds(run: Callable[[], object]) -> float:
     return best
 
 
+def copied_bytes_per_second(num_bytes: int) -> float:
+    """Read and written by JAX's first device in copies of an array of `num_bytes`."""
+    data = jnp.ones(num_bytes // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * data.nbytes / _best_seconds(lambda: copy(data).block_until_ready())
+
+
+def product_operations_per_second(size: int, dtype: str) -> float:
+    """Of JAX's first device in products of square matrices."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    return 2 * size**3 / _best_seconds(lambda: product(a).block_until_ready())
+
+
 def _numpy_gflops() -> float:
     a = np.ones((_MATRIX_SIZE, _MATRIX_SIZE), np.float32)
     return 2 * _MATRIX_SIZE**3 / _best_seconds(lambda: a @ a) / 1e9

@@ -199,7 +199,7 @@ def test_a_prompt_goes_to_the_replica_that_knows_its_beginning():
 @pytest.mark.parametrize(
     ("dims", "message"),
     [
-        ((1, 1, 1, 16, 1), "needs 16 devices, and JAX has 8"),
+        ((1, 1, 1, 16, 1), "needs 16 devices, and there are 8"),
         ((3, 1, 1, -1, 1), "8 devices are not a multiple of 3"),
         ((1, 1, 2, 1, 1), "ep is 2, and the model has 0 experts"),
         ((1, 1, 1, 1, 2), "sp is 2"),
