@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
         return place
     place.mkdir(parents=True, exist_ok=True)
     sizes = SHAPES[shape]
-    pool = np.random.default_rng(0).standard_normal(_POOL, np.float32).astype(ml_dtypes.bfloat16)
+    pool = np.random.default_rng(0).standard_normal(_POOL, np.float32).astype(jnp.bfloat16)
     d_model, inner, dim = sizes["hidden_size"], sizes["intermediate_size"], sizes["head_dim"]
     heads, kv_heads = sizes["num_attention_heads"] * dim, sizes["num_key_value_heads"] * dim
     number = 0
@@ -57,11 +57,11 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
         """Numbers of the pool from another place each time, of a size that keeps the stream's."""
         nonlocal number
         number += 1
-        scaled = (pool.astype(np.float32) * columns**-0.5).astype(ml_dtypes.bfloat16)
+        scaled = (pool.astype(np.float32) * columns**-0.5).astype(jnp.bfloat16)
         return np.resize(np.roll(scaled, 7919 * number), (rows, columns))
 
     def norm() -> np.ndarray:
-        return np.ones(d_model, ml_dtypes.bfloat16)
+        return np.ones(d_model, jnp.bfloat16)
 
     index: dict[str, str] = {}
 
