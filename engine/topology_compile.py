@@ -34,6 +34,7 @@ from engine.placement import placement_on
 from engine.platforms import mesh_of
 from engine.replica_batch import ReplicaBatch
 from kernels.paged_attention import AttentionOptions
+from kernels.paged_attention.ahead_of_time import on_mesh
 from kernels.paged_attention.gpu import targets as gpu
 from kernels.paged_attention.tpu import topology as tpu
 
@@ -143,7 +144,7 @@ class _Program:
         started = time.monotonic()
         pages = self._place.abstract_pages(self._layout, self._num_layers * num_pages)
         arrays = self._batch.idle_arrays(bucket)
-        arguments = tpu.on_mesh(self._mesh, (self._model, pages, arrays))
+        arguments = on_mesh(self._mesh, (self._model, pages, arrays))
         with jax.sharding.set_mesh(self._mesh):  # tells Pallas the chip that it compiles for
             lowered = self._step.lower(self._batch.shape(bucket), *arguments)
         memory: Any = lowered.compile().memory_analysis()

@@ -30,12 +30,13 @@ from engine.platforms import quieten_libtpu
 from engine.roofline import StepLoad
 from engine.sampling_params import SamplingParams
 from engine.start import load_for
-from jobs.bench.arguments import positive
+from jobs.bench.arguments import names_of, positive
 from jobs.bench.competitors import Launch
 from jobs.bench.machine import copied_bytes_per_second, product_operations_per_second
 from jobs.bench.peer import PeerProcess
 from jobs.bench.random_model import SHAPES, write_checkpoint
 from jobs.bench.step_profile import engine_steps
+from jobs.bench.workloads import SHAPES as WORKLOADS
 from jobs.bench.workloads import make_workload, real_text
 
 TRIES = 5
@@ -78,7 +79,9 @@ def sizes(batch: int, prefill: int) -> dict[str, Any]:
     }
 
 
-def throughput(folder: Path, options: dict[str, Any], workloads: Sequence[str], peers: bool) -> list[Figure]:
+def throughput(
+    folder: Path, options: dict[str, Any], workloads: Sequence[str], has_peer: bool
+) -> list[Figure]:
     """Output tokens a second of both engines, each in a process of its own that is ended afterwards."""
     tokenizer = load_tokenizer(DEFAULT_MODEL)
     text_ids = tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
@@ -87,18 +90,19 @@ def throughput(folder: Path, options: dict[str, Any], workloads: Sequence[str], 
             Path(sys.executable), "jobs.bench.peers.tidemill", {}, {"model": str(folder), "options": options}
         )
     }
-    if peers:
+    if has_peer:
         module = "jobs.bench.peers.continuous"
         launches["transformers"] = Launch(Path(sys.executable), module, {}, {"model": str(folder)})
     rates: dict[tuple[str, str], float] = {}
     about: dict[str, str] = {}
+    absent: list[Figure] = []
     for name, launch in launches.items():
         try:
             process = PeerProcess(name, launch)
         except ConfigError as error:
             if name == "Tidemill":
                 raise
-            about[name] = str(error)
+            absent.append(Figure(f"{name}, output", None, "", note=str(error)))
             continue
         try:
             about[name] = process.about
@@ -115,10 +119,10 @@ def throughput(folder: Path, options: dict[str, Any], workloads: Sequence[str], 
             "tokens/s",
             peer := rates.get(("transformers", workload)),
             None if peer is None else rates["Tidemill", workload] / peer,
-            f"{about['Tidemill']}; peer: {about.get('transformers', 'left out')}",
+            "; peer: ".join(about.values()),
         )
         for workload in workloads
-    ]
+    ] + absent
 
 
 def steps(folder: Path, batch: int, context: int, prefill: int) -> list[Figure]:
@@ -126,11 +130,11 @@ def steps(folder: Path, batch: int, context: int, prefill: int) -> list[Figure]:
     is_host = jax.devices()[0].platform == "cpu"
     bandwidth = copied_bytes_per_second((64 if is_host else 1024) << 20)
     rate = product_operations_per_second(512 if is_host else 8192, "bfloat16")
-    num_new = (
-        -(-batch * context // max(1, prefill - batch)) + 32
-    )  # the last prompt is in before the first ends
+    options = sizes(batch, prefill)
+    # The last prompt is in before the first sequence ends, though decodes take their part of every step.
+    num_new = -(-batch * context // (options["max_num_batched_tokens"] - batch)) + 32
     longest = max(context + num_new, prefill + 1)
-    config = EngineConfig(max_model_len=longest, async_scheduling=False, **sizes(batch, prefill))
+    config = EngineConfig(max_model_len=longest, async_scheduling=False, **options)
     engine = Engine(load_for(config, str(folder)), config)
     chip = chip_of(jax.devices()[0].device_kind)
     # Of the slice only the kind of chip matters here, for how pages lie.
@@ -176,7 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--batch", type=positive, default=256, help="sequences that decode at once")
     made.add_argument("--context", type=positive, default=2048, help="tokens that each of them begins with")
     made.add_argument("--prefill", type=positive, default=2048, help="tokens of a prefill step")
-    made.add_argument("--workloads", default="W1,W2", help="of W1 and W2; empty: none")
+    made.add_argument(
+        "--workloads",
+        type=names_of(list(WORKLOADS)),
+        default=("W1", "W2"),
+        help=f"of {', '.join(WORKLOADS)}; empty: none",
+    )
     made.add_argument("--no-peer", action="store_true", help="leave transformers out")
     made.add_argument("--folder", type=Path, default=Path(".bench-peers/models"), help="for the checkpoint")
     made.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to this file")
@@ -184,9 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten_libtpu()
     folder = write_checkpoint(chosen.folder, chosen.shape)
     options = {"max_model_len": MAX_MODEL_LEN} | sizes(chosen.batch, chosen.prefill)
-    names = [name for name in chosen.workloads.split(",") if name]
     # Other processes first: from its first use on, JAX keeps most of an accelerator's memory to itself.
-    figures = throughput(folder, options, names, peers=not chosen.no_peer) if names else []
+    figures = []
+    if chosen.workloads:
+        figures = throughput(folder, options, chosen.workloads, has_peer=not chosen.no_peer)
     figures = steps(folder, chosen.batch, chosen.context, chosen.prefill) + figures
     print(f"{chosen.shape}, random weights, bfloat16, jax {jax.__version__}\n\n{as_table(figures)}")
     if chosen.json is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +50,19 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
         return place
     place.mkdir(parents=True, exist_ok=True)
     sizes = SHAPES[shape]
-    pool = np.random.default_rng(0).standard_normal(_POOL, np.float32).astype(jnp.bfloat16)
+    pool = np.random.default_rng(0).standard_normal(_POOL, np.float32)
     d_model, inner, dim = sizes["hidden_size"], sizes["intermediate_size"], sizes["head_dim"]
     heads, kv_heads = sizes["num_attention_heads"] * dim, sizes["num_key_value_heads"] * dim
-    number = 0
+    places = count(7919, 7919)
+
+    @cache
+    def scaled(columns: int) -> np.ndarray:
+        """The pool, of a size that keeps the stream's."""
+        return (pool * columns**-0.5).astype(jnp.bfloat16)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
-        """Numbers of the pool from another place each time, of a size that keeps the stream's."""
-        nonlocal number
-        number += 1
-        scaled = (pool.astype(np.float32) * columns**-0.5).astype(jnp.bfloat16)
-        return np.resize(np.roll(scaled, 7919 * number), (rows, columns))
+        """Numbers of the pool, from another place each time."""
+        return np.resize(np.roll(scaled(columns), next(places)), (rows, columns))
 
     def norm() -> np.ndarray:
         return np.ones(d_model, jnp.bfloat16)

@@ -3,7 +3,7 @@
 For the native backend a matrix [out, in] is cut into panels of 16 outputs, [panel, in, 16], so that a product
 reads it in order whatever the width of the CPU's vectors. The last panels are filled up with zeros to an even
 number of panels. Of a gated pair of matrices panels alternate: 16 outputs of the gate, the same 16 of the up.
-For XLA matrices stay as they are.
+For XLA matrices stay as they are, but quantised ones, which lie [in, out] (`kernels.linear.xla`).
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ import jax
 import numpy as np
 
 from kernels.paged_attention import pallas_gpu
+from kernels.paged_attention.ahead_of_time import compile_for
 from kernels.paged_attention.gpu.assembly import Assembled, assemble
 from kernels.paged_attention.gpu.layout import GpuPageLayout
 from kernels.paged_attention.gpu.targets import TARGETS, Target, missing, one_device_mesh, prepare
 from kernels.paged_attention.gpu.tiles import Tile
 from kernels.paged_attention.gpu.tuning import shared_bytes
 from kernels.paged_attention.model_shapes import MODEL_SHAPES, step_arguments
-from kernels.paged_attention.tpu.topology import compile_for
 
 _PREFIX = "paged_attention_"
 _TILED = ("decode", "group", "chunk")

@@ -28,13 +28,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as peer
 
 from kernels.paged_attention import pallas_tpu
+from kernels.paged_attention.ahead_of_time import compile_for
 from kernels.paged_attention.model_shapes import MODEL_SHAPES, ModelShape, step_arguments
 from kernels.paged_attention.tpu.layout import TpuPageLayout
 from kernels.paged_attention.tpu.schedule import Loop, Schedule, read_schedule
 from kernels.paged_attention.tpu.tiles import TileSizes
 from kernels.paged_attention.tpu.topology import (
     TOPOLOGIES,
-    compile_for,
     is_installed,
     one_device_mesh,
     prepare,

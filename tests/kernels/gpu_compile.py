@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.paged_attention import pallas_gpu
+from kernels.paged_attention.ahead_of_time import compile_for
 from kernels.paged_attention.gpu.assembly import assemble
 from kernels.paged_attention.gpu.layout import GpuPageLayout
 from kernels.paged_attention.gpu.targets import TARGETS, one_device_mesh, prepare
 from kernels.paged_attention.gpu.tuning import shared_bytes
 from kernels.paged_attention.model_shapes import MODEL_SHAPES, step_arguments
-from kernels.paged_attention.tpu.topology import compile_for
 from tests.kernels.tpu_compile import OPTIONS
 
 

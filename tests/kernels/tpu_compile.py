@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.paged_attention import pallas_tpu
+from kernels.paged_attention.ahead_of_time import compile_for
 from kernels.paged_attention.model_shapes import MODEL_SHAPES, step_arguments
 from kernels.paged_attention.tpu.layout import TpuPageLayout
-from kernels.paged_attention.tpu.topology import compile_for, one_device_mesh, prepare
+from kernels.paged_attention.tpu.topology import one_device_mesh, prepare
 
 OPTIONS = {"": {}, "chunk": {"chunk": 8192}, "window": {"window": 1024}, "soft_cap": {"soft_cap": 50.0}}
 

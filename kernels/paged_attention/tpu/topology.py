@@ -9,15 +9,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +69,3 @@ def slice_devices(chip: str, axes: Sequence[int] = (1,)) -> list[Any]:
 def one_device_mesh(chip: str) -> Mesh:
     """A mesh of one device of a chip."""
     return Mesh(np.array(slice_devices(chip)), ("device",))
-
-
-def on_mesh(mesh: Mesh, arguments: Any) -> Any:
-    """Shapes of arguments, placed: those that are not yet go to every device."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def placed(x: Any) -> jax.ShapeDtypeStruct:
-        is_placed = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
-        return x if is_placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
-
-    return jax.tree.map(placed, arguments)
-
-
-def compile_for(mesh: Mesh, function: Callable[..., Any], arguments: Any, **jit_options: Any) -> Any:
-    """`function` compiled for the mesh's device, for `arguments` (arrays or their shapes, as a tuple)."""
-    with jax.sharding.set_mesh(mesh):  # tells Pallas the chip that it compiles for
-        return jax.jit(function, **jit_options).lower(*on_mesh(mesh, arguments)).compile()
