@@ -89,7 +89,7 @@ class PackedModel:
     def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
         """hidden [L, D], as `forward` returns it -> f32[L, V]; rows past `num_rows` are unspecified."""
         norm = (self.norm, self.config.rms_norm_eps)
-        return linear(hidden.astype(jnp.float32), self.head.layer(0), num_rows=num_rows, norm=norm)
+        return linear(hidden, self.head.layer(0), num_rows=num_rows, norm=norm, out_dtype=jnp.float32)
 
     def _layer(self, index: jax.Array) -> Layer:
         def pick(weights: PackedWeights | jax.Array) -> PackedWeight | jax.Array:

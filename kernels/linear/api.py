@@ -25,6 +25,7 @@ def linear(
     *,
     residual: jax.Array | None = None,
     norm: tuple[jax.Array, float] | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """y = x @ w.T, accumulated in f32.
 
@@ -35,16 +36,18 @@ def linear(
         num_rows: i32 scalar, may be traced: only the rows before it matter. The others come out as zeros and,
             with the native backend, cost nothing. All of them by default.
         residual: [T, out] in x's dtype, added to the result.
-        norm: (weight [in], eps) of a root mean square norm that x goes through first, in f32.
+        norm: (weight [in], eps) of a root mean square norm that x goes through first, in f32. What comes out
+            of it is rounded to bfloat16 where x and w are.
+        out_dtype: of what is returned, float32 or bfloat16; x's by default.
 
     Returns:
-        [T, out] in x's dtype. A row has the same bits whatever T, `num_rows` and the other rows are.
+        [T, out]. A row has the same bits whatever T, `num_rows` and the other rows are.
 
     Raises ValueError where shapes or dtypes do not fit.
     """
     if weight.meta.is_gated:
         raise ValueError("these weights were packed with is_gated=True; call gated_linear")
-    return _multiply(x, weight, bias, None, residual, norm, num_rows)
+    return _multiply(x, weight, bias, None, residual, norm, num_rows, out_dtype)
 
 
 def gated_linear(
@@ -65,7 +68,7 @@ def gated_linear(
         raise ValueError("these weights were packed with is_gated=False; call linear")
     if activation not in xla.ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; give one of {', '.join(xla.ACTIVATIONS)}")
-    return _multiply(x, weight, bias, activation, None, norm, num_rows)
+    return _multiply(x, weight, bias, activation, None, norm, num_rows, None)
 
 
 def _multiply(
@@ -76,6 +79,7 @@ def _multiply(
     residual: jax.Array | None,
     norm: tuple[jax.Array, float] | None,
     num_rows: jax.Array | int | None,
+    out_dtype: jax.typing.DTypeLike | None,
 ) -> jax.Array:
     meta = weight.meta
     if x.ndim != 2 or x.shape[1] != meta.in_dim or x.dtype not in (jnp.float32, jnp.bfloat16):
@@ -88,7 +92,9 @@ def _multiply(
     if norm is not None and norm[0].shape != (meta.in_dim,):
         raise ValueError(f"the norm's weight is {list(norm[0].shape)}; give [{meta.in_dim}]")
     count = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
-    return _BACKENDS[meta.backend](x, weight, bias, activation, residual, norm, count)
+    return _BACKENDS[meta.backend](
+        x, weight, bias, activation, residual, norm, count, jnp.dtype(out_dtype or x.dtype)
+    )
 
 
 def weight_rows(weights: PackedWeights, row_ids: jax.Array, layer: int = 0) -> jax.Array:

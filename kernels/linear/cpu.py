@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.linear.layout import PANEL, PackedWeight, PackedWeights, panel_of_row
+from kernels.linear.layout import PAIRED_INPUTS, PANEL, PackedWeight, PackedWeights, panel_of_row
 from kernels.linear.quantise import GROUP, unpack_nibbles
 
 _MAX_TILE_ROWS = 12  # quantised rows lie in whole tiles
@@ -21,6 +21,7 @@ def multiply(
     residual: jax.Array | None,
     norm: tuple[jax.Array, float] | None,
     num_rows: jax.Array,
+    out_dtype: jnp.dtype,
 ) -> jax.Array:
     """As `kernels.linear.linear`, or gated by `activation`."""
     num_tokens, in_dim = x.shape
@@ -30,12 +31,12 @@ def multiply(
         scratch_bytes = (num_tokens + _MAX_TILE_ROWS - 1) * groups * (2 * GROUP + 4)
     else:
         needs_copy = norm is not None or x.dtype != jnp.float32
-        scratch_bytes = 4 * num_tokens * in_dim if needs_copy else 0
+        scratch_bytes = 4 * num_tokens * (in_dim + -in_dim % PAIRED_INPUTS) if needs_copy else 0
     nothing = jnp.zeros((0,), jnp.float32)
     call = jax.ffi.ffi_call(
         "tidemill_linear",
         (
-            jax.ShapeDtypeStruct((num_tokens, weight.meta.out_dim), x.dtype),
+            jax.ShapeDtypeStruct((num_tokens, weight.meta.out_dim), out_dtype),
             jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8),
         ),
     )
@@ -60,8 +61,11 @@ def rows(weights: PackedWeights, layer: int, row_ids: jax.Array) -> jax.Array:
     meta = weights.meta
     panel, place = panel_of_row(row_ids, meta)
     panels = weights.arrays[0]
-    if meta.weight_format in ("float32", "bfloat16"):
-        return panels[layer, panel, :, place].astype(jnp.float32)
+    if meta.weight_format == "float32":
+        return panels[layer, panel, :, place]
+    if meta.weight_format == "bfloat16":
+        pairs = panels.reshape(*panels.shape[:2], -1, PANEL, 2)[layer, panel, :, place]
+        return pairs.reshape(len(row_ids), -1)[:, : meta.in_dim].astype(jnp.float32)
     quads = panels.reshape(*panels.shape[:2], -1, PANEL, 4)[layer, panel, :, place]
     values = jnp.stack(unpack_nibbles(quads), axis=-2) if meta.weight_format == "int4" else quads
     scales = weights.arrays[1][layer, panel, :, place]

@@ -1,9 +1,11 @@
 """How packed weights lie, and what they are called by.
 
 For the native backend a matrix [out, in] is cut into panels of 16 outputs, [panel, in, 16], so that a product
-reads it in order whatever the width of the CPU's vectors. The last panels are filled up with zeros to an even
-number of panels. Of a gated pair of matrices panels alternate: 16 outputs of the gate, the same 16 of the up.
-For XLA matrices stay as they are, but quantised ones, which lie [in, out] (`kernels.linear.xla`).
+reads it in order whatever the width of the CPU's vectors. In bfloat16 two inputs of an output lie side by
+side, [panel, in / 2, 16, 2], as instructions that multiply and add pairs want them. The last panels are filled
+up with zeros to an even number of panels. Of a gated pair of matrices panels alternate: 16 outputs of the
+gate, the same 16 of the up. For XLA matrices stay as they are, but quantised ones, which lie [in, out]
+(`kernels.linear.xla`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 PANEL = 16
+PAIRED_INPUTS = 32
+"""The inputs of bfloat16 panels are filled up to a multiple of it, as linear_float.h has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,14 @@ def to_panels(matrix: np.ndarray, *, is_gated: bool) -> np.ndarray:
         if rest:
             target[whole, :, :rest] = part[whole * PANEL :].T
     return panels
+
+
+def to_pairs(panels: np.ndarray) -> np.ndarray:
+    """[panels, in, 16] -> [panels, in filled up, 16], each two inputs of an output side by side."""
+    num_panels, in_dim, _ = panels.shape
+    filled = np.pad(panels, ((0, 0), (0, -in_dim % PAIRED_INPUTS), (0, 0)))
+    pairs = filled.reshape(num_panels, -1, 2, PANEL).transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(pairs).reshape(filled.shape)
 
 
 def panel_of_row(row: jax.Array, meta: WeightMeta) -> tuple[jax.Array, jax.Array]:

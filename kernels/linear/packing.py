@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.cpu import why_absent
-from kernels.linear.layout import PANEL, PackedWeights, WeightMeta, to_panels
+from kernels.linear.layout import PANEL, PackedWeights, WeightMeta, to_pairs, to_panels
 from kernels.linear.quantise import pack_nibbles, quantise
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
@@ -68,7 +68,8 @@ def pack_weights(
 def _cpu_arrays(matrix: np.ndarray, meta: WeightMeta) -> list[np.ndarray]:
     """Panels and, of quantised weights, scales [panels, in / 64, 16]."""
     if meta.weight_format in ("float32", "bfloat16"):
-        return [to_panels(matrix.astype(jnp.dtype(meta.weight_format)), is_gated=meta.is_gated)]
+        panels = to_panels(matrix.astype(jnp.dtype(meta.weight_format)), is_gated=meta.is_gated)
+        return [panels if meta.weight_format == "float32" else to_pairs(panels)]
     quantised = quantise(matrix, meta.weight_format)
     panels = to_panels(quantised.values, is_gated=meta.is_gated)
     num_panels, in_dim, _ = panels.shape

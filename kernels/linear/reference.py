@@ -23,9 +23,15 @@ def linear(
     residual: jax.Array | None = None,
     norm: tuple[jax.Array, float] | None = None,
     num_rows: int | None = None,
+    is_narrow: bool = False,
 ) -> jax.Array:
-    """x [T, in] times f32 `matrix` [rows, in], transposed; with `activation` gated, the gate's rows first."""
+    """x [T, in] times f32 `matrix` [rows, in], transposed; with `activation` gated, the gate's rows first.
+
+    `is_narrow`: x and the matrix that was packed are bfloat16, so what is multiplied is.
+    """
     wide = normalise(x, *norm) if norm else x.astype(jnp.float32)
+    if is_narrow:
+        wide = wide.astype(jnp.bfloat16).astype(jnp.float32)
     y = jnp.matmul(wide, matrix.astype(jnp.float32).T, precision="highest")
     if bias is not None:
         y = y + bias

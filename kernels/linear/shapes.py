@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.linear.layout import PANEL, PackedWeights, WeightMeta, padded_panels
+from kernels.linear.layout import PAIRED_INPUTS, PANEL, PackedWeights, WeightMeta, padded_panels
 from kernels.linear.quantise import GROUP
 
 
@@ -35,7 +35,9 @@ def _xla_shapes(meta: WeightMeta) -> tuple[jax.ShapeDtypeStruct, ...]:
 def _cpu_shapes(meta: WeightMeta) -> tuple[jax.ShapeDtypeStruct, ...]:
     num_panels = padded_panels(meta.num_rows, is_gated=meta.is_gated)
     if meta.weight_format in ("float32", "bfloat16"):
-        return (jax.ShapeDtypeStruct((num_panels, meta.in_dim, PANEL), jnp.dtype(meta.weight_format)),)
+        filled = 0 if meta.weight_format == "float32" else -meta.in_dim % PAIRED_INPUTS
+        shape = (num_panels, meta.in_dim + filled, PANEL)
+        return (jax.ShapeDtypeStruct(shape, jnp.dtype(meta.weight_format)),)
     num_groups = -(-meta.in_dim // GROUP)
     inputs = num_groups * GROUP // (1 if meta.weight_format == "int8" else 2)
     return (

@@ -45,6 +45,7 @@ def multiply(
     residual: jax.Array | None,
     norm: tuple[jax.Array, float] | None,
     num_rows: jax.Array,
+    out_dtype: jnp.dtype,
 ) -> jax.Array:
     """As `kernels.linear.linear`, or gated by `activation`."""
     num_tokens, dtype = x.shape[0], x.dtype
@@ -63,7 +64,7 @@ def multiply(
         y = ACTIVATIONS[activation](gate) * up
     if residual is not None:
         y = y + residual.astype(jnp.float32)
-    return jnp.where(is_valid, y, 0).astype(dtype)
+    return jnp.where(is_valid, y, 0).astype(out_dtype)
 
 
 def _widened(arrays: Sequence[jax.Array], meta: WeightMeta) -> jax.Array:

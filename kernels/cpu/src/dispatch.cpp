@@ -10,6 +10,9 @@ extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Vnni;
 #endif
+#if defined(TIDEMILL_KNOWS_BF16)
+extern const Kernels kAvx512Bf16;
+#endif
 
 namespace {
 
@@ -20,12 +23,19 @@ bool is_supported(const Kernels& candidate) {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (&candidate == &kAvx2) return has_avx2;
   if (&candidate == &kAvx512) return has_avx512;
-  if (&candidate == &kAvx512Vnni) return has_avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  if (&candidate == &kAvx512Vnni) return has_vnni;
+#endif
+#if defined(TIDEMILL_KNOWS_BF16)
+  if (&candidate == &kAvx512Bf16) return has_vnni && __builtin_cpu_supports("avx512bf16");
 #endif
   return &candidate == &kBaseline;
 }
 
 const Kernels* const kBestFirst[] = {
+#if defined(TIDEMILL_KNOWS_BF16)
+    &kAvx512Bf16,
+#endif
 #if defined(__x86_64__)
     &kAvx512Vnni, &kAvx512, &kAvx2,
 #endif

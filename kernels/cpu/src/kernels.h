@@ -1,6 +1,11 @@
 // What each instruction set offers; `dispatch.cpp` chooses one at run time.
 #pragma once
 
+// Compilers that know the instructions for bfloat16 and can ask a CPU whether it has them.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define TIDEMILL_KNOWS_BF16 1
+#endif
+
 #include <cstdint>
 
 #include "pool.h"
@@ -46,19 +51,20 @@ struct Linear {
   int64_t max_rows, num_rows;  // T, and how many of them are computed; the others become zero
   int64_t in_dim, out_dim;     // K, N
   int64_t num_panels;          // even; of 16 rows of w each
-  Type type;                   // of x, residual and out
+  Type type;                   // of x and residual; bfloat16 and bfloat16 weights: x is rounded to it once normalised
+  Type out_type;
   Format format;
   Activation activation;
   const void* x;             // [T, K]
-  const void* weights;       // [num_panels, K, 16]; K filled up to whole groups for int8 and int4
+  const void* weights;       // [num_panels, K, 16]; K filled up to whole groups for int8 and int4, and to 32 for bfloat16
   const float* scales;       // [num_panels, K / 64, 16], int8 and int4: of 64 inputs of a row of w
   const float* bias;         // [N], gated [2 N], or null
   const void* residual;      // [T, N] or null
   const float* norm_weight;  // [K] or null
   float norm_eps;
   void* out;      // [T, N]
-  void* scratch;  // float32 [T, K] where x is normalised or bfloat16; for int8 and int4 132 bytes a group and row,
-                  // of T + 11 rows
+  void* scratch;  // 4 bytes [T, K filled up to 32] where x is normalised or bfloat16; for int8 and int4 132 bytes a group
+                  // and row, of T + 11 rows
 };
 
 // Tokens drawn from logits. Axes: L rows of logits, V vocabulary.

@@ -46,18 +46,42 @@ TIDEMILL_INLINE float inverse_root_mean_square(const Linear& args, int64_t row) 
   return 1.0f / std::sqrt(part[0] / static_cast<float>(args.in_dim) + args.norm_eps);
 }
 
-// Makes row `row` of x ready: in float32 and normalised if asked, or quantised too.
-TIDEMILL_INLINE void prepare_row(const Linear& args, const IntRows* quantised, int64_t row) {
+// What rows of x are made into before they are multiplied.
+enum class Prepared { kFloats, kPairs, kQuantised };
+
+// Makes row `row` of x ready, normalised if asked.
+TIDEMILL_INLINE void prepare_row(const Linear& args, Prepared kind, const IntRows& quantised, int64_t row) {
+  const bool is_rounded = args.type == Linear::Type::kBfloat16 && args.format == Linear::Format::kBfloat16;
   const float inverse = args.norm_weight != nullptr ? inverse_root_mean_square(args, row) : 1.0f;
   for (int64_t k = 0; k < args.in_dim; k += kGroup) {
     alignas(64) float own[kGroup] = {};
-    float* values = quantised != nullptr ? own : static_cast<float*>(args.scratch) + row * args.in_dim + k;
+    float* values = kind == Prepared::kFloats ? static_cast<float*>(args.scratch) + row * args.in_dim + k : own;
     const int64_t count = std::min(kGroup, args.in_dim - k);
     read_values(args, row, k, count, values);
     if (args.norm_weight != nullptr)
       for (int64_t i = 0; i < count; ++i) values[i] = values[i] * inverse * args.norm_weight[k + i];
-    if (quantised != nullptr) quantised->quantise(row, k / kGroup, values);
+    if (kind == Prepared::kQuantised) {
+      quantised.quantise(row, k / kGroup, values);
+    } else if (kind == Prepared::kPairs) {
+      const int64_t dim = paired_dim(args.in_dim), stop = std::min(kGroup, dim - k);
+      uint16_t* target = static_cast<uint16_t*>(args.scratch) + row * dim + k;
+      for (int64_t i = 0; i < stop; i += kLanes) store_bf16(target + i, load(values + i));
+    } else if (is_rounded && args.norm_weight != nullptr) {
+      for (int64_t i = 0; i < count; ++i) values[i] = from_bf16(to_bf16(values[i]));
+    }
   }
+}
+
+TIDEMILL_INLINE vf read_lanes(Linear::Type type, const void* data, int64_t index) {
+  return type == Linear::Type::kFloat32 ? load(static_cast<const float*>(data) + index)
+                                        : load_bf16(static_cast<const uint16_t*>(data) + index);
+}
+
+TIDEMILL_INLINE void write_lanes(Linear::Type type, void* data, int64_t index, vf value) {
+  if (type == Linear::Type::kFloat32)
+    store(static_cast<float*>(data) + index, value);
+  else
+    store_bf16(static_cast<uint16_t*>(data) + index, value);
 }
 
 TIDEMILL_INLINE vf activated(Linear::Activation activation, vf x) {
@@ -74,8 +98,7 @@ TIDEMILL_INLINE void finish_outputs(const Linear& args, int64_t row, int64_t col
   const int64_t width = std::min<int64_t>(kPanel, args.out_dim - column);
   if (width <= 0) return;
   const int64_t at = row * args.out_dim + column;
-  if (width == kPanel && args.type == Linear::Type::kFloat32) {  // nearly always: no copies
-    float* out = static_cast<float*>(args.out) + at;
+  if (width == kPanel) {  // nearly always: no copies
     for (int i = 0; i < kPanel; i += kLanes) {
       vf y = load(result + i);
       if (args.bias != nullptr) y = y + load(args.bias + column + i);
@@ -84,8 +107,8 @@ TIDEMILL_INLINE void finish_outputs(const Linear& args, int64_t row, int64_t col
         if (args.bias != nullptr) other = other + load(args.bias + args.out_dim + column + i);
         y = activated(args.activation, y) * other;
       }
-      if (args.residual != nullptr) y = y + load(static_cast<const float*>(args.residual) + at + i);
-      store(out + i, y);
+      if (args.residual != nullptr) y = y + read_lanes(args.type, args.residual, at + i);
+      write_lanes(args.out_type, args.out, at + i, y);
     }
     return;
   }
@@ -101,7 +124,7 @@ TIDEMILL_INLINE void finish_outputs(const Linear& args, int64_t row, int64_t col
     if (up != nullptr) y = activated(args.activation, y) * (load(up + i) + load(up_bias + i));
     store(value + i, y + load(residual + i));
   }
-  if (args.type == Linear::Type::kFloat32)
+  if (args.out_type == Linear::Type::kFloat32)
     std::memcpy(static_cast<float*>(args.out) + at, value, width * sizeof(float));
   else
     for (int64_t i = 0; i < width; ++i) static_cast<uint16_t*>(args.out)[at + i] = to_bf16(value[i]);
@@ -138,9 +161,8 @@ struct LinearWork {
   bool are_blocks_inner;
   std::vector<int64_t> runs;  // bounds of the runs, over all items
 
-  LinearWork(const Linear& args, int64_t num_threads) {
-    const bool is_int = args.format == Linear::Format::kInt8 || args.format == Linear::Format::kInt4;
-    const int64_t row_bytes = args.in_dim * (is_int ? kIntRowBytes : 4);
+  LinearWork(const Linear& args, Prepared kind, int64_t num_threads) {
+    const int64_t row_bytes = args.in_dim * (kind == Prepared::kQuantised ? kIntRowBytes : kind == Prepared::kPairs ? 2 : 4);
     const int64_t block_bytes = std::max(kMinBlockBytes, second_level_cache_bytes() / 16 * 7);
     const int64_t fitting = std::min(kMaxBlockRows, block_bytes / row_bytes / kTileRows * kTileRows);
     const int64_t max_rows = std::max<int64_t>(fitting, 4 * kTileRows);
@@ -165,33 +187,45 @@ struct LinearWork {
 };
 
 void linear(const Linear& args, Pool& pool) {
-  const int64_t size = args.type == Linear::Type::kFloat32 ? 4 : 2;
+  const int64_t size = args.out_type == Linear::Type::kFloat32 ? 4 : 2;
   std::memset(static_cast<char*>(args.out) + args.num_rows * args.out_dim * size, 0,
               (args.max_rows - args.num_rows) * args.out_dim * size);
   if (args.num_rows == 0) return;
-  const bool is_int = args.format == Linear::Format::kInt8 || args.format == Linear::Format::kInt4;
+  const bool is_narrow = args.type == Linear::Type::kBfloat16;
+  Prepared kind = Prepared::kFloats;
+  if (args.format == Linear::Format::kInt8 || args.format == Linear::Format::kInt4)
+    kind = Prepared::kQuantised;
+  else if (kHasPairDot && is_narrow && args.format == Linear::Format::kBfloat16)
+    kind = Prepared::kPairs;
   const IntRows quantised(args);
   const float* x = static_cast<const float*>(args.x);
-  if (is_int || args.type != Linear::Type::kFloat32 || args.norm_weight != nullptr) {
+  const int64_t row_stride = kind == Prepared::kPairs ? paired_dim(args.in_dim) / 2 : args.in_dim;  // in 32 bits
+  const bool is_ready = kind == Prepared::kFloats  ? !is_narrow
+                        : kind == Prepared::kPairs ? args.in_dim == paired_dim(args.in_dim)
+                                               : false;
+  if (!is_ready || args.norm_weight != nullptr) {
     const bool is_small = args.num_rows * args.in_dim <= kSerialElements;
     // Whole tiles: quantised rows of one lie side by side, and two threads would write to the same cache lines.
     const int64_t at_once = is_small ? args.num_rows : kTileRows;
     parallel_for(pool, (args.num_rows + at_once - 1) / at_once, [&](int64_t item) {
       const int64_t end = std::min(args.num_rows, (item + 1) * at_once);
-      for (int64_t row = item * at_once; row < end; ++row) prepare_row(args, is_int ? &quantised : nullptr, row);
+      for (int64_t row = item * at_once; row < end; ++row) prepare_row(args, kind, quantised, row);
     });
     x = static_cast<const float*>(args.scratch);
   }
-  const LinearWork work(args, pool.num_threads());
+  const LinearWork work(args, kind, pool.num_threads());
   parallel_for(pool, static_cast<int64_t>(work.runs.size()) - 1, [&](int64_t run) {
     PairMemory memory;
     for (int64_t item = work.runs[run]; item < work.runs[run + 1]; ++item) {
       const int64_t pair = work.pair(item), first_row = work.first_row(item);
       const int64_t num_rows = std::min(work.block_rows, args.num_rows - first_row);
-      if (is_int)
+      const float* rows = x + first_row * row_stride;
+      if (kind == Prepared::kQuantised)
         int_pair(args, quantised, first_row, num_rows, pair, memory.results, memory.ints);
+      else if (kind == Prepared::kPairs)
+        float_pair<true>(args, rows, row_stride, num_rows, pair, memory.results, memory.floats);
       else
-        float_pair(args, x + first_row * args.in_dim, args.in_dim, num_rows, pair, memory.results, memory.floats);
+        float_pair<false>(args, rows, row_stride, num_rows, pair, memory.results, memory.floats);
       finish_pair(args, first_row, num_rows, pair, memory.results);
     }
   });

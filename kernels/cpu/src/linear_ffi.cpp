@@ -15,9 +15,16 @@ namespace {
 
 constexpr int64_t kPanelOutputs = 16;
 constexpr int64_t kTileRowsMax = 12;  // quantised rows lie in whole tiles
-constexpr int64_t kGroupInputs = 64;  // that share a scale, in int8 and int4 panels
+constexpr int64_t kGroupInputs = 64;   // that share a scale, in int8 and int4 panels
+constexpr int64_t kPairedInputs = 32;  // bfloat16 panels are filled up to a multiple of it
 
 ffi::Error invalid(const std::string& what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "linear: " + what); }
+
+bool is_float(ffi::DataType type) { return type == ffi::DataType::F32 || type == ffi::DataType::BF16; }
+
+Linear::Type float_type(ffi::DataType type) {
+  return type == ffi::DataType::F32 ? Linear::Type::kFloat32 : Linear::Type::kBfloat16;
+}
 
 // A result as large as a batch's logits is memory that the system has just given and takes back after the step: in
 // huge pages, where it has them, that is some faults a step and not ten thousand.
@@ -47,13 +54,9 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panel
   args.activation = static_cast<Linear::Activation>(activation);
   const bool is_gated = args.activation != Linear::Activation::kNone;
   if (activation < 0 || activation > 2) return invalid("unknown activation");
-  const auto has_type = [&](ffi::DataType type) { return x.element_type() == type && out->element_type() == type; };
-  if (has_type(ffi::DataType::F32))
-    args.type = Linear::Type::kFloat32;
-  else if (has_type(ffi::DataType::BF16))
-    args.type = Linear::Type::kBfloat16;
-  else
-    return invalid("x and out are both float32 or both bfloat16");
+  if (!is_float(x.element_type()) || !is_float(out->element_type())) return invalid("x and out are float32 or bfloat16");
+  args.type = float_type(x.element_type());
+  args.out_type = float_type(out->element_type());
   int64_t group = 1, values_a_byte = 1, weight_bytes = 1;
   switch (panels.element_type()) {
     case ffi::DataType::F32:
@@ -63,6 +66,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panel
     case ffi::DataType::BF16:
       args.format = Linear::Format::kBfloat16;
       weight_bytes = 2;
+      group = kPairedInputs;
       break;
     case ffi::DataType::S8:
       args.format = bits == 4 ? Linear::Format::kInt4 : Linear::Format::kInt8;
@@ -71,7 +75,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panel
       break;
     default: return invalid("panels are float32, bfloat16 or int8");
   }
-  const bool is_int = group != 1;
+  const bool is_int = group == kGroupInputs;
   const int64_t in_padded = (args.in_dim + group - 1) / group * group;
   const int64_t outputs_of_panels = args.num_panels * kPanelOutputs / (is_gated ? 2 : 1);
   if (results[0] != args.max_rows || packed[2] * values_a_byte != in_padded || packed[3] != kPanelOutputs ||
@@ -90,7 +94,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer panel
   if (is_int)
     row_bytes = in_padded / group * (2 * group + 4);
   else if (num_norms != 0 || args.type != Linear::Type::kFloat32)
-    row_bytes = args.in_dim * 4;
+    row_bytes = (args.in_dim + kPairedInputs - 1) / kPairedInputs * kPairedInputs * 4;
   const int64_t scratch_rows = args.max_rows + (is_int ? kTileRowsMax - 1 : 0);
   if (static_cast<int64_t>(scratch->element_count()) < scratch_rows * row_bytes) return invalid("scratch is too small");
   const int64_t index = std::clamp<int64_t>(layer.typed_data()[0], 0, packed[0] - 1);

@@ -1,7 +1,9 @@
-// Products of float32 rows with float32 or bfloat16 panels, for one instruction set; included by linear.h.
+// Products of float32 or bfloat16 rows with float32 or bfloat16 panels, for one instruction set; included by linear.h.
 //
 // Each result is one chain of multiply-adds over the inputs in their order, so a row's bits do not depend on the
-// number of rows, its tile, its block or its thread.
+// number of rows, its tile, its block or its thread. What is multiplied lies in steps of 32 bits an output: one input in
+// float32, or two in bfloat16. Where the CPU multiplies and adds pairs of bfloat16, such rows meet such panels as they
+// lie; else the panels are widened, a slice for all of the block's rows.
 
 namespace tidemill {
 namespace TIDEMILL_ISA {
@@ -19,6 +21,9 @@ constexpr int64_t kMaxBlockRows = 132;  // a multiple of every kTileRows
 constexpr int64_t kFloatSlice = kLanes == 16 ? 2048 : 256 / kPanelsAtOnce;
 constexpr int64_t kNarrowSlice = 256 / kPanelsAtOnce;  // of bfloat16 panels, which are widened
 static_assert(kMaxBlockRows % kTileRows == 0, "whole tiles");
+constexpr int64_t kPairedInputs = 32;  // bfloat16 panels are filled up to a multiple of it
+
+TIDEMILL_INLINE int64_t paired_dim(int64_t in_dim) { return (in_dim + kPairedInputs - 1) / kPairedInputs * kPairedInputs; }
 
 // A slice of bfloat16 panels, widened.
 struct FloatMemory {
@@ -27,20 +32,20 @@ struct FloatMemory {
 
 // One slice of the panels that are worked on together.
 struct FloatSlice {
-  const float* panels[kPanelsAtOnce];  // [count, 16] each
+  const float* panels[kPanelsAtOnce];  // [count, 16] each; of pairs their bits
   const void* ahead[kPanelsAtOnce];    // what is worked on next, to be fetched meanwhile
-  int64_t count;
+  int64_t count;                       // steps
   bool is_first;
 };
 
-// results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16].
+// results[r][16 of each panel] (+)= sum over k of x[r][k] * panel[k][16]; with `IsPairs` a k is a pair of inputs.
 //
-// `Ahead` lines of what is worked on next are fetched with every four inputs, from each panel's `ahead` on.
+// `Ahead` lines of what is worked on next are fetched with every four steps, from each panel's `ahead` on.
 //
-// Three rows share a pointer, and the inputs go by fours: a pointer a row would be more than there are registers. Where
+// Three rows share a pointer, and the steps go by fours: a pointer a row would be more than there are registers. Where
 // slices are short, the same slice of the rows that come `Rows` further down is fetched from the second-level cache
 // meanwhile: too short a stretch for the hardware to foresee.
-template <int Rows, int Ahead>
+template <int Rows, int Ahead, bool IsPairs>
 void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
   constexpr int kSharing = 3, kPointers = (Rows + kSharing - 1) / kSharing;
   const float* rows[kPointers];
@@ -64,9 +69,18 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
     for (int c = 0; c < kAcross; ++c) column[c] = load(panels[c / kVectors] + at * kPanel + c % kVectors * kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
-      const vf factor = splat(rows[r / kSharing][at + r % kSharing * row_stride]);
+      const float* factor = rows[r / kSharing] + at + r % kSharing * row_stride;
+      if constexpr (IsPairs) {
+        int32_t pair;
+        std::memcpy(&pair, factor, sizeof pair);
+        const vi pairs = splat_int(pair);
 #pragma GCC unroll 4
-      for (int c = 0; c < kAcross; ++c) acc[r][c] = fma(factor, column[c], acc[r][c]);
+        for (int c = 0; c < kAcross; ++c) acc[r][c] = pair_dot(acc[r][c], pairs, as_int(column[c]));
+      } else {
+        const vf factors = splat(*factor);
+#pragma GCC unroll 4
+        for (int c = 0; c < kAcross; ++c) acc[r][c] = fma(factors, column[c], acc[r][c]);
+      }
     }
   };
   const auto advance = [&](int by) __attribute__((always_inline)) {
@@ -102,21 +116,34 @@ void float_tile(const float* x, int64_t row_stride, const FloatSlice& slice, flo
 }
 
 // The last tile of a block has fewer rows.
-template <int Rows, int Ahead>
+template <int Rows, int Ahead, bool IsPairs>
 void float_rest(int64_t rows, const float* x, int64_t row_stride, const FloatSlice& slice, float* const* results) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      float_tile<Rows, Ahead>(x, row_stride, slice, results);
+      float_tile<Rows, Ahead, IsPairs>(x, row_stride, slice, results);
     else
-      float_rest<Rows - 1, Ahead>(rows, x, row_stride, slice, results);
+      float_rest<Rows - 1, Ahead, IsPairs>(rows, x, row_stride, slice, results);
   }
 }
 
-// All the rows of a block against one pair of panels.
+// Of `num_pairs` pairs of inputs of a bfloat16 panel each input by itself, in float32.
+TIDEMILL_INLINE void widen_pairs(const uint16_t* panel, int64_t num_pairs, float* target) {
+  for (int64_t pair = 0; pair < num_pairs; ++pair)
+    for (int lane = 0; lane < kPanel; lane += kLanes) {
+      const vi both = load_int(panel + (pair * kPanel + lane) * 2);
+      store(target + 2 * pair * kPanel + lane, as_float(both << 16));
+      store(target + (2 * pair + 1) * kPanel + lane, as_float(both & splat_int(static_cast<int32_t>(0xffff0000u))));
+    }
+}
+
+// All the rows of a block against one pair of panels; `row_stride` in 32 bits.
+template <bool IsPairs>
 TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_stride, int64_t num_rows, int64_t pair,
                                 float (*results)[kMaxBlockRows * kPanel], FloatMemory& memory) {
-  const int64_t in_dim = args.in_dim;
-  const bool is_narrow = args.format == Linear::Format::kBfloat16;
+  const bool is_narrow = !IsPairs && args.format == Linear::Format::kBfloat16;
+  // Of steps, and of the panel's lines of 32 bits an output.
+  const int64_t in_dim = IsPairs ? paired_dim(args.in_dim) / 2 : args.in_dim;
+  const int64_t panel_len = is_narrow ? paired_dim(args.in_dim) / 2 : in_dim;
   const int64_t slice_len = is_narrow ? kNarrowSlice : kFloatSlice;
   for (int first = 0; first < 2; first += kPanelsAtOnce) {
     for (int64_t begin = 0; begin < in_dim; begin += slice_len) {
@@ -126,17 +153,15 @@ TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_
       const bool is_last = begin + slice.count == in_dim;
       float* target[kPanelsAtOnce];
       for (int p = 0; p < kPanelsAtOnce; ++p) {
-        const int64_t at = ((pair * 2 + first + p) * in_dim + begin) * kPanel;
-        const int64_t next = at + (is_last ? (kPanelsAtOnce - 1) * in_dim : 0) * kPanel + slice.count * kPanel;
+        const int64_t panel = (pair * 2 + first + p) * panel_len;
+        const int64_t num_lines = is_narrow ? (slice.count + 1) / 2 : slice.count;
+        const float* lines = static_cast<const float*>(args.weights) + (panel + (is_narrow ? begin / 2 : begin)) * kPanel;
         target[p] = results[first + p];
+        slice.panels[p] = lines;
+        slice.ahead[p] = lines + (num_lines + (is_last ? (kPanelsAtOnce - 1) * panel_len : 0)) * kPanel;
         if (is_narrow) {
-          const uint16_t* weights = static_cast<const uint16_t*>(args.weights);
-          for (int64_t i = 0; i < slice.count * kPanel; ++i) memory.panels[p][i] = from_bf16(weights[at + i]);
+          widen_pairs(reinterpret_cast<const uint16_t*>(lines), num_lines, memory.panels[p]);
           slice.panels[p] = memory.panels[p];
-          slice.ahead[p] = weights + next;
-        } else {
-          slice.panels[p] = static_cast<const float*>(args.weights) + at;
-          slice.ahead[p] = static_cast<const float*>(args.weights) + next;
         }
       }
       // What comes next is fetched by the first four tiles, a quarter each: all of it by one would ask for more than the
@@ -147,13 +172,13 @@ TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
         const float* rows = x + tile * kTileRows * row_stride + begin;
         if (tile >= num_fetching)
-          float_tile<kTileRows, 0>(rows, row_stride, slice, target);
+          float_tile<kTileRows, 0, IsPairs>(rows, row_stride, slice, target);
         else if (num_fetching == 4)
-          float_tile<kTileRows, 1>(rows, row_stride, slice, target);
+          float_tile<kTileRows, 1, IsPairs>(rows, row_stride, slice, target);
         else if (num_fetching == 2)
-          float_tile<kTileRows, 2>(rows, row_stride, slice, target);
+          float_tile<kTileRows, 2, IsPairs>(rows, row_stride, slice, target);
         else
-          float_tile<kTileRows, 4>(rows, row_stride, slice, target);
+          float_tile<kTileRows, 4, IsPairs>(rows, row_stride, slice, target);
         for (int p = 0; p < kPanelsAtOnce; ++p) {
           target[p] += kTileRows * kPanel;
           slice.ahead[p] = static_cast<const char*>(slice.ahead[p]) + part;
@@ -161,9 +186,9 @@ TIDEMILL_INLINE void float_pair(const Linear& args, const float* x, int64_t row_
       }
       const int64_t row = num_tiles * kTileRows;
       if (num_tiles == 0)
-        float_rest<kTileRows - 1, 4>(num_rows, x + begin, row_stride, slice, target);
+        float_rest<kTileRows - 1, 4, IsPairs>(num_rows, x + begin, row_stride, slice, target);
       else
-        float_rest<kTileRows - 1, 0>(num_rows - row, x + row * row_stride + begin, row_stride, slice, target);
+        float_rest<kTileRows - 1, 0, IsPairs>(num_rows - row, x + row * row_stride + begin, row_stride, slice, target);
     }
   }
 }

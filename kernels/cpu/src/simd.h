@@ -15,6 +15,7 @@ typedef float vf __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
 typedef uint32_t vu __attribute__((vector_size(4 * TIDEMILL_LANES), aligned(4)));
 typedef uint8_t vb __attribute__((vector_size(TIDEMILL_LANES), aligned(1)));  // a byte a lane
+typedef uint16_t vh __attribute__((vector_size(2 * TIDEMILL_LANES), aligned(2)));  // a bfloat16 a lane
 
 #define TIDEMILL_INLINE inline __attribute__((always_inline))
 
@@ -184,6 +185,31 @@ TIDEMILL_INLINE uint16_t to_bf16(float x) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+// As many as there are lanes.
+TIDEMILL_INLINE vf load_bf16(const uint16_t* p) {
+  return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vu) << 16);
+}
+
+// Each to the nearest, as `to_bf16`.
+TIDEMILL_INLINE void store_bf16(uint16_t* p, vf x) {
+  const vu bits = as_bits(x);
+  const vu rounded = bits + ((bits >> 16) & 1u) + 0x7fffu;
+  const vu nearest_bits = x == x ? rounded : bits | 0x400000u;
+  *reinterpret_cast<vh*>(p) = __builtin_convertvector(nearest_bits >> 16, vh);
+}
+
+#if defined(TIDEMILL_BF16)
+constexpr bool kHasPairDot = true;
+// sum + the products of the two bfloat16 numbers of x and w, in each lane.
+TIDEMILL_INLINE vf pair_dot(vf sum, vi x, vi w) {
+  return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x),
+                                               reinterpret_cast<__m512bh>(w)));
+}
+#else
+constexpr bool kHasPairDot = false;
+TIDEMILL_INLINE vf pair_dot(vf sum, vi, vi) { return sum; }
+#endif
 
 }  // namespace TIDEMILL_ISA
 }  // namespace tidemill
