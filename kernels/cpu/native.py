@@ -45,8 +45,8 @@ def why_absent() -> str | None:
 
 
 def isa_name() -> str | None:
-    """The instruction set in use ("avx512bf16", "avx512vnni", "avx512", "avx2" or "baseline"); None without the
-    library.
+    """The instruction set in use ("avx512bf16", "avx512vnni", "avx512", "avx2" or "baseline"); None without
+    the library.
 
     The environment's TIDEMILL_CPU_ISA, read once, asks for a lesser one that this CPU has too.
     """

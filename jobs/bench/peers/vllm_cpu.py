@@ -9,15 +9,16 @@ from jobs.bench.peers.serving import Generated, Request, Sampling, serve
 
 
 class VllmCpu:
-    """An `LLM` of the offline API, in float32 and with prefix caching."""
+    """An `LLM` of the offline API, with prefix caching."""
 
     def __init__(self, settings: dict[str, Any]):
         import vllm  # pyright: ignore[reportMissingImports]
 
         self._vllm = vllm
+        self._dtype = settings["dtype"]
         self._llm = vllm.LLM(
             model=settings["model"],
-            dtype="float32",
+            dtype=settings["dtype"],
             max_model_len=settings["max_model_len"],
             max_num_seqs=settings["max_num_seqs"],
             max_num_batched_tokens=settings["max_num_batched_tokens"],
@@ -30,7 +31,7 @@ class VllmCpu:
     def about(self) -> str:
         import torch  # pyright: ignore[reportMissingImports]
 
-        return f"vLLM {self._vllm.__version__}, torch {torch.__version__}, float32"
+        return f"vLLM {self._vllm.__version__}, torch {torch.__version__}, {self._dtype}"
 
     def prepare(self, requests: Sequence[Request], sampling: Sampling) -> dict[str, Any]:
         self.generate(requests, sampling, {})
