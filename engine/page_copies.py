@@ -24,6 +24,8 @@ def make_copy(layout: PageLayout, num_layers: int) -> Any:
     """
 
     def copy(kv_pages: Pages, copies: jax.Array, num_copies: jax.Array) -> Pages:
+        if layout.copies_whole_pages:  # what is behind the tokens asked for is written before it is read
+            return layout.copy_whole(kv_pages, num_layers, copies, num_copies)
         num_pages = kv_pages.num_pages // num_layers
 
         def one(index: jax.Array, by_layer: Pages) -> Pages:

@@ -13,7 +13,13 @@ from importlib.util import find_spec
 import jax
 
 # The handlers of the library, by the name XLA calls them with.
-_TARGETS = ("tidemill_attention", "tidemill_linear", "tidemill_sampling", "tidemill_uninitialized")
+_TARGETS = (
+    "tidemill_attention",
+    "tidemill_linear",
+    "tidemill_sampling",
+    "tidemill_uninitialized",
+    "tidemill_copy_items",
+)
 
 
 @cache

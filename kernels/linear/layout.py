@@ -2,9 +2,9 @@
 
 For the native backend a matrix [out, in] is cut into panels of 16 outputs, [panel, in, 16], so that a product
 reads it in order whatever the width of the CPU's vectors. In bfloat16 two inputs of an output lie side
-by side, [panel, in / 2, 16, 2], as instructions that multiply and add pairs want them. The last panels are filled
-up with zeros to an even number of panels. Of a gated pair of matrices panels alternate: 16 outputs of the
-gate, the same 16 of the up. For XLA matrices stay as they are, but quantised ones, which lie [in, out]
+by side, [panel, in / 2, 16, 2], as instructions that multiply and add pairs want them. The last panels are
+filled up with zeros to an even number of panels. Of a gated pair of matrices panels alternate: 16 outputs of
+the gate, the same 16 of the up. For XLA matrices stay as they are, but quantised ones, which lie [in, out]
 (`kernels.linear.xla`).
 """
 

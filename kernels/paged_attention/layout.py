@@ -197,6 +197,25 @@ class PageLayout:
             masks = masks._replace(key_scales=kept[None], value_scales=kept[None])
         return jax.tree.map(copied, pages, masks)
 
+    @property
+    def copies_whole_pages(self) -> bool:
+        """Whether `copy_whole` is the way to copy: XLA widens all pages of bfloat16 on a CPU to copy one."""
+        return self.backend == "cpu" and self.dtype == "bfloat16"
+
+    def copy_whole(self, pages: Pages, num_layers: int, copies: jax.Array, num_copies: jax.Array) -> Pages:
+        """Copy page copies[0, i] to copies[1, i] in each of `num_layers` layers, in place, for the first
+        `num_copies` (i32 scalar) columns of `copies` i32[at least 2, n], one after the other.
+
+        Raises XlaRuntimeError for a page that is not there.
+        """
+
+        def copied(x: jax.Array) -> jax.Array:
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            call = jax.ffi.ffi_call("tidemill_copy_items", shape, input_output_aliases={0: 0})
+            return call(x, copies, num_copies, num_layers=np.int64(num_layers))
+
+        return jax.tree.map(copied, pages)
+
     def tokens(self, pages: Pages, page_ids: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values, each [num_tokens, K, H], of a sequence that lies in `page_ids` (on the host)."""
         keys = np.asarray(pages.keys)[page_ids].transpose(0, 3, 1, 2)
