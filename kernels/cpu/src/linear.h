@@ -162,7 +162,8 @@ struct LinearWork {
   std::vector<int64_t> runs;  // bounds of the runs, over all items
 
   LinearWork(const Linear& args, Prepared kind, int64_t num_threads) {
-    const int64_t row_bytes = args.in_dim * (kind == Prepared::kQuantised ? kIntRowBytes : kind == Prepared::kPairs ? 2 : 4);
+    const int64_t value_bytes = kind == Prepared::kQuantised ? kIntRowBytes : kind == Prepared::kPairs ? 2 : 4;
+    const int64_t row_bytes = args.in_dim * value_bytes;
     const int64_t block_bytes = std::max(kMinBlockBytes, second_level_cache_bytes() / 16 * 7);
     const int64_t fitting = std::min(kMaxBlockRows, block_bytes / row_bytes / kTileRows * kTileRows);
     const int64_t max_rows = std::max<int64_t>(fitting, 4 * kTileRows);
@@ -200,10 +201,9 @@ void linear(const Linear& args, Pool& pool) {
   const IntRows quantised(args);
   const float* x = static_cast<const float*>(args.x);
   const int64_t row_stride = kind == Prepared::kPairs ? paired_dim(args.in_dim) / 2 : args.in_dim;  // in 32 bits
-  const bool is_ready = kind == Prepared::kFloats  ? !is_narrow
-                        : kind == Prepared::kPairs ? args.in_dim == paired_dim(args.in_dim)
-                                               : false;
-  if (!is_ready || args.norm_weight != nullptr) {
+  const bool is_float_as_it_lies = kind == Prepared::kFloats && !is_narrow;
+  const bool is_paired_as_it_lies = kind == Prepared::kPairs && args.in_dim == paired_dim(args.in_dim);
+  if (args.norm_weight != nullptr || !(is_float_as_it_lies || is_paired_as_it_lies)) {
     const bool is_small = args.num_rows * args.in_dim <= kSerialElements;
     // Whole tiles: quantised rows of one lie side by side, and two threads would write to the same cache lines.
     const int64_t at_once = is_small ? args.num_rows : kTileRows;
