@@ -55,6 +55,7 @@ chaos: $(INSTALLED) build/fuzz
 	TIDEMILL_CPU_ISA=avx2 build/fuzz 2 $(CHAOS_CASES)
 	TIDEMILL_CPU_ISA=avx512 build/fuzz 3 $(CHAOS_CASES)
 	TIDEMILL_CPU_ISA=avx512vnni build/fuzz 5 $(CHAOS_CASES)
+	TIDEMILL_CPU_ISA=amx-emulated build/fuzz 6 $(CHAOS_CASES)
 	build/fuzz 4 $(CHAOS_CASES)
 	TIDEMILL_CHAOS=1 $(BIN)/python -m pytest tests/pipeline/test_runs_on_stores.py tests/pipeline/test_kill.py \
 	  tests/pipeline/test_stopped_workers.py tests/jobs/test_ray.py tests/server/test_load.py

@@ -51,10 +51,11 @@ def why_absent() -> str | None:
 
 
 def isa_name() -> str | None:
-    """The instruction set in use ("avx512bf16", "avx512vnni", "avx512", "avx2" or "baseline"); None without
-    the library.
+    """The instruction set in use ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2" or "baseline"); None
+    without the library.
 
-    The environment's TIDEMILL_CPU_ISA, read once, asks for a lesser one that this CPU has too.
+    The environment's TIDEMILL_CPU_ISA, read once, asks for a lesser one that this CPU has too, or for
+    "amx-emulated", what runs on AMX with its tiles in memory: for tests, and slow.
     """
     library = native_library()
     return None if library is None else library.tidemill_isa().decode()

@@ -80,7 +80,7 @@ def test_the_engine_runs_with_the_constants_of_its_device():
 
 def test_every_instruction_set_has_measured_constants():
     sets = json.loads(COSTS_FILE.read_text())["devices"]
-    for isa in ("avx512bf16", "avx512vnni", "avx512", "avx2", "baseline"):
+    for isa in ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "baseline"):
         assert sets[f"cpu native {isa}"]["source"].startswith("measured: ")
     assert sets["cpu xla"]["source"].startswith("measured: ")
     for name, kept in sets.items():

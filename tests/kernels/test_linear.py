@@ -203,12 +203,14 @@ rng = np.random.default_rng(0)
 results = []
 cases = [("float32", each) for each in ("float32", "bfloat16", "int8", "int4")] + [("bfloat16", "bfloat16")]
 for dtype, weight_format in cases:
-    for out_dim, in_dim, num_tokens in ((70, 600, 29), (32, 64, 1), (96, 70, 150)):
+    for out_dim, in_dim, num_tokens in ((70, 600, 29), (32, 64, 1), (96, 70, 150), (40, 1400, 45)):
         matrix = rng.standard_normal((out_dim, in_dim)).astype(np.float32) / in_dim**0.5
         x = jnp.asarray(rng.standard_normal((num_tokens, in_dim)).astype(np.float32), dtype)
         norm = (jnp.ones(in_dim), 1e-5)
         packed = pack_weights([matrix], weight_format, "cpu").layer(0)
         results.append(linear(x, packed, out_dtype=jnp.float32))
+        some = slice(num_tokens // 3, num_tokens // 3 + 3)  # a row's bits are its own
+        assert (linear(x[some], packed, out_dtype=jnp.float32) == results[-1][some]).all()
         weight = pack_weights([matrix], weight_format, "cpu", is_gated=True).layer(0)
         results.append(gated_linear(x, weight, norm=norm))
 np.savez(sys.argv[2], *[np.asarray(result, np.float32) for result in results])
@@ -217,17 +219,22 @@ np.savez(sys.argv[2], *[np.asarray(result, np.float32) for result in results])
 
 @needs_native
 def test_every_instruction_set_here_agrees(tmp_path):
-    """The best one, whose results the other tests hold, and the baseline."""
+    """The best one, whose results the other tests hold; the baseline; and tiles, in memory where there are none."""
     found = {}
-    for isa in {isa_name(), "baseline"}:
+    for isa in {isa_name(), "baseline", "amx-emulated"}:
         path = tmp_path / f"{isa}.npz"
         environment = {**os.environ, "TIDEMILL_CPU_ISA": isa}
         subprocess.run([sys.executable, "-c", _ISA_SCRIPT, isa, path], check=True, env=environment)
         with np.load(path) as loaded:
             found[isa] = [loaded[name] for name in loaded.files]
-    for best, plain in zip(found[isa_name()], found["baseline"], strict=True):
-        assert np.abs(best - plain).mean() <= 2e-5  # a gated result in bfloat16 may be rounded to either side
-        np.testing.assert_allclose(best, plain, atol=2e-2)
+    for isa in (isa_name(), "amx-emulated"):
+        for got, plain in zip(found[isa], found["baseline"], strict=True):
+            assert np.abs(got - plain).mean() <= 2e-5  # a gated result in bfloat16 may be rounded to either side
+            np.testing.assert_allclose(got, plain, atol=2e-2)
+    # By tiles too a group of 8-bit numbers adds up to a whole number, and all else is the same code.
+    num_narrow = len(found["baseline"]) // 5
+    for got, plain in zip(found["amx-emulated"][:-num_narrow], found["baseline"][:-num_narrow], strict=True):
+        np.testing.assert_array_equal(got, plain)
 
 
 def test_what_does_not_fit_is_refused_by_name():

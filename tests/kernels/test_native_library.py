@@ -31,7 +31,7 @@ def no_library(monkeypatch):
 def test_it_is_there_where_there_is_a_compiler():
     assert native_library() is not None
     assert why_absent() is None
-    assert isa_name() in ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
+    assert isa_name() in ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
 def test_installing_without_a_compiler_succeeds(tmp_path):
@@ -89,7 +89,9 @@ def test_pages_of_fp8_are_for_accelerators():
         Backends.choose(narrow, "cpu")
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni", "avx512bf16"])
+@pytest.mark.parametrize(
+    "isa", ["baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx", "amx-emulated"]
+)
 def test_every_instruction_set_of_this_cpu_is_right(isa, tmp_path):
     """Random calls, compared with plain loops: `make chaos` has more, with sanitizers."""
     compiler = shutil.which("g++")

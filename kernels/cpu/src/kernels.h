@@ -6,6 +6,11 @@
 #define TIDEMILL_KNOWS_BF16 1
 #endif
 
+// Tiles are asked of the system, and their instructions written as such: compilers whose assembler has them.
+#if defined(TIDEMILL_KNOWS_BF16) && defined(__linux__)
+#define TIDEMILL_KNOWS_AMX 1
+#endif
+
 #include <cstdint>
 
 #include "pool.h"

@@ -5,8 +5,10 @@
 // the block's tiles of rows go by. A tile's results are in registers within a slice, and in a small array of the thread
 // between slices. What follows a product (bias, residual, gate) is done on that array, so its cost is small.
 
+#include "tiles.h"
 #include "linear_float.h"
 #include "linear_int8.h"
+#include "linear_tiles.h"
 
 namespace tidemill {
 namespace TIDEMILL_ISA {
@@ -49,8 +51,15 @@ TIDEMILL_INLINE float inverse_root_mean_square(const Linear& args, int64_t row) 
 // What rows of x are made into before they are multiplied.
 enum class Prepared { kFloats, kPairs, kQuantised };
 
+// Rows that are worked on together: a block has a whole number of them.
+TIDEMILL_INLINE int64_t tile_rows(Prepared kind) {
+  return kHasTiles && kind != Prepared::kFloats ? kTiledRows : kTileRows;
+}
+
+using QuantisedRows = std::conditional_t<kHasTiles, TiledIntRows, IntRows>;
+
 // Makes row `row` of x ready, normalised if asked.
-TIDEMILL_INLINE void prepare_row(const Linear& args, Prepared kind, const IntRows& quantised, int64_t row) {
+TIDEMILL_INLINE void prepare_row(const Linear& args, Prepared kind, const QuantisedRows& quantised, int64_t row) {
   const bool is_rounded = args.type == Linear::Type::kBfloat16 && args.format == Linear::Format::kBfloat16;
   const float inverse = args.norm_weight != nullptr ? inverse_root_mean_square(args, row) : 1.0f;
   for (int64_t k = 0; k < args.in_dim; k += kGroup) {
@@ -149,7 +158,7 @@ struct PairMemory {
   alignas(64) float results[2][kMaxBlockRows * kPanel];
   union {
     FloatMemory floats;
-    IntMemory ints;
+    std::conditional_t<kHasTiles, TiledIntMemory, IntMemory> ints;
   };
 };
 
@@ -162,14 +171,16 @@ struct LinearWork {
   std::vector<int64_t> runs;  // bounds of the runs, over all items
 
   LinearWork(const Linear& args, Prepared kind, int64_t num_threads) {
-    const int64_t value_bytes = kind == Prepared::kQuantised ? kIntRowBytes : kind == Prepared::kPairs ? 2 : 4;
+    const int64_t int_bytes = kHasTiles ? 1 : kIntRowBytes;
+    const int64_t value_bytes = kind == Prepared::kQuantised ? int_bytes : kind == Prepared::kPairs ? 2 : 4;
     const int64_t row_bytes = args.in_dim * value_bytes;
     const int64_t block_bytes = std::max(kMinBlockBytes, second_level_cache_bytes() / 16 * 7);
-    const int64_t fitting = std::min(kMaxBlockRows, block_bytes / row_bytes / kTileRows * kTileRows);
-    const int64_t max_rows = std::max<int64_t>(fitting, 4 * kTileRows);
+    const int64_t together = tile_rows(kind), most = kMaxBlockRows / together * together;
+    const int64_t fitting = std::min(most, block_bytes / row_bytes / together * together);
+    const int64_t max_rows = std::max<int64_t>(fitting, std::min(most, 4 * together));
     const int64_t count = (args.num_rows + max_rows - 1) / max_rows;
     const int64_t even = (args.num_rows + count - 1) / count;
-    block_rows = (even + kTileRows - 1) / kTileRows * kTileRows;
+    block_rows = (even + together - 1) / together * together;
     num_blocks = (args.num_rows + block_rows - 1) / block_rows;
     num_pairs = args.num_panels / 2;
     are_blocks_inner = args.num_rows * row_bytes <= block_bytes;
@@ -196,9 +207,9 @@ void linear(const Linear& args, Pool& pool) {
   Prepared kind = Prepared::kFloats;
   if (args.format == Linear::Format::kInt8 || args.format == Linear::Format::kInt4)
     kind = Prepared::kQuantised;
-  else if (kHasPairDot && is_narrow && args.format == Linear::Format::kBfloat16)
+  else if ((kHasPairDot || kHasTiles) && is_narrow && args.format == Linear::Format::kBfloat16)
     kind = Prepared::kPairs;
-  const IntRows quantised(args);
+  const QuantisedRows quantised(args);
   const float* x = static_cast<const float*>(args.x);
   const int64_t row_stride = kind == Prepared::kPairs ? paired_dim(args.in_dim) / 2 : args.in_dim;  // in 32 bits
   const bool is_float_as_it_lies = kind == Prepared::kFloats && !is_narrow;
@@ -206,7 +217,7 @@ void linear(const Linear& args, Pool& pool) {
   if (args.norm_weight != nullptr || !(is_float_as_it_lies || is_paired_as_it_lies)) {
     const bool is_small = args.num_rows * args.in_dim <= kSerialElements;
     // Whole tiles: quantised rows of one lie side by side, and two threads would write to the same cache lines.
-    const int64_t at_once = is_small ? args.num_rows : kTileRows;
+    const int64_t at_once = is_small ? args.num_rows : tile_rows(kind);
     parallel_for(pool, (args.num_rows + at_once - 1) / at_once, [&](int64_t item) {
       const int64_t end = std::min(args.num_rows, (item + 1) * at_once);
       for (int64_t row = item * at_once; row < end; ++row) prepare_row(args, kind, quantised, row);
@@ -216,12 +227,15 @@ void linear(const Linear& args, Pool& pool) {
   const LinearWork work(args, kind, pool.num_threads());
   parallel_for(pool, static_cast<int64_t>(work.runs.size()) - 1, [&](int64_t run) {
     PairMemory memory;
+    Tiles tiles;
     for (int64_t item = work.runs[run]; item < work.runs[run + 1]; ++item) {
       const int64_t pair = work.pair(item), first_row = work.first_row(item);
       const int64_t num_rows = std::min(work.block_rows, args.num_rows - first_row);
       const float* rows = x + first_row * row_stride;
       if (kind == Prepared::kQuantised)
-        int_pair(args, quantised, first_row, num_rows, pair, memory.results, memory.ints);
+        int_pair(args, quantised, first_row, num_rows, pair, memory.results, memory.ints, tiles);
+      else if (kind == Prepared::kPairs && kHasTiles)
+        pair_by_tiles(args, rows, row_stride, num_rows, pair, memory.results, tiles);
       else if (kind == Prepared::kPairs)
         float_pair<true>(args, rows, row_stride, num_rows, pair, memory.results, memory.floats);
       else

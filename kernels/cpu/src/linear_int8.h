@@ -165,6 +165,16 @@ void int_rest(int64_t rows, const int32_t* x, const float* scales, const IntSlic
   }
 }
 
+// The scale of a group of x, from `values` [64], and what brings these to whole numbers.
+TIDEMILL_INLINE float group_scale(const float* values, vf& inverse) {
+  vf largest = vf{};
+  for (int64_t k = 0; k < kGroup; k += kLanes)
+    largest = maximum(as_float(as_int(load(values + k)) & splat_int(0x7fffffff)), largest);
+  const float limit = highest(largest);
+  inverse = splat(limit > 0 ? 127.0f / limit : 0.0f);
+  return limit / 127.0f;
+}
+
 // Rows of x, quantised, a tile's rows side by side: [tiles, steps, rows of a tile] and [tiles, groups, rows of a tile].
 struct IntRows {
   int32_t* steps;
@@ -183,12 +193,8 @@ struct IntRows {
 
   // One group of a row, from `values` [64].
   TIDEMILL_INLINE void quantise(int64_t row, int64_t group, const float* values) const {
-    vf largest = vf{};
-    for (int64_t k = 0; k < kGroup; k += kLanes)
-      largest = maximum(as_float(as_int(load(values + k)) & splat_int(0x7fffffff)), largest);
-    const float limit = highest(largest);
-    scales[place(row, group) + row % kTileRows] = limit / 127.0f;
-    const vf inverse = splat(limit > 0 ? 127.0f / limit : 0.0f);
+    vf inverse;
+    scales[place(row, group) + row % kTileRows] = group_scale(values, inverse);
     int32_t* target = steps + place(row, group) * kGroupSteps + row % kTileRows;
     if (kUsesQuads) {
       alignas(64) uint8_t bytes[kGroup];
@@ -214,7 +220,7 @@ struct IntRows {
 
 // The rows [first_row, first_row + num_rows) against one pair of panels.
 TIDEMILL_INLINE void int_pair(const Linear& args, const IntRows& x, int64_t first_row, int64_t num_rows, int64_t pair,
-                              float (*results)[kMaxBlockRows * kPanel], IntMemory& memory) {
+                              float (*results)[kMaxBlockRows * kPanel], IntMemory& memory, Tiles&) {
   const bool is_int4 = args.format == Linear::Format::kInt4;
   const int64_t in_dim = x.num_groups * kGroup;
   const int64_t slice_len = kUsesQuads && !is_int4 ? kPackedSlice : kIntSlice;
