@@ -219,7 +219,7 @@ np.savez(sys.argv[2], *[np.asarray(result, np.float32) for result in results])
 
 @needs_native
 def test_every_instruction_set_here_agrees(tmp_path):
-    """The best one, whose results the other tests hold; the baseline; and tiles, in memory where there are none."""
+    """The best one, whose results the other tests hold; the baseline; and tiles, those in memory."""
     found = {}
     for isa in {isa_name(), "baseline", "amx-emulated"}:
         path = tmp_path / f"{isa}.npz"
@@ -229,7 +229,9 @@ def test_every_instruction_set_here_agrees(tmp_path):
             found[isa] = [loaded[name] for name in loaded.files]
     for isa in (isa_name(), "amx-emulated"):
         for got, plain in zip(found[isa], found["baseline"], strict=True):
-            assert np.abs(got - plain).mean() <= 2e-5  # a gated result in bfloat16 may be rounded to either side
+            assert (
+                np.abs(got - plain).mean() <= 2e-5
+            )  # a gated result in bfloat16 may be rounded to either side
             np.testing.assert_allclose(got, plain, atol=2e-2)
     # By tiles too a group of 8-bit numbers adds up to a whole number, and all else is the same code.
     num_narrow = len(found["baseline"]) // 5
