@@ -218,11 +218,17 @@ void fuzz_attention(int64_t number, Pool& pool) {
         std::vector<int64_t> seen;
         std::vector<float> query(&q[((first_token + token) * args.num_heads + head) * args.head_dim],
                                  &q[((first_token + token) * args.num_heads + head + 1) * args.head_dim]);
-        if (is_int8) {  // over int8 pages queries are whole numbers too
+        bool is_tie = false;  // a query halfway between two whole numbers, which may go to either
+        if (is_int8) {        // over int8 pages queries are whole numbers too
           float largest = 0;
           for (float x : query) largest = std::max(largest, std::fabs(x));
-          for (float& x : query) x = std::nearbyint(x * (127.0f / largest)) * (largest / 127.0f);
+          for (float& x : query) {
+            const double exact = static_cast<double>(x) * (127.0f / largest);
+            is_tie = is_tie || std::fabs(std::fabs(exact - std::trunc(exact)) - 0.5) < 1e-5;
+            x = static_cast<float>(std::nearbyint(exact)) * (largest / 127.0f);
+          }
         }
+        if (is_tie) continue;
         for (int64_t j = 0; j <= position; ++j) {
           if (args.window > 0 && position - j >= args.window) continue;
           if (args.chunk > 0 && position / args.chunk != j / args.chunk) continue;
