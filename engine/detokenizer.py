@@ -335,11 +335,3 @@ def _bytes_of_token(token: str) -> bytes:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:  # an added token, spelled in plain text
         return token.encode("utf-8")
-
-
-def bytes_of_token_id(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes that a token adds to a text, perhaps a part of a character; of a special token its name."""
-    table = _token_bytes(tokenizer, skip_special_tokens=False)
-    if table is None:
-        return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8", "replace")
-    return table[token_id] if token_id < len(table) else b""

@@ -26,6 +26,11 @@ class StepLoad:
     num_sequences: int
     context: float
 
+    @property
+    def num_wanted(self) -> int:
+        """Tokens whose logits are wanted."""
+        return min(self.num_logits, self.num_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
@@ -75,18 +80,20 @@ class Roofline:
         )
 
     def flops(self, load: StepLoad) -> float:
-        """Two operations for each weight and token; attention's two products over what a sequence holds. The
-        experts that tokens choose are spread evenly over those who have them.
+        """Two operations for each weight and token; attention's two products over what a sequence holds. What
+        follows the last layer's attention is computed of the tokens whose logits are wanted. The experts that
+        tokens choose are spread evenly over those who have them.
         """
         share = self.share
         heads, kv_heads = share.num_heads * share.head_dim, share.num_kv_heads * share.head_dim
         mlp = 3.0 * share.intermediate_size
         if share.num_experts:
             mlp = mlp * share.experts_per_token / self.mesh[EXPERT_AXIS] + share.num_experts
-        products = share.d_model * (2 * heads + 2 * kv_heads + mlp)
-        attention = 2 * heads * load.context
+        before = share.d_model * (heads + 2 * kv_heads) + 2 * heads * load.context
+        rest = share.d_model * (heads + mlp)
         head = share.d_model * share.vocab_size
-        return 2.0 * (load.num_tokens * share.num_layers * (products + attention) + load.num_logits * head)
+        whole = load.num_tokens * (share.num_layers * before + (share.num_layers - 1) * rest)
+        return 2.0 * (whole + load.num_wanted * rest + load.num_logits * head)
 
     def bytes_moved(self, load: StepLoad) -> float:
         """Weights, gathered whole; each sequence's keys and values read, and those of new tokens written.
@@ -102,15 +109,17 @@ class Roofline:
 
     def bytes_sent(self, load: StepLoad) -> float:
         """By each device. Over `tp`: sums after the embedding, each attention and each MLP (of experts over
-        `ep` too), as rings make them (every part goes round twice), and its part of the logits in f32, since
-        each device draws for its part of the rows. Over `fsdp`: its part of the weights, to all others.
+        `ep` too), those of the last layer for wanted tokens alone, as rings make them (every part goes round
+        twice), and its part of the logits in f32, since each device draws for its part of the rows. Over
+        `fsdp`: its part of the weights, to all others.
         """
         itemsize = 4 if self.dtype == "float32" else 2
         num_tensor, layers = self.mesh[TENSOR_AXIS], self.model.num_layers
         over_tensor = 2 * _others(num_tensor)
         over_mlp = 2 * _others(num_tensor * self.mesh[EXPERT_AXIS])
-        stream = load.num_tokens * self.model.d_model * itemsize
-        sums = ((layers + 1) * over_tensor + layers * over_mlp) * stream
+        row = self.model.d_model * itemsize
+        sums = (layers * over_tensor + (layers - 1) * over_mlp) * load.num_tokens * row
+        sums += (over_tensor + over_mlp) * load.num_wanted * row
         logits = _others(num_tensor) * load.num_logits * self.share.vocab_size * 4
         gathered = (self.mesh[WEIGHTS_AXIS] - 1) * (self.weight_bytes + self.expert_bytes)
         return sums + logits + gathered

@@ -22,7 +22,7 @@ from engine.group_costs import group_costs
 from engine.in_flight import InFlight
 from engine.memory import give_back_freed_memory, keep_freed_memory, num_pages_that_fit
 from engine.models.config import ModelConfig, attention_scale
-from engine.models.packed import PackedModel
+from engine.models.packed import PackedModel, Wanted
 from engine.placement import choose_placement
 from engine.plan import StepPlan, StepResults
 from engine.sampler import StepOutputs, sample
@@ -57,11 +57,11 @@ def make_step(
             rows = inputs.rows._replace(page_table=inputs.rows.page_table + layer * num_pages)
             return attend(q, k, v, pages, rows, inputs.groups, options, layout)
 
+        wanted = Wanted(inputs.logit_tokens, inputs.sampling.num_rows)
         hidden, kv_pages = model.forward(
-            inputs.token_ids, inputs.positions, kv_pages, attend_layer, num_tokens
+            inputs.token_ids, inputs.positions, kv_pages, attend_layer, num_tokens, wanted
         )
-        hidden = hidden.at[inputs.logit_tokens].get(mode="clip")
-        logits = model.logits(hidden, inputs.sampling.num_rows)
+        logits = model.logits(hidden, wanted.count)
         outputs = sample(logits, inputs.sampling, sampling_backend)
         drawn = jnp.pad(outputs.token_ids, (0, shape.num_draws - shape.num_logits))
         return kv_pages, outputs._replace(token_ids=drawn)

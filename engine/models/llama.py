@@ -110,11 +110,28 @@ class Layer(nnx.Module):
         num_rows: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """The stream [T, D] -> (the stream after this layer, the pages). Rows past `num_rows` are padding."""
+        attended, layer_pages = self.attended(x, rope, layer_pages, attend, num_rows)
+        return self.rest(x, attended, num_rows), layer_pages
+
+    def attended(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        layer_pages: Any,
+        attend: Attend,
+        num_rows: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """The stream [T, D] -> (what attention makes of it [T, N * H], the pages)."""
         attention = self.attention
         qkv = attention.qkv(x, norm=self.attention_norm, num_rows=num_rows)
         attended, layer_pages = attend(*attention.split(qkv, rope), layer_pages)
-        x = attention.out(attended.reshape(x.shape[0], -1), residual=x, num_rows=num_rows)
-        return self.mlp(x, self.mlp_norm, num_rows), layer_pages
+        return attended.reshape(x.shape[0], -1), layer_pages
+
+    def rest(self, x: jax.Array, attended: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
+        """What follows, for each row by itself: the stream [T, D] that `attended` [T, N * H] was made of ->
+        the stream after this layer."""
+        x = self.attention.out(attended, residual=x, num_rows=num_rows)
+        return self.mlp(x, self.mlp_norm, num_rows)
 
 
 class Llama(nnx.Module):

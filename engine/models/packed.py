@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,18 @@ AttendLayer = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[
 """(layer i32[], q [T, N, H], k [T, K, H], v [T, K, H], pages) -> (out [T, N, H], pages)."""
 
 Path = tuple[str | int, ...]
+
+
+class Wanted(NamedTuple):
+    """The tokens of a step whose logits are asked for."""
+
+    tokens: jax.Array  # i32[L], their places among the step's
+    count: jax.Array  # i32[], entries past it are padding
+
+    def of(self, rows: jax.Array) -> jax.Array:
+        """Their rows: [T, ...] -> [L, ...]."""
+        return rows.at[self.tokens].get(mode="clip")
+
 
 # The last product is as large as a third of a small model, and its errors go straight into the logits.
 _HEAD_FORMATS = {"int4": "int8"}
@@ -70,21 +82,37 @@ class PackedModel:
         pages: Any,
         attend: AttendLayer,
         num_tokens: jax.Array | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[jax.Array, Any]:
         """What `Llama.__call__` computes before its last norm, with the layer's number given to `attend`.
 
-        token_ids, positions i32[T] -> (hidden [T, D], pages). `num_tokens` i32[]: tokens past it are padding,
-        and whatever comes out of them.
+        Only attention looks at other tokens, so behind that of the last layer those that nobody asks for are
+        left out: of a long prompt all but one.
+
+        Args:
+            token_ids, positions: i32[T].
+            num_tokens: i32[], tokens past it are padding, and whatever comes out of them.
+            wanted: which tokens' hidden states are asked for (default: all T).
+
+        Returns:
+            (hidden [L or T, D], pages).
         """
         rope = rope_tables(self.config, positions)
 
         def run_layer(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             x, pages = carry
-            layer = self._layer(index)
-            return layer(x, rope, pages, partial(attend, index), num_tokens)
+            return self._layer(index)(x, rope, pages, partial(attend, index), num_tokens)
 
-        start = (self.embedded(token_ids), pages)
-        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(self.config.num_layers), run_layer, start)
+        leaves_out = wanted is not None and len(wanted.tokens) < len(token_ids)
+        last = jnp.int32(self.config.num_layers - leaves_out)
+        x, pages = jax.lax.fori_loop(jnp.int32(0), last, run_layer, (self.embedded(token_ids), pages))
+        if wanted is None:
+            return x, pages
+        if not leaves_out:
+            return wanted.of(x), pages
+        layer = self._layer(last)
+        attended, pages = layer.attended(x, rope, pages, partial(attend, last), num_tokens)
+        return layer.rest(wanted.of(x), wanted.of(attended), wanted.count), pages
 
     def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
         """hidden [L, D], as `forward` returns it -> f32[L, V]; rows past `num_rows` are unspecified."""

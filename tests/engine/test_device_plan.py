@@ -187,6 +187,12 @@ def test_a_mixture_spread_by_experts(tmp_path: Path) -> None:
     assert roofline.flops(many) == pytest.approx(2 * 256 * (32 * products + 4096 * 32_000))
     # What the chips make of the experts is added up once a layer, the rest is the same on all.
     assert roofline.bytes_sent(many) == pytest.approx(2 * 0.75 * 32 * 256 * 4096 * 2)
+    # Of tokens whose logits nobody wants, nothing is computed behind the last layer's attention.
+    rest = products - 4096 * (4096 + 2 * 1024)
+    chunk = replace(many, num_logits=1)
+    left_out = roofline.flops(many) - roofline.flops(chunk)
+    assert left_out == pytest.approx(2 * 255 * (rest + 4096 * 32_000))
+    assert roofline.bytes_sent(chunk) == pytest.approx(2 * 0.75 * (31 * 256 + 1) * 4096 * 2)
 
 
 def test_axes_that_do_not_go_with_the_chips_or_the_model_are_refused(tmp_path: Path) -> None:

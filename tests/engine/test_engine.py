@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, RequestError, RetraceError
 from engine.models.dense import dense_forward
-from engine.models.packed import pack_model
+from engine.models.llama import Layer
+from engine.models.packed import Wanted, pack_model
 from engine.sampling_params import SamplingParams
 from kernels.paged_attention import available_backends
 from tests.engine.engines import tiny_engine, tokens_of, varied_model
@@ -304,3 +307,35 @@ def test_how_weights_are_stored_does_not_narrow_activations(tiny, weight_dtype, 
     """With tied embeddings too, which come out of the packed head."""
     packed = pack_model(tiny.model, weight_dtype, backend)
     assert packed.embedded(jnp.arange(3)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_behind_the_last_attention_only_wanted_tokens_are_computed(tiny, backend):
+    """Their hidden states have the bits that they have among all; what others come to is not looked at."""
+    packed = pack_model(tiny.model, "float32", backend)
+    num_heads, width = tiny.config.num_heads, tiny.config.num_heads * tiny.config.head_dim
+    shapes = []
+
+    def attend(layer, q, k, v, pages):
+        group = num_heads // k.shape[1]
+        return q + jnp.repeat(k, group, axis=1) * jnp.repeat(v, group, axis=1), pages + 1
+
+    class Watched(Layer):
+        def rest(self, x, attended, num_rows=None):
+            shapes.append(attended.shape)
+            return super().rest(x, attended, num_rows)
+
+    layer_graph = nnx.graphdef(nnx.eval_shape(lambda: Watched(tiny.config, jnp.float32)))
+    watched = dataclasses.replace(packed, layer_graph=layer_graph)
+    ids = jnp.arange(64, dtype=jnp.int32) % tiny.config.vocab_size
+    tokens = jnp.array([3, 17, 39, *[0] * 13], jnp.int32)
+
+    @jax.jit
+    def run(model, wanted):
+        return model.forward(ids, ids, jnp.int32(0), attend, jnp.int32(64), wanted)
+
+    every, pages = run(watched, None)
+    some, same_pages = run(watched, Wanted(tokens, jnp.int32(3)))
+    np.testing.assert_array_equal(some[:3], every[tokens[:3]])
+    assert pages == same_pages == tiny.config.num_layers, "the last layer's keys and values are written too"
+    assert shapes[-1] == (16, width)
