@@ -10,7 +10,6 @@ namespace tidemill {
 namespace TIDEMILL_ISA {
 
 constexpr int64_t kTiledRows = 2 * kTileHeight;  // of a block, worked on together
-constexpr int64_t kMaxTiledBlockRows = kMaxBlockRows / kTiledRows * kTiledRows;
 // Inputs of a slice: that of a pair of panels, 40 KiB, stays in the first-level cache (48 KiB on all CPUs with AMX) while
 // the block's rows go by.
 constexpr int64_t kTiledSlice = 640;
