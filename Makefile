@@ -43,7 +43,7 @@ check: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Slower than tests should be. Random calls of the native kernels under the address and undefined-behaviour sanitizers,
-# for each instruction set that this CPU has (others answer with the best one it has); then runs on an S3 store, with a
+# for each instruction set that this CPU has (others answer with the baseline); then runs on an S3 store, with a
 # fault at every operation, and killed at random moments; on a Ray cluster of two nodes, where Ray is installed; and the
 # server with 200 clients, some of whom leave.
 CHAOS_CASES ?= 400
