@@ -68,23 +68,33 @@ def arrange_rows(
             come where the first of them was; rows that share nothing keep the order they came in.
         branches: the tree over the slots, outer branches before those inside.
     """
-    num_full = starts // page_size
     order = np.arange(len(starts))
     branches: list[Branch] = []
+    if len(starts):
+        _Arranging(page_tables, starts // page_size, order, branches).place(0, len(starts), 0, None, 0)
+    return order, branches
 
-    def place(first: int, last: int, column: int, outer: int | None, depth: int) -> None:
+
+class _Arranging(NamedTuple):
+    """What `arrange_rows` works on. Not a function within it that calls itself: such a function refers to
+    itself, and would keep each step's arrays until the collector of garbage comes by."""
+
+    page_tables: np.ndarray
+    num_full: np.ndarray
+    """Pages that are full and before the first query, of each row."""
+    order: np.ndarray
+    branches: list[Branch]
+
+    def place(self, first: int, last: int, column: int, outer: int | None, depth: int) -> None:
         """Order the slots [first, last), whose rows share all columns before `column`."""
+        page_tables, order = self.page_tables, self.order
         for start, stop in _bring_together(page_tables, order, first, last, column):
-            most = _least_full(num_full, order[start:stop])
+            most = _least_full(self.num_full, order[start:stop])
             if most > column:
                 shared = _num_shared(page_tables, order[start:stop], column + 1, most)
-                branches.append(Branch(start, stop, shared, outer))
+                self.branches.append(Branch(start, stop, shared, outer))
                 if depth + 1 < MAX_DEPTH:
-                    place(start, stop, shared, len(branches) - 1, depth + 1)
-
-    if len(starts):
-        place(0, len(starts), 0, None, 0)
-    return order, branches
+                    self.place(start, stop, shared, len(self.branches) - 1, depth + 1)
 
 
 # From so many rows on numpy looks at all at once. Of four it would spend most of its time on being called.
