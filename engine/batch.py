@@ -79,9 +79,9 @@ class BatchBuilder:
         if self._group_costs is None:
             return plan, []
         arrays = plan.arrays
-        page_tables = plan.table.page_tables[arrays.seats]
+        page_tables = plan.table.page_tables.take(arrays.seats, axis=0)
         order, branches = arrange_rows(page_tables, arrays.starts, self._page_size)
-        if (order == self._range[: len(order)]).all():
+        if not np.count_nonzero(order != self._range[: len(order)]):
             return plan, branches
         return replace(plan, arrays=arrays.take(order)), branches
 
@@ -143,21 +143,22 @@ class BatchBuilder:
         views["query_start"][:num_rows] = begins
         views["query_start"][num_rows:] = num_tokens
         views["kv_len"][:num_rows] = rows.starts + rows.lens
-        np.take(table.page_tables, rows.seats, axis=0, out=views["page_table"][:num_rows], mode="clip")
+        table.page_tables.take(rows.seats, axis=0, out=views["page_table"][:num_rows], mode="clip")
         views["positions"][:num_tokens] = (
             np.repeat(rows.starts - begins, rows.lens) + self._range[:num_tokens]
         )
         # Only a token that the row samples after can be pending, and then it is the row's only one.
-        if rows.is_pending.any():
+        is_pending = rows.is_pending
+        if np.count_nonzero(is_pending):
             if drawn_before is None:
                 raise ValueError("a row continues a token that no step in flight draws")
-            from_seats = rows.seats[rows.is_pending]
-            views["sources"][begins[rows.is_pending]] = drawn_before.logit_of_seat[from_seats]
-        is_known = ~rows.is_pending
-        is_last = is_known & rows.samples & (rows.lens == 1)  # the seat has the last token of its request
-        if is_last.any():
-            views["token_ids"][begins[is_last]] = table.tokens[rows.seats[is_last], rows.starts[is_last]]
-        for index in (is_known & ~is_last).nonzero()[0].tolist():
+            views["sources"][begins[is_pending]] = drawn_before.logit_of_seat[rows.seats[is_pending]]
+        known = (~is_pending).nonzero()[0]
+        is_last = rows.samples[known] & (rows.lens[known] == 1)  # the seat has the last token of its request
+        if np.count_nonzero(is_last):
+            last, known = known[is_last], known[~is_last]
+            views["token_ids"][begins[last]] = table.tokens[rows.seats[last], rows.starts[last]]
+        for index in known.tolist():
             start, begin, num_tokens = rows.starts.item(index), begins.item(index), rows.lens.item(index)
             tokens = rows.requests[index].packed_tokens(start, start + num_tokens)
             views["token_ids"][begin : begin + num_tokens] = unpack_tokens(tokens)
@@ -174,7 +175,7 @@ class BatchBuilder:
         if total == len(seats):  # without log-probabilities of prompts, or drafts, a row of logits is a draw
             at = self._range[:total]
             views["logit_tokens"][:total] = ends[rows.samples] - 1
-            np.take(self._seats.sampled, seats, axis=1, out=views["sampled"][:, :total], mode="clip")
+            self._seats.sampled.take(seats, axis=1, out=views["sampled"][:, :total], mode="clip")
             views["sample_positions"][:total] = stops
         else:
             logit_ends = rows.num_logits.cumsum(dtype=np.int32)
@@ -190,13 +191,18 @@ class BatchBuilder:
             views["sampled"][:, at] = self._seats.sampled[:, seats]
             views["sample_positions"][at] = stops
         needs = self._seats.needs[seats]
-        masked = ((needs & MASK) > 0) | (stops < self._seats.min_total_len[seats])
+        is_short = stops < self._seats.min_total_len[seats]
         any_need = int(np.bitwise_or.reduce(needs, initial=0))
+        any_mask = any_need & MASK > 0 or bool(np.count_nonzero(is_short))
         has_targets = total > len(seats)
-        flags = [any_need & bit > 0 for bit in (PENALTY, MASK, BIAS, LOGPROBS)]
-        flags[ANY_FLAGS.index("any_mask")] = bool(masked.any())
-        flags[ANY_FLAGS.index("any_logprobs")] |= has_targets
-        views["any"][:] = flags
+        any_logprobs = any_need & LOGPROBS > 0 or has_targets
+        flags = {
+            "any_penalty": any_need & PENALTY > 0,
+            "any_mask": any_mask,
+            "any_bias": any_need & BIAS > 0,
+            "any_logprobs": any_logprobs,
+        }
+        views["any"][:] = [flags[name] for name in ANY_FLAGS]
         if has_targets:
             self._fill_targets(plan, views)
         unusual: dict[str, np.ndarray] = {}
@@ -208,11 +214,11 @@ class BatchBuilder:
             for index in penalised:
                 request = requests[index]
                 history[at[index], : stops[index]] = request.token_ids(0, int(stops[index]))
-        if masked.any():
+        if any_mask:
             mask = unusual["token_mask"] = np.full(
                 (size, mask_width(self._vocab_size)), 0xFFFFFFFF, np.uint32
             )
-            for index in masked.nonzero()[0]:
+            for index in (((needs & MASK) > 0) | is_short).nonzero()[0]:
                 request = requests[index]
                 if needs_mask(request):
                     mask[at[index]] = token_mask(request, self._vocab_size)
@@ -226,7 +232,7 @@ class BatchBuilder:
         logit_of_seat = np.zeros(self._seats.num_seats, np.int32)
         logit_of_seat[seats] = at
         any_history = has_targets or any_need & HISTORY > 0 or bool(plan.drafts)
-        return Draws(logit_of_seat, flags[ANY_FLAGS.index("any_logprobs")], any_history), unusual
+        return Draws(logit_of_seat, any_logprobs, any_history), unusual
 
     def _fill_targets(self, plan: StepPlan, views: dict[str, np.ndarray]) -> None:
         """The next tokens of the prompt positions whose log-probabilities are due."""

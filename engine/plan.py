@@ -74,7 +74,7 @@ class RowArrays(NamedTuple):
 
     def where(self, mask: np.ndarray) -> RowArrays:
         """Those of the rows for which bool[R] is true: mostly all."""
-        return self if mask.all() else self.take(mask)
+        return self if np.count_nonzero(mask) == len(mask) else self.take(mask)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -116,8 +116,8 @@ def _bring_together(
         rows[:] = [row for together in below.values() for row in together]
         stops = accumulate(map(len, below.values()), initial=first)
         return [(start, stop) for start, stop in pairwise(stops) if stop - start > 1]
-    heads = page_tables[rows, column]
-    if (heads == heads[0]).all():
+    heads = page_tables[:, column].take(rows)
+    if np.count_nonzero(heads == heads[0]) == len(heads):
         return [(first, last)]
     by_head = heads.argsort(kind="stable")
     sorted_heads = heads[by_head]
@@ -145,11 +145,16 @@ def _least_full(num_full: np.ndarray, rows: np.ndarray) -> int:
 
 
 def _num_shared(page_tables: np.ndarray, rows: np.ndarray, known: int, most: int) -> int:
-    """How many leading pages all rows share: at least `known`, at most `most`."""
-    if known == most:
-        return most
-    pages = page_tables[rows, known:most]
-    return known + int((pages == pages[0]).all(axis=0).sum())
+    """How many leading pages all rows share: at least `known`, at most `most`. Those that have the same page
+    in a column have the same in all before it."""
+    while known < most:
+        middle = (known + most + 1) // 2
+        pages = page_tables[:, middle - 1].take(rows)
+        if np.count_nonzero(pages == pages[0]) == len(pages):
+            known = middle
+        else:
+            most = middle - 1
+    return known
 
 
 def find_groups(

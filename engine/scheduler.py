@@ -130,8 +130,10 @@ class Scheduler:
         table, page_size = self._table, self.settings.page_size
         self._num_steps += 1
         order = table.order
-        has_one_left = table.remain_lens(order) == 1
-        decodes, rest = order[has_one_left], order[~has_one_left]
+        has_one_left = table.has_one_left(order)
+        decodes, rest = order, order[:0]
+        if np.count_nonzero(has_one_left) < len(order):
+            decodes, rest = order[has_one_left], order[~has_one_left]
         tickets = table.tickets[decodes]
         step = StepDraft(self.settings, table.num_taken, len(decodes))
         at_new_page = table.num_computed[decodes] % page_size == 0
@@ -163,14 +165,14 @@ class Scheduler:
         """
         table, arrays = self._table, plan.arrays
         is_live = table.tickets[arrays.seats] == arrays.tickets
-        if not is_live.all():
+        if np.count_nonzero(is_live) < len(is_live):
             for request in arrays.requests[~is_live].tolist():
                 if request.status is not RequestStatus.FINISHED:
                     raise _not_the_last(request)
             arrays = arrays.take(is_live)
         seats, samples = arrays.seats, arrays.samples
         has_moved = table.num_computed[seats] != arrays.starts
-        if has_moved.any():
+        if np.count_nonzero(has_moved):
             raise _not_the_last(arrays.requests[has_moved][0])
         self._admission.copied()
         self._advanced = plan

@@ -40,15 +40,16 @@ def record(
     is_seated = table.tickets[seats] == arrays.tickets
     draws = samples & is_seated
     table.append(seats[draws], token_ids[draws])
+    num_drawn = int(np.count_nonzero(samples))
     # What else may happen to a row than one more token.
-    is_special = ~is_seated | (table.num_tokens[seats] == table.prompt_lens[seats] + 1)
-    is_special |= arrays.num_logits != samples
+    is_special = ~is_seated | (table.num_tokens[seats] - table.prompt_lens[seats] == 1)
+    if plan.num_logits > num_drawn:
+        is_special |= arrays.num_logits != samples
     if table.has_end_tokens:
         is_special |= table.may_end(token_ids)
     if logprobs:
         is_special[list(logprobs)] = True
     ended: list[Request] = []
-    num_drawn = int(samples.sum())
     for index in is_special.nonzero()[0].tolist():
         request, token = arrays.requests[index], token_ids.item(index)
         if request.is_finished:

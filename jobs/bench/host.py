@@ -1,7 +1,7 @@
 """`python -m jobs.bench host`: what the host spends on a step, beside a device that costs nothing.
 
-Real requests, scheduler, prefix cache, batch builder, results and texts; the device's tokens are drawn with
-numpy before the clock starts. What is left is the time a fast device would be kept waiting, or, where
+Real requests, scheduler, prefix cache, batch builder, results and texts; the device's tokens are those of a
+text, cut out before the clock starts. What is left is the time a fast device would be kept waiting, or, where
 the host works while the device does, the shortest step the host can keep up with. Texts are made between
 steps, by who reads the outputs; they are counted in the whole too.
 """
@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any, cast
 
 import jax
@@ -36,6 +37,7 @@ from engine.sampling_params import SamplingParams
 from jobs.bench.workloads import real_text
 
 NUM_SEQS, STEP_TOKENS, MAX_MODEL_LEN = 256, 1024, 1024
+WINDOW = 100  # steps that are timed together
 TEMPLATE_LEN, MIN_OWN, MAX_OWN, MIN_NEW, MAX_NEW = 250, 16, 64, 64, 128
 PARTS = ("add", "schedule", "batch", "results", "update", "outputs", "text")
 
@@ -68,7 +70,14 @@ class FreeDevice:
     compile_seconds = 0.0
     device_name = "none"
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, max_model_len: int, num_pages: int):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        max_model_len: int,
+        num_pages: int,
+        text_ids: Sequence[int],
+    ):
         self.num_pages = num_pages
         self.num_computed_tokens = self.num_padded_tokens = 0
         self.buckets = declare_buckets(
@@ -91,11 +100,11 @@ class FreeDevice:
         self._steps = {
             bucket: step.lower(self.batch.idle_arrays(bucket)).compile() for bucket in self.buckets
         }
-        pick = np.random.default_rng(0)
-        drawn = [
-            pick.integers(300, min(40_000, model.vocab_size), config.max_num_seqs, dtype=np.int32)
-            for _ in range(64)
-        ]
+        # Each row goes through a part of the text: tokens drawn evenly from the vocabulary are not what a
+        # model draws.
+        text = np.array(text_ids, np.int32)
+        starts = np.random.default_rng(0).integers(len(text) - 64, size=config.max_num_seqs)
+        drawn = [text[starts + step] for step in range(64)]
         # As the next step reads them, and as the host does.
         self._on_device = [_outputs(jax.device_put(token_ids)) for token_ids in drawn]
         self._on_host = [_outputs(token_ids) for token_ids in drawn]
@@ -134,8 +143,14 @@ def make_engine(source: str, config: EngineConfig, num_pages: int) -> tuple[Engi
     """An engine whose every part is real but the device; no weights are read."""
     model = load_config(source)
     loaded = LoadedModel(cast("Any", None), model, load_tokenizer(source), "", source, source)
-    device = FreeDevice(model, config, config.model_len(model.max_position_embeddings), num_pages)
+    text_ids = text_tokens(loaded.tokenizer)
+    device = FreeDevice(model, config, config.model_len(model.max_position_embeddings), num_pages, text_ids)
     return Engine(loaded, config, runner=cast("Any", device)), device
+
+
+def text_tokens(tokenizer: Any) -> list[int]:
+    """The token ids of a real text."""
+    return tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 class Crowd:
@@ -172,7 +187,8 @@ def read_texts(outputs: Sequence[RequestOutput]) -> int:
 
 
 def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bool = True) -> dict[str, Any]:
-    """Measure full steps; returns milliseconds a step, by part in CPU time, and tokens a second."""
+    """Measure full steps; returns milliseconds a step (the median of windows of steps, and the least and the
+    most), by part in CPU time, and tokens a second in the median window."""
     config = EngineConfig(
         max_num_seqs=NUM_SEQS,
         max_num_batched_tokens=STEP_TOKENS,
@@ -180,7 +196,7 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
         async_scheduling=async_scheduling,
     )
     engine, device = make_engine(source, config, num_pages=4096)
-    text_ids = engine.tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    text_ids = text_tokens(engine.tokenizer)
     num_steps_before = 2 * MAX_NEW  # past the first waves, requests begin and end at any step
     crowd = Crowd(text_ids, 0, 2 * NUM_SEQS + (num_steps_before + 2 * num_steps) * NUM_SEQS // MIN_NEW)
     crowd.add_to(engine, 2 * NUM_SEQS)
@@ -188,12 +204,17 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
         read_texts(engine.step())
         crowd.add_to(engine, 2 * NUM_SEQS - engine.num_unfinished)
     spare_long_lived_objects()
-    before, started = engine.stats(), time.perf_counter()
-    for _ in range(num_steps):
-        outputs = engine.step()
-        crowd.add_to(engine, 2 * NUM_SEQS - engine.num_unfinished)
-        read_texts(outputs)
-    seconds, after = time.perf_counter() - started, engine.stats()
+    before = engine.stats()
+    windows: list[float] = []  # milliseconds a step
+    for done in range(0, num_steps, WINDOW):
+        num_timed = min(WINDOW, num_steps - done)
+        started = time.perf_counter()
+        for _ in range(num_timed):
+            outputs = engine.step()
+            crowd.add_to(engine, 2 * NUM_SEQS - engine.num_unfinished)
+            read_texts(outputs)
+        windows.append(1000 * (time.perf_counter() - started) / num_timed)
+    after = engine.stats()
     # The parts are measured in steps of their own: the watch takes a fiftieth of a step itself.
     watch = Stopwatch()
     scheduler: Any = engine._scheduler
@@ -211,13 +232,15 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
         add(engine, 2 * NUM_SEQS - engine.num_unfinished)
         read(outputs)
     cpu_seconds = time.thread_time() - cpu_started
-    num_tokens = after.num_generated_tokens - before.num_generated_tokens
+    tokens_per_step = (after.num_generated_tokens - before.num_generated_tokens) / num_steps
+    ms_per_step = median(windows)
     return {
         "num_steps": num_steps,
         "mean_sequences": sum(after.batch_occupancy) / len(after.batch_occupancy),
-        "tokens_per_step": num_tokens / num_steps,
-        "ms_per_step": 1000 * seconds / num_steps,
-        "tokens_per_second": num_tokens / seconds,
+        "tokens_per_step": tokens_per_step,
+        "ms_per_step": ms_per_step,
+        "ms_per_step_range": (min(windows), max(windows)),
+        "tokens_per_second": 1000 * tokens_per_step / ms_per_step,
         "cpu_ms_per_step": 1000 * cpu_seconds / num_steps,
         "cpu_ms_by_part": {part: 1000 * taken / num_steps for part, taken in watch.seconds.items()},
     }
@@ -238,8 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TidemillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    least, most = found["ms_per_step_range"]
     print(
-        f"{found['ms_per_step']:.3f} ms of host work a step at {found['mean_sequences']:.0f} sequences, "
+        f"{found['ms_per_step']:.3f} ms of host work a step (windows of {WINDOW} steps: {least:.3f} to "
+        f"{most:.3f}) at {found['mean_sequences']:.0f} sequences, "
         f"{found['tokens_per_second']:,.0f} tokens/s through all of it; "
         f"{found['cpu_ms_per_step']:.3f} ms of the CPU's time"
     )

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 
+from engine.config import EngineConfig
 from jobs.bench import host, streams
 
 
@@ -23,12 +24,40 @@ def test_host_work_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(host, "MAX_NEW", 70)
     found = host.run(num_steps=20)
     assert found["num_steps"] == 20
+    least, most = found["ms_per_step_range"]
+    assert least <= found["ms_per_step"] <= most
     assert found["mean_sequences"] > 30
     assert 30 < found["tokens_per_step"] <= 32
     parts = found["cpu_ms_by_part"]
     assert set(parts) == set(host.PARTS)
     assert all(taken > 0 for taken in parts.values())
     assert sum(parts.values()) <= found["cpu_ms_per_step"]
+
+
+@pytest.mark.usefixtures("collector")
+def test_a_step_leaves_nothing_to_the_collector_of_garbage():
+    config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=64, max_model_len=host.MAX_MODEL_LEN)
+    engine, _ = host.make_engine(host.DEFAULT_MODEL, config, num_pages=256)
+    crowd = host.Crowd(host.text_tokens(engine.tokenizer), 0, 64)
+
+    def run(num_steps: int) -> int:
+        num_finished = 0
+        for _ in range(num_steps):
+            outputs = engine.step()
+            host.read_texts(outputs)
+            num_finished += len(outputs)
+            crowd.add_to(engine, 24 - engine.num_unfinished)
+        return num_finished
+
+    crowd.add_to(engine, 24)
+    run(20)
+    gc.collect()
+    gc.disable()
+    try:
+        assert run(80) > 2
+        assert gc.collect() == 0, "arrays of every step would be kept until a collection"
+    finally:
+        gc.enable()
 
 
 def test_parts_inside_others_count_once(monkeypatch: pytest.MonkeyPatch):
