@@ -199,8 +199,8 @@ class PageLayout:
 
     @property
     def copies_whole_pages(self) -> bool:
-        """Whether `copy_whole` is the way to copy: XLA widens all pages of bfloat16 on a CPU to copy one."""
-        return self.backend == "cpu" and self.dtype == "bfloat16"
+        """Whether `copy_whole` is the way to copy: XLA reads the target too, and widens pages of bfloat16."""
+        return self.backend == "cpu"
 
     def copy_whole(self, pages: Pages, num_layers: int, copies: jax.Array, num_copies: jax.Array) -> Pages:
         """Copy page copies[0, i] to copies[1, i] in each of `num_layers` layers, in place, for the first
