@@ -83,6 +83,19 @@ all_costs = st.builds(
 )
 
 
+@pytest.mark.parametrize("num_rows", [2, 3, 40])
+@pytest.mark.parametrize("num_pages", [1, 2, 3, 4, 5, 8, 33])
+def test_a_branch_is_as_long_as_what_its_rows_share(num_rows: int, num_pages: int):
+    for num_shared in range(num_pages + 1):
+        # After what they share each row goes on alone, every second one for a page more.
+        paths = [
+            (*(0,) * num_shared, *(1 + row,) * (num_pages - num_shared + row % 2)) for row in range(num_rows)
+        ]
+        order, branches = arrange_rows(make_rows(paths), PAGE_SIZE)
+        expected = [Branch(0, num_rows, num_shared, None)] if num_shared else []
+        assert (order, branches) == (list(range(num_rows)), expected)
+
+
 @given(paths, st.data())
 def test_groups_share_what_they_say_and_nothing_is_read_twice(
     paths: list[tuple[int, ...]], data: st.DataObject
