@@ -346,6 +346,15 @@ def test_results_that_do_not_fit_the_plan_are_refused():
         scheduler.update(plan, StepResults([1]))
 
 
+def test_missing_log_probabilities_of_a_chunk_that_draws_nothing_are_refused():
+    scheduler = make_scheduler(long_prefill_token_threshold=2)
+    scheduler.add(make_request("a", range(6), sampling={"prompt_logprobs": 0}))
+    plan = scheduler.schedule()
+    assert not plan.rows[0].samples
+    with pytest.raises(ValueError, match="2 prompt log-probabilities were asked for, 0 came"):
+        scheduler.update(plan, StepResults([None]))
+
+
 def test_a_missing_token_is_refused():
     scheduler = make_scheduler()
     scheduler.add(make_request("a", range(4)))
