@@ -26,7 +26,7 @@ from jobs.bench.machine import measure_machine
 from jobs.bench.near_ties import dense_logits
 from jobs.bench.peer import PeerProcess
 from jobs.bench.protocol import Entrant, Rules, alternate
-from jobs.bench.workloads import SHAPES, WORKLOADS, Shape, Workload, make_workload, real_text
+from jobs.bench.workloads import SHAPES, WORKLOADS, Shape, Workload, make_workload, real_token_ids
 
 # The warm-up's ids come from a seed that no repeat uses; so many new tokens show what a step costs.
 WARM_UP_SEED, WARM_UP_TOKENS = 999_983, 16
@@ -155,7 +155,7 @@ def _maker(options: argparse.Namespace) -> Callable[..., Workload]:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    ids = encode(real_text())
+    ids = real_token_ids(tokenizer)
     turn: tuple[list[int], list[int]] = ([], [])
     if has_chat_template(tokenizer):
         mark = "\x1f"

@@ -37,7 +37,7 @@ from jobs.bench.peer import PeerProcess
 from jobs.bench.random_model import SHAPES, write_checkpoint
 from jobs.bench.step_profile import engine_steps
 from jobs.bench.workloads import SHAPES as WORKLOADS
-from jobs.bench.workloads import make_workload, real_text
+from jobs.bench.workloads import make_workload, real_token_ids
 
 TRIES = 5
 MAX_MODEL_LEN = 1024  # of the workloads
@@ -84,7 +84,7 @@ def throughput(
 ) -> list[Figure]:
     """Output tokens a second of both engines, each in a process of its own that is ended afterwards."""
     tokenizer = load_tokenizer(DEFAULT_MODEL)
-    text_ids = tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    text_ids = real_token_ids(tokenizer)
     launches = {
         "Tidemill": Launch(
             Path(sys.executable), "jobs.bench.peers.tidemill", {}, {"model": str(folder), "options": options}

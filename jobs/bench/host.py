@@ -34,7 +34,7 @@ from engine.outputs import RequestOutput
 from engine.plan import StepPlan, StepResults
 from engine.sampler import StepOutputs
 from engine.sampling_params import SamplingParams
-from jobs.bench.workloads import real_text
+from jobs.bench.workloads import real_token_ids
 
 NUM_SEQS, STEP_TOKENS, MAX_MODEL_LEN = 256, 1024, 1024
 WINDOW = 100  # steps that are timed together
@@ -143,14 +143,9 @@ def make_engine(source: str, config: EngineConfig, num_pages: int) -> tuple[Engi
     """An engine whose every part is real but the device; no weights are read."""
     model = load_config(source)
     loaded = LoadedModel(cast("Any", None), model, load_tokenizer(source), "", source, source)
-    text_ids = text_tokens(loaded.tokenizer)
+    text_ids = real_token_ids(loaded.tokenizer)
     device = FreeDevice(model, config, config.model_len(model.max_position_embeddings), num_pages, text_ids)
     return Engine(loaded, config, runner=cast("Any", device)), device
-
-
-def text_tokens(tokenizer: Any) -> list[int]:
-    """The token ids of a real text."""
-    return tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 class Crowd:
@@ -196,7 +191,7 @@ def run(source: str = DEFAULT_MODEL, num_steps: int = 1000, async_scheduling: bo
         async_scheduling=async_scheduling,
     )
     engine, device = make_engine(source, config, num_pages=4096)
-    text_ids = text_tokens(engine.tokenizer)
+    text_ids = real_token_ids(engine.tokenizer)
     num_steps_before = 2 * MAX_NEW  # past the first waves, requests begin and end at any step
     crowd = Crowd(text_ids, 0, 2 * NUM_SEQS + (num_steps_before + 2 * num_steps) * NUM_SEQS // MIN_NEW)
     crowd.add_to(engine, 2 * NUM_SEQS)

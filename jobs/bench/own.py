@@ -18,7 +18,7 @@ from jobs.bench.peers.tidemill import Tidemill
 from jobs.bench.processes import OthersMeter
 from jobs.bench.report import HEADER, Repeat, repeat_line, report
 from jobs.bench.work import flops
-from jobs.bench.workloads import SHAPES, make_workload, real_text
+from jobs.bench.workloads import SHAPES, make_workload, real_token_ids
 
 # The warm-up's ids come from a seed that no repeat uses.
 WARM_UP_SEED = 999_983
@@ -39,9 +39,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the options ask for, print the table as it grows, and return it all as plain data."""
     machine = measure_machine()
     print("\n".join(machine_lines(machine)), flush=True)
-    text_ids = load_tokenizer(options.model)(real_text(), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    text_ids = real_token_ids(load_tokenizer(options.model))
     names = ["W1", "W2"] if options.workload == "all" else [options.workload]
     sizes = {
         "max_num_seqs": options.max_num_seqs,

@@ -26,7 +26,7 @@ from engine.errors import TidemillError
 from engine.sampling_params import SamplingParams
 from jobs.bench.arguments import names_of, positive
 from jobs.bench.machine import machine_lines, measure_machine
-from jobs.bench.workloads import make_workload, real_text
+from jobs.bench.workloads import make_workload, real_token_ids
 from jobs.demo.docstrings import docstrings
 
 MODES = ("off", "ngram", "suffix", "auto")
@@ -75,7 +75,7 @@ def copies(repeat: int) -> Work:
 
 def shared_prefix(engine: Engine, repeat: int, num_rows: int) -> Work:
     """W1's prompts, behind another prefix in each repeat."""
-    text_ids = engine.tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    text_ids = real_token_ids(engine.tokenizer)
     workload = make_workload("W1", text_ids, 1000 + repeat).part(num_rows)
     return Work("W1", 64, workload.prompts, workload.max_tokens[0])
 

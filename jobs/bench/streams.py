@@ -21,7 +21,8 @@ from engine.config import EngineConfig
 from engine.errors import TidemillError
 from engine.in_flight import InFlight
 from engine.outputs import RequestOutput
-from jobs.bench.host import MAX_MODEL_LEN, MIN_NEW, NUM_SEQS, STEP_TOKENS, Crowd, make_engine, text_tokens
+from jobs.bench.host import MAX_MODEL_LEN, MIN_NEW, NUM_SEQS, STEP_TOKENS, Crowd, make_engine
+from jobs.bench.workloads import real_token_ids
 
 NUM_STEPS_BEFORE = 256
 
@@ -37,7 +38,7 @@ def run(source: str, num_steps: int, device_ms: float, interval_ms: int, stream:
     engine, device = make_engine(source, config, num_pages=4096)
     outputs = _Count()
     device.collect = marks = _Marks(device.collect, device_ms / 1000, num_steps, outputs)  # type: ignore[method-assign]
-    text_ids = text_tokens(engine.tokenizer)
+    text_ids = real_token_ids(engine.tokenizer)
     count = 2 * NUM_SEQS + (NUM_STEPS_BEFORE + num_steps) * NUM_SEQS // MIN_NEW
     crowd = Crowd(text_ids, 0, count)
     with AsyncEngine(engine) as front:

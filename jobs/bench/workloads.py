@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jobs.bench.peers.serving import Sampling
 from jobs.demo.docstrings import docstrings
@@ -85,6 +86,11 @@ WORKLOADS = (*SHAPES, "W3")
 def real_text() -> str:
     """Docstrings of the standard library, some 100,000 tokens of them."""
     return "\n\n".join(f"{entry.name}\n{entry.text}" for entry in docstrings(min_chars=40, max_chars=20_000))
+
+
+def real_token_ids(tokenizer: Any) -> list[int]:
+    """Its tokens."""
+    return tokenizer(real_text(), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 Cut = Callable[[int], tuple[int, ...]]

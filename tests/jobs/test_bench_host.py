@@ -8,6 +8,7 @@ import pytest
 
 from engine.config import EngineConfig
 from jobs.bench import host, streams
+from jobs.bench.workloads import real_token_ids
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_host_work_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch):
 def test_a_step_leaves_nothing_to_the_collector_of_garbage():
     config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=64, max_model_len=host.MAX_MODEL_LEN)
     engine, _ = host.make_engine(host.DEFAULT_MODEL, config, num_pages=256)
-    crowd = host.Crowd(host.text_tokens(engine.tokenizer), 0, 64)
+    crowd = host.Crowd(real_token_ids(engine.tokenizer), 0, 64)
 
     def run(num_steps: int) -> int:
         num_finished = 0
