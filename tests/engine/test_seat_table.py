@@ -201,3 +201,15 @@ def test_the_seats_are_in_the_order_of_their_requests(order: list[int]):
     table.release(made[1])
     assert table.running() == [made[0], made[2]]
     table.check_integrity()
+
+
+@pytest.mark.parametrize("num_ends", [1, 2, 16, 17, 40])
+def test_every_one_of_many_end_tokens_ends_a_request(num_ends: int):
+    ends = tuple(range(100, 100 + num_ends))
+    for token in (ends[0], ends[-1], 99, 100 + num_ends):
+        scheduler = make_scheduler()
+        request = make_request("a", range(4), max_tokens=9, sampling={"stop_token_ids": ends})
+        scheduler.add(request)
+        scheduler.update(scheduler.schedule(), StepResults([5]))
+        finished = scheduler.update(scheduler.schedule(), StepResults([token]))
+        assert finished == ([request] if token in ends else [])
